@@ -1,0 +1,68 @@
+# One way to do each thing; `make help` lists them. Everything runs inside .venv, which `setup` makes.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.setup-done
+
+# Which llama.cpp to build: cpu, cuda, metal or vulkan. The choice is remembered until another is named.
+DEFAULT_BACKEND := $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
+CHOSEN  := $(shell cat $(VENV)/.backend 2>/dev/null)
+BACKEND ?= $(or $(CHOSEN),$(DEFAULT_BACKEND))
+
+CMAKE_cpu    := -DGGML_METAL=off
+CMAKE_cuda   := -DGGML_CUDA=on
+CMAKE_metal  := -DGGML_METAL=on
+CMAKE_vulkan := -DGGML_VULKAN=on
+
+.PHONY: help setup demo test test-all check docs bench clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(STAMP)  ## install everything into .venv (BACKEND=cpu|cuda|metal|vulkan)
+	@if [ "$(BACKEND)" != "$$(cat $(VENV)/.backend)" ]; then $(MAKE) --no-print-directory backend; fi
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "edgelora needs Python 3.11 or newer; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -n "$(CMAKE_$(BACKEND))" || { echo "BACKEND=$(BACKEND): expected cpu, cuda, metal or vulkan" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(filter $(BACKEND),$(DEFAULT_BACKEND)),,CMAKE_ARGS="$(CMAKE_$(BACKEND))") \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]' \
+		$(if $(filter $(BACKEND),$(DEFAULT_BACKEND)),,--no-cache-dir --no-binary llama-cpp-python)
+	@echo $(BACKEND) > $(VENV)/.backend
+	@touch $(STAMP)
+
+# Another backend for an existing .venv: llama.cpp is compiled again, never taken from pip's cache of the last one.
+.PHONY: backend
+backend:
+	@test -n "$(CMAKE_$(BACKEND))" || { echo "BACKEND=$(BACKEND): expected cpu, cuda, metal or vulkan" >&2; exit 2; }
+	CMAKE_ARGS="$(CMAKE_$(BACKEND))" $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
+	@echo $(BACKEND) > $(VENV)/.backend
+
+demo: setup  ## train two adapters on the bundled base, convert, chat, batch; everything lands in build/demo
+	$(BIN)/python examples/demo.py
+
+test: setup  ## the tests
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: setup  ## the tests, the slow ones too
+	$(BIN)/python -m pytest -q
+
+check: setup  ## ruff, mypy, generated docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m tests.contracts.generated_docs --check
+
+docs: setup  ## write the generated parts of the README again
+	$(BIN)/python -m tests.contracts.generated_docs
+
+bench: setup  ## peers side by side
+	$(BIN)/python -m bench
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

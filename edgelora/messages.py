@@ -1,0 +1,209 @@
+"""Conversations, and the row formats of the files that hold them.
+
+A training row is one JSON object on a line, in one of two shapes:
+
+    {"messages": [{"role": "user", "content": "Is it waterproof?"}, {"role": "assistant", "content": "Yes, IP67."}]}
+    {"prompt": "Is it waterproof?", "completion": "Yes, IP67."}
+
+A batch row has `messages` (ending with the user's turn) or `prompt`, and may carry settings of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypedDict
+
+from edgelora.errors import DataFileError
+
+ROLES = ("system", "user", "assistant", "tool")
+MAX_PROBLEMS_SHOWN = 8
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data file: its 1-based line, its fields, or what is wrong with it.
+
+    `data` is empty exactly where `problem` is not.
+    """
+
+    line: int
+    data: Mapping[str, Any]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages that make sense to a chat template, and where they came from.
+
+    `templated` is False for a prompt/completion row: without a chat template such a row is plain text to continue.
+    """
+
+    messages: tuple[Message, ...]
+    source: str
+    templated: bool = True
+
+
+def user_message(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def read_rows(path: Path | str) -> Iterator[Row]:
+    """Rows of a JSONL or CSV file (by its suffix), or of JSONL on standard input for `-`; blank lines are skipped.
+
+    A row that cannot be read is yielded with its `problem`, so that the caller decides whether one bad row ends the
+    work (training) or is only reported (batch).
+
+    Raises:
+        DataFileError: the file is missing, not a file, or not text at all.
+    """
+    with _open_text(path) as file:
+        yield from _READERS.get(Path(path).suffix.lower(), _jsonl_rows)(file)
+
+
+@contextmanager
+def _open_text(path: Path | str) -> Iterator[IO[bytes]]:
+    if str(path) == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed below; a separate try keeps errors of the body out of this one
+    except OSError as error:
+        raise DataFileError(f"{path}: {error.strerror}", hint="Give a JSONL file: one JSON object on each line.") from None
+    with file:
+        yield file
+
+
+def _jsonl_rows(file: IO[bytes]) -> Iterator[Row]:
+    for line, raw in enumerate(file, start=1):
+        text = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
+        if not text.strip():
+            continue
+        try:
+            data = json.loads(text.decode("utf-8"))
+        except UnicodeDecodeError:
+            yield Row(line, {}, "not UTF-8 text")
+        except json.JSONDecodeError as error:
+            yield Row(line, {}, f"not JSON ({error.msg} at column {error.colno})")
+        except RecursionError:
+            yield Row(line, {}, "JSON nested too deeply")
+        else:
+            yield Row(line, data) if isinstance(data, dict) else Row(line, {}, f"a JSON {_json_type(data)}, expected an object")
+
+
+def _csv_rows(file: IO[bytes]) -> Iterator[Row]:
+    lines = (raw.decode("utf-8-sig" if i == 0 else "utf-8") for i, raw in enumerate(file))
+    reader = csv.DictReader(lines, strict=True)
+    while True:
+        try:
+            data = next(reader)
+        except StopIteration:
+            return
+        except (csv.Error, UnicodeDecodeError) as error:
+            yield Row(reader.line_num, {}, f"not CSV in UTF-8 ({error})")
+            return  # the reader's quoting state is lost: what follows cannot be told apart
+        if None in data or None in data.values():
+            yield Row(reader.line_num, {}, f"a row of another length than the header ({', '.join(reader.fieldnames or ())})")
+        else:
+            yield Row(reader.line_num, {name: value for name, value in data.items() if value != ""})
+
+
+_READERS: dict[str, Callable[[IO[bytes]], Iterator[Row]]] = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
+
+
+def check_messages(value: object) -> str:
+    """What keeps `value` from being a list of chat messages; empty if nothing does."""
+    if not isinstance(value, list):
+        return f"`messages` is a JSON {_json_type(value)}, expected a list of {{role, content}} objects"
+    if not value:
+        return "`messages` is empty"
+    for index, message in enumerate(value, start=1):
+        if not isinstance(message, dict):
+            return f"message {index} is a JSON {_json_type(message)}, expected an object with `role` and `content`"
+        if message.get("role") not in ROLES:
+            return f"message {index} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}"
+        if not isinstance(message.get("content"), str):
+            return f"message {index} has `content` of type {_json_type(message.get('content'))}, expected a string"
+        if message["role"] == "system" and index > 1:
+            return f"message {index} is a system message; only the first may be"
+    return ""
+
+
+def conversation_of(row: Row, source: str) -> Conversation | str:
+    """The training conversation in a row, or what is wrong with the row."""
+    data = row.data
+    if row.problem:
+        return row.problem
+    if "messages" in data:
+        return _messages_conversation(data["messages"], source)
+    if "prompt" in data and "completion" in data:
+        return _prompt_conversation(data["prompt"], data["completion"], source)
+    found = ", ".join(f"`{name}`" for name in data) or "no fields"
+    return f"expected `messages`, or `prompt` and `completion`; found {found}"
+
+
+def _messages_conversation(messages: Any, source: str) -> Conversation | str:
+    if problem := check_messages(messages):
+        return problem
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+        return "no assistant message with text, so nothing to learn from"
+    if messages[-1]["role"] != "assistant":
+        return f"the last message is the {messages[-1]['role']}'s, expected the assistant's reply"
+    return Conversation(_clean(messages), source)
+
+
+def _prompt_conversation(prompt: Any, completion: Any, source: str) -> Conversation | str:
+    if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational prompt/completion
+        return _messages_conversation(prompt + completion, source)
+    for name, value in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(value, str):
+            return f"`{name}` is a JSON {_json_type(value)}, expected a string"
+    if not completion.strip():
+        return "`completion` is empty, so nothing to learn from"
+    reply: Message = {"role": "assistant", "content": completion}
+    return Conversation((user_message(prompt), reply), source, templated=False)
+
+
+def _clean(messages: list[dict[str, Any]]) -> tuple[Message, ...]:
+    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
+
+
+def read_conversations(path: Path | str) -> list[Conversation]:
+    """Every training conversation of a file.
+
+    Raises:
+        DataFileError: the file cannot be read, holds no row, or holds bad rows (up to eight are named by line).
+    """
+    conversations, problems = [], []
+    for row in read_rows(path):
+        found = conversation_of(row, f"{path}:{row.line}")
+        if isinstance(found, str):
+            problems.append(f"{path}:{row.line}: {found}")
+        else:
+            conversations.append(found)
+    if problems:
+        raise DataFileError(_summary(problems), hint="Each line is one JSON object with `messages`, or with `prompt` and `completion`.")
+    if not conversations:
+        raise DataFileError(f"{path}: no rows", hint="Each line is one JSON object with `messages`, or with `prompt` and `completion`.")
+    return conversations
+
+
+def _summary(problems: list[str]) -> str:
+    shown = problems[:MAX_PROBLEMS_SHOWN]
+    rest = len(problems) - len(shown)
+    return "\n".join([*shown, *([f"... and {rest} more bad rows"] if rest else [])])
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
