@@ -40,7 +40,9 @@ class AdapterRef:
                     raise SettingsError(f"adapter {text!r}: no name before '='", hint="Write NAME=PATH, or PATH alone.")
             path_text, scale = _split_scale(path_text, text)
         if not path_text:
-            raise SettingsError(f"adapter {text!r}: no path", hint="Write [NAME=]PATH[@SCALE], for example support.gguf@0.5.")
+            raise SettingsError(
+                f"adapter {text!r}: no path", hint="Write [NAME=]PATH[@SCALE], for example support.gguf@0.5."
+            )
         path = Path(path_text).expanduser()
         return cls(check_name(name or default_name(path)), path, scale)
 
@@ -52,7 +54,10 @@ def _split_scale(path_text: str, whole: str) -> tuple[str, float]:
     if not _SCALE.fullmatch(tail) or not math.isfinite(float(tail)):
         if "/" in tail or not head:  # an '@' inside a folder's name
             return path_text, 1.0
-        raise SettingsError(f"adapter {whole!r}: {tail!r} is not a scale", hint="Write a number after '@', for example support.gguf@0.5.")
+        raise SettingsError(
+            f"adapter {whole!r}: {tail!r} is not a scale",
+            hint="Write a number after '@', for example support.gguf@0.5.",
+        )
     return head, float(tail)
 
 
@@ -68,9 +73,12 @@ def check_name(name: str) -> str:
         SettingsError: reserved for the bare base, or holding characters that requests and files cannot carry.
     """
     if name in BASE_NAMES:
-        raise SettingsError(f"an adapter cannot be called {name!r}: that names the bare base", hint="Give it a name: NAME=PATH.")
+        raise SettingsError(
+            f"an adapter cannot be called {name!r}: that names the bare base", hint="Give it a name: NAME=PATH."
+        )
     if not _NAME.fullmatch(name):
         raise SettingsError(
-            f"{name!r} cannot name an adapter: letters, digits, '.', '_' and '-' only", hint="Give it a name: NAME=PATH."
+            f"{name!r} cannot name an adapter: letters, digits, '.', '_' and '-' only",
+            hint="Give it a name: NAME=PATH.",
         )
     return name

@@ -52,7 +52,9 @@ class Contract:
 
     def to_metadata(self) -> dict[str, Value]:
         """GGUF key-value pairs; empty fields are left out."""
-        pairs = {entry.key: entry.encode(getattr(self, entry.field)) for entry in _ENTRIES if getattr(self, entry.field)}
+        pairs = {
+            entry.key: entry.encode(getattr(self, entry.field)) for entry in _ENTRIES if getattr(self, entry.field)
+        }
         return {_VERSION_KEY: self.version, **pairs}
 
     @classmethod
@@ -92,7 +94,9 @@ class Contract:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ModelFileError(f"{path}: cannot be read ({error})", hint="Delete it to go on without a contract.") from None
+            raise ModelFileError(
+                f"{path}: cannot be read ({error})", hint="Delete it to go on without a contract."
+            ) from None
         if not isinstance(values, dict):
             raise ModelFileError(f"{path}: expected a JSON object", hint="Delete it to go on without a contract.")
         _check_version(values.pop("version", None), str(path))
@@ -121,7 +125,9 @@ def _decode(cls: type[Contract], values: Mapping[str, tuple[Any, Callable[[Any],
         except (ValueError, TypeError, KeyError) as error:
             problems.append(f"{name} ({error})")
     if problems:
-        raise ModelFileError(f"{source}: its contract is damaged: {'; '.join(problems)}", hint="Convert the adapter again.")
+        raise ModelFileError(
+            f"{source}: its contract is damaged: {'; '.join(problems)}", hint="Convert the adapter again."
+        )
     return cls(**decoded)
 
 

@@ -79,7 +79,9 @@ def _open_text(path: Path | str) -> Iterator[IO[bytes]]:
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below; a separate try keeps errors of the body out of this one
     except OSError as error:
-        raise DataFileError(f"{path}: {error.strerror}", hint="Give a JSONL file: one JSON object on each line.") from None
+        raise DataFileError(
+            f"{path}: {error.strerror}", hint="Give a JSONL file: one JSON object on each line."
+        ) from None
     with file:
         yield file
 
@@ -98,7 +100,11 @@ def _jsonl_rows(file: IO[bytes]) -> Iterator[Row]:
         except RecursionError:
             yield Row(line, {}, "JSON nested too deeply")
         else:
-            yield Row(line, data) if isinstance(data, dict) else Row(line, {}, f"a JSON {_json_type(data)}, expected an object")
+            yield (
+                Row(line, data)
+                if isinstance(data, dict)
+                else Row(line, {}, f"a JSON {_json_type(data)}, expected an object")
+            )
 
 
 def _csv_rows(file: IO[bytes]) -> Iterator[Row]:
@@ -113,7 +119,9 @@ def _csv_rows(file: IO[bytes]) -> Iterator[Row]:
             yield Row(reader.line_num, {}, f"not CSV in UTF-8 ({error})")
             return  # the reader's quoting state is lost: what follows cannot be told apart
         if None in data or None in data.values():
-            yield Row(reader.line_num, {}, f"a row of another length than the header ({', '.join(reader.fieldnames or ())})")
+            yield Row(
+                reader.line_num, {}, f"a row of another length than the header ({', '.join(reader.fieldnames or ())})"
+            )
         else:
             yield Row(reader.line_num, {name: value for name, value in data.items() if value != ""})
 
@@ -192,9 +200,13 @@ def read_conversations(path: Path | str) -> list[Conversation]:
         else:
             conversations.append(found)
     if problems:
-        raise DataFileError(_summary(problems), hint="Each line is one JSON object with `messages`, or with `prompt` and `completion`.")
+        raise DataFileError(
+            _summary(problems), hint="Each line is one JSON object with `messages`, or with `prompt` and `completion`."
+        )
     if not conversations:
-        raise DataFileError(f"{path}: no rows", hint="Each line is one JSON object with `messages`, or with `prompt` and `completion`.")
+        raise DataFileError(
+            f"{path}: no rows", hint="Each line is one JSON object with `messages`, or with `prompt` and `completion`."
+        )
     return conversations
 
 
@@ -205,5 +217,13 @@ def _summary(problems: list[str]) -> str:
 
 
 def _json_type(value: object) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    names = {
+        dict: "object",
+        list: "list",
+        str: "string",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)

@@ -34,7 +34,9 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        problems = [f"{name} is {getattr(self, name)!r}, expected {wanted}" for name, ok, wanted in self._checks() if not ok]
+        problems = [
+            f"{name} is {getattr(self, name)!r}, expected {wanted}" for name, ok, wanted in self._checks() if not ok
+        ]
         if problems:
             raise SettingsError("sampling: " + "; ".join(problems))
 
@@ -50,9 +52,21 @@ class Sampling:
             ("top_k", whole(self.top_k) and self.top_k >= 0, "a whole number, 0 or more"),
             ("top_p", number(self.top_p) and 0 < self.top_p <= 1, "a number above 0, at most 1"),
             ("min_p", number(self.min_p) and 0 <= self.min_p < 1, "a number from 0, below 1"),
-            ("repeat_penalty", number(self.repeat_penalty) and 0 < self.repeat_penalty <= 10, "a number above 0, at most 10"),
-            ("seed", self.seed is None or (whole(self.seed) and 0 <= self.seed < 2**32), "a whole number from 0, below 2**32"),
-            ("max_tokens", self.max_tokens is None or (whole(self.max_tokens) and self.max_tokens >= 1), "a whole number, 1 or more"),
+            (
+                "repeat_penalty",
+                number(self.repeat_penalty) and 0 < self.repeat_penalty <= 10,
+                "a number above 0, at most 10",
+            ),
+            (
+                "seed",
+                self.seed is None or (whole(self.seed) and 0 <= self.seed < 2**32),
+                "a whole number from 0, below 2**32",
+            ),
+            (
+                "max_tokens",
+                self.max_tokens is None or (whole(self.max_tokens) and self.max_tokens >= 1),
+                "a whole number, 1 or more",
+            ),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "strings that are not empty"),
         ]
 
@@ -71,11 +85,15 @@ class Sampling:
         """
         unknown = sorted(set(values) - set(cls.field_names()))
         if unknown:
-            raise SettingsError(f"unknown sampling settings: {', '.join(unknown)}", hint=f"Known: {', '.join(cls.field_names())}.")
+            raise SettingsError(
+                f"unknown sampling settings: {', '.join(unknown)}", hint=f"Known: {', '.join(cls.field_names())}."
+            )
         given = {name: value for name, value in values.items() if value is not None}
         if "stop" in given:
             stop = given["stop"]
-            given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
+            given["stop"] = (
+                (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
+            )
         return replace(defaults or cls(), **given)
 
     def changes(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ is the one Hugging Face templates are written for (transformers, `utils/chat_tem
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 BUILTIN = {
     "chatml": (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% for message in messages %}"
+        "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "llama2": (
@@ -34,7 +36,8 @@ BUILTIN = {
         "{% else %} {{ message['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
     ),
     "plain": (  # text in, text out: for models that were never taught to chat
-        "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{% for message in messages %}"
+        "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
         "{% endfor %}"
     ),
 }
@@ -134,7 +137,9 @@ def _environment() -> jinja2.Environment:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body, lineno=line)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
@@ -149,11 +154,3 @@ def _raise_exception(message: str) -> NoReturn:
     import jinja2
 
     raise jinja2.TemplateError(message)
-
-
-def special_token_text(metadata: Mapping[str, Any], which: str) -> str:
-    """The text of the `bos` or `eos` token of a GGUF base, empty where it has none."""
-    tokens, index = metadata.get("tokenizer.ggml.tokens"), metadata.get(f"tokenizer.ggml.{which}_token_id")
-    if tokens is None or not isinstance(index, int) or not 0 <= index < len(tokens):
-        return ""
-    return str(tokens[index])

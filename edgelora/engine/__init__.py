@@ -1,0 +1,19 @@
+"""The engine: one base in memory, adapters switched per request, one thread that owns llama.cpp.
+
+The only package that imports `llama_cpp`, and only its low-level half:
+
+    native.py       the ctypes seam: log capture, handles freed once, the flag that interrupts a running decode
+    model.py        a loaded base: metadata, special tokens, sizes
+    context.py      KV memory and decode
+    tokenizer.py    text to tokens and back
+    prompt.py       a conversation to the tokens that the model reads
+    preflight.py    what is checked before llama.cpp sees an adapter
+    adapters.py     the adapters that are loaded
+    cache.py        KV prefixes, keyed by adapter content and scale
+    sampler.py      sampler chains
+    reply.py        token bytes to text: stop strings, whole characters
+    generation.py   one request, step by step
+    runtime.py      everything above, on the engine's own thread
+    stream.py       what callers hold: Request, Stream, Completion
+    engine.py       Engine: the thread and its queue
+"""

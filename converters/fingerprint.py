@@ -1,0 +1,95 @@
+"""One hash for a base, however it is quantized.
+
+Norm vectors stay F32 in every quantization, and no two trainings give the same ones. So the hash of the norm vectors, the
+vocabulary and the sizes is the same for an HF folder, for its F32 to Q2_K files, and for those that llama.cpp's own tools made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+
+from converters.architectures import Dimensions
+from converters.checkpoint import Checkpoint, Floats
+from converters.errors import FormatError
+from converters.quant_types import TYPES
+from converters.reader import ARRAY, STRING, GGUFHeader, read_header
+
+TOKENS = "tokenizer.ggml.tokens"
+_DTYPES = {"F32": "<f4", "F16": "<f2"}
+
+
+def fingerprint(path: Path) -> str:
+    """The fingerprint of a base: an HF folder or a GGUF file.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ConversionError: not a base, or broken.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _of_folder(path)
+    return fingerprint_of_header(read_header(path))
+
+
+def _of_folder(folder: Path) -> str:
+    from converters.base import norms, understand  # base.py writes fingerprints, so it imports this module
+
+    with Checkpoint(folder) as checkpoint:
+        model = understand(checkpoint)
+        return fingerprint_of(model.dimensions, model.vocabulary.tokens, norms(checkpoint, model.places))
+
+
+def fingerprint_of_header(header: GGUFHeader) -> str:
+    """The fingerprint of a GGUF base whose header has been read.
+
+    Raises:
+        FormatError: it is an adapter, or has no vocabulary.
+    """
+    if header.kind != "base" or TOKENS not in header.metadata:
+        raise FormatError(f"{header.path}: not a base with a vocabulary")
+    raw = header.metadata.raw(TOKENS)
+    if raw.kind != ARRAY or raw.item_kind != STRING:
+        raise FormatError(f"{header.path}: {TOKENS} is not a list of strings")
+    dimensions = Dimensions.from_metadata(header.metadata, raw.count)
+    return _digest(dimensions, raw.data, ((name, _vector(header, name)) for name in header.tensors if _is_norm(name)))
+
+
+def fingerprint_of(dimensions: Dimensions, tokens: Sequence[str], norms: Iterable[tuple[str, Floats]]) -> str:
+    """The fingerprint from its parts.
+
+    Args:
+        dimensions: the model's sizes.
+        tokens: the vocabulary, by id.
+        norms: GGUF name and float32 values of every norm vector, in any order.
+    """
+    encoded = (token.encode("utf-8") for token in tokens)
+    return _digest(dimensions, b"".join(struct.pack("<Q", len(token)) + token for token in encoded), norms)
+
+
+def _digest(dimensions: Dimensions, vocabulary: bytes, norms: Iterable[tuple[str, Floats]]) -> str:
+    digest = hashlib.sha256(repr(astuple(dimensions)).encode())
+    digest.update(vocabulary)
+    for name, values in sorted(norms, key=lambda norm: norm[0]):
+        digest.update(name.encode() + b"\0" + values.astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def _is_norm(name: str) -> bool:
+    return name.endswith("_norm.weight")
+
+
+def _vector(header: GGUFHeader, name: str) -> Floats:
+    tensor = header.tensors[name]
+    if tensor.type_name not in _DTYPES:
+        raise FormatError(f"{header.path}: {name} is {tensor.type_name}; norm vectors of a base are F32")
+    count = tensor.size_bytes // TYPES[tensor.type_name].size
+    values = np.fromfile(header.path, _DTYPES[tensor.type_name], count, offset=tensor.offset)
+    return values.astype(np.float32)

@@ -1,0 +1,68 @@
+"""The `edgelora` command: a plain Click group, one file a command, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from converters.errors import ConversionError
+from edgelora.cli import batch, chat, convert, doctor, train
+from edgelora.errors import EdgeloraError
+from edgelora.version import __version__
+
+EXIT_MODEL_FILE = 3
+EXIT_INTERRUPTED = 130
+
+
+class ErrorBoundary(click.Group):
+    """Turns the two error trees and Ctrl-C into a message and an exit code; anything else is a bug, shown whole."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeloraError as error:
+            _report(error.message, error.hint)
+            ctx.exit(error.exit_code)
+        except ConversionError as error:
+            _report(error.message, error.hint)
+            ctx.exit(EXIT_MODEL_FILE)
+        except KeyboardInterrupt as interrupt:
+            click.echo(f"\nInterrupted. {interrupt}".rstrip(), err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+def _report(message: str, hint: str) -> None:
+    click.secho(f"Error: {message}", err=True, fg="red")
+    if hint:
+        click.echo(hint, err=True)
+
+
+@click.group(cls=ErrorBoundary, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="edgelora")
+def cli() -> None:
+    """Fine-tune adapters, convert them exactly, and run many of them on one base.
+
+    \b
+    The main job, in three commands:
+      edgelora train support.jsonl --base my-model/ -o support/
+      edgelora convert my-model/ --quant q4_k_m && edgelora convert support/
+      edgelora chat --adapter support.gguf
+
+    \b
+    Exit codes: 0 done, 1 the work failed a check, 2 usage, 3 model or adapter file,
+    4 data file, 5 packages missing, 130 interrupted.
+    """
+
+
+for module in (train, convert, chat, batch, doctor):
+    cli.add_command(module.command)
+
+
+def main() -> None:
+    """Entry point of the `edgelora` script."""
+    try:
+        cli(prog_name="edgelora")
+    except KeyboardInterrupt:  # before Click has a command to interrupt
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,87 @@
+"""`edgelora chat`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgelora.adapter_ref import AdapterRef
+from edgelora.cli.options import (
+    adapter_option,
+    base_option,
+    config_option,
+    engine_options,
+    sampling_of,
+    sampling_options,
+    template_option,
+)
+
+
+@click.command("chat")
+@click.argument("prompt", required=False)
+@adapter_option
+@base_option
+@click.option("--system", help="System prompt, instead of the adapter's own.")
+@click.option("--stats", is_flag=True, help="Print speed and time to first token on stderr.")
+@template_option
+@sampling_options
+@engine_options
+@config_option
+def command(
+    prompt: str | None,
+    adapters: tuple[AdapterRef, ...],
+    base: Path | None,
+    system: str | None,
+    stats: bool,
+    **options: Any,
+) -> None:
+    """Talk to a base through an adapter.
+
+    With PROMPT, or text piped in, one answer is written to stdout, and nothing else there. Without, a
+    conversation starts in the terminal; with several adapters the first one answers until /adapter switches.
+
+    \b
+    Examples:
+      edgelora chat --adapter support.gguf
+      edgelora chat --adapter support.gguf "Is it waterproof?"
+      cat mail.txt | edgelora chat --adapter extract.gguf --temperature 0
+      edgelora chat --adapter support.gguf --adapter extract.gguf@0.8
+    """
+    from edgelora.chat import terminal
+    from edgelora.chat.session import Session, describe
+    from edgelora.cli.loading import open_engine
+
+    sampling = sampling_of(options)
+    question = _question(prompt)
+    with open_engine(adapters, base, **options) as engine:
+        first = adapters[0].name if adapters else None
+        session = Session(engine, adapter=first, system=system, sampling=sampling)
+        if question is None:
+            terminal.run(session, stats=stats)
+            return
+        stream = session.ask(question)
+        try:
+            terminal.write(stream)
+        except KeyboardInterrupt:
+            stream.cancel()
+            click.echo()
+            raise
+        if stats:
+            click.echo(describe(stream.completion), err=True)
+
+
+def _question(prompt: str | None) -> str | None:
+    """PROMPT, or what is piped in; None where a person sits at the terminal.
+
+    With PROMPT, stdin is not read: under cron or in a script it may be a pipe that never ends.
+    """
+    if prompt is None or prompt == "-":
+        if sys.stdin is None or (sys.stdin.isatty() and prompt is None):
+            return None
+        prompt = sys.stdin.read().strip("\n")
+    if not prompt.strip():
+        raise click.UsageError("nothing was asked: give a PROMPT argument or pipe text in")
+    return prompt

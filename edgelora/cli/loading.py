@@ -1,0 +1,49 @@
+"""From `--adapter` and `--base` to an engine: PEFT folders converted, the base found, what happened said on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgelora.adapter_ref import AdapterRef
+from edgelora.template import resolve
+
+if TYPE_CHECKING:
+    from edgelora.engine.engine import Engine
+
+
+@contextmanager
+def open_engine(
+    adapters: Sequence[AdapterRef],
+    base: Path | None,
+    *,
+    chat_template: str | None,
+    ctx_size: int | None,
+    threads: int | None,
+    gpu_layers: int,
+    force: bool,
+) -> Iterator[Engine]:
+    """An engine for the command line's options, closed afterwards."""
+    from edgelora.engine.engine import Engine
+    from edgelora.resolution import resolve_files
+
+    template = resolve(chat_template) if chat_template else None
+    files = resolve_files(adapters, base)
+    if files.base_note:
+        click.secho(files.base_note, err=True, dim=True)
+    with Engine(
+        files.base,
+        adapters=files.adapters,
+        n_ctx=ctx_size,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        chat_template=template,
+        force=force,
+    ) as engine:
+        for notice in engine.notices:
+            click.secho(notice, err=True, fg="yellow")
+        yield engine

@@ -1,0 +1,138 @@
+"""Options that more than one command has, and `--config`, which fills any of them from a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from edgelora.adapter_ref import AdapterRef
+from edgelora.errors import SettingsError
+from edgelora.sampling import Sampling
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FILE = click.Path(path_type=Path)
+
+
+class AdapterType(click.ParamType[AdapterRef]):
+    """`[NAME=]PATH[@SCALE]`."""
+
+    name = "[NAME=]PATH[@SCALE]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> AdapterRef:
+        if isinstance(value, AdapterRef):
+            return value
+        try:
+            return AdapterRef.parse(str(value))
+        except SettingsError as error:
+            self.fail(f"{error.message} {error.hint}".strip(), param, ctx)
+
+
+def _chain(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path}: cannot be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise click.BadParameter(f"{path}: not TOML ({error})") from None
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    names = {option.lstrip("-").replace("-", "_"): str(p.name) for p in ctx.command.params for option in p.opts}
+    unknown = sorted(set(values) - set(names) | ({"config"} & set(values)))
+    if unknown:
+        known = ", ".join(sorted(name for name in names if len(name) > 1 and name != "config"))
+        raise click.BadParameter(f"{path}: unknown settings: {', '.join(unknown)} (known: {known})")
+    ctx.default_map = {**(ctx.default_map or {}), **{names[name]: value for name, value in values.items()}}
+    return path
+
+
+config_option = click.option(
+    "--config",
+    type=FILE,
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="TOML file whose keys fill options not given here (`learning-rate = 1e-4`).",
+)
+
+adapter_option = click.option(
+    "--adapter",
+    "adapters",
+    type=AdapterType(),
+    multiple=True,
+    help="A GGUF adapter or a PEFT folder; repeat for several. Its name defaults to the file's stem, its scale to 1.",
+)
+
+base_option = click.option(
+    "--base", type=FILE, help="GGUF base; without it, the one the adapter was made for is found."
+)
+
+template_option = click.option(
+    "--chat-template", metavar="NAME|FILE", help="Chat template to use instead of the adapter's or base's own."
+)
+
+engine_options = _chain(
+    click.option(
+        "--ctx-size",
+        type=click.IntRange(min=16),
+        help="Context window in tokens.  [default: the model's, at most 4096]",
+    ),
+    click.option(
+        "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the cores this process may use]"
+    ),
+    click.option(
+        "--gpu-layers",
+        type=click.IntRange(min=-1),
+        default=-1,
+        show_default="all",
+        help="Layers kept on the GPU, where there is one.",
+    ),
+    click.option("--force", is_flag=True, help="Use an adapter even where it says that it was made for another base."),
+)
+
+_DEFAULTS = Sampling()
+sampling_options = _chain(
+    click.option(
+        "--temperature", type=float, help=f"0 is greedy.  [default: the adapter's, else {_DEFAULTS.temperature}]"
+    ),
+    click.option(
+        "--top-k", type=int, help=f"Keep the k most likely tokens; 0 keeps all.  [default: {_DEFAULTS.top_k}]"
+    ),
+    click.option("--top-p", type=float, help=f"Nucleus sampling.  [default: {_DEFAULTS.top_p}]"),
+    click.option(
+        "--min-p",
+        type=float,
+        help=f"Drop tokens less likely than this share of the best.  [default: {_DEFAULTS.min_p}]",
+    ),
+    click.option("--repeat-penalty", type=float, help=f"1 changes nothing.  [default: {_DEFAULTS.repeat_penalty}]"),
+    click.option("--seed", type=int, help="Same seed, same text."),
+    click.option(
+        "--max-tokens", type=int, help="End a reply after this many tokens.  [default: no limit but the context]"
+    ),
+    click.option("--stop", multiple=True, help="End a reply at this string; repeat for several."),
+)
+
+
+def sampling_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the sampling options out of a command's `options`; only those given are returned.
+
+    Raises:
+        SettingsError: a value out of range.
+    """
+    taken = {name: options.pop(name) for name in Sampling.field_names()}
+    given = {name: value for name, value in taken.items() if value is not None and value != ()}
+    Sampling.from_mapping(given)
+    return given

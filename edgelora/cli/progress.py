@@ -1,0 +1,67 @@
+"""Progress bars on stderr: what is done, at what rate, how long it will take. Silent where stderr is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+@contextmanager
+def bytes_bar(title: str) -> Iterator[ByteProgress]:
+    """A bar for work measured in bytes, as converters report it: `(done_bytes, total_bytes, what)`."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[what]}"),
+    )
+    with _bar(TextColumn("{task.description}"), *columns) as progress:
+        yield ByteProgress(progress, title)
+
+
+class ByteProgress:
+    def __init__(self, progress: Progress, title: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(title, total=None, what="")
+
+    def __call__(self, done_bytes: int, total_bytes: int, what: str) -> None:
+        self._progress.update(self._task, completed=done_bytes, total=total_bytes, what=what)
+
+
+@contextmanager
+def count_bar(title: str, unit: str) -> Iterator[CountProgress]:
+    """A bar for work measured in steps or rows, with a rate and a field for notes (loss, errors)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with _bar(TextColumn("{task.description}"), *columns) as progress:
+        yield CountProgress(progress, title, unit)
+
+
+class CountProgress:
+    def __init__(self, progress: Progress, title: str, unit: str) -> None:
+        self._progress, self._unit = progress, unit
+        self._task = progress.add_task(title, total=None, note="")
+
+    def update(self, done: int, total: int | None = None, note: str = "") -> None:
+        speed = self._progress.tasks[self._task].speed
+        rate = f"{speed:.1f} {self._unit}/s" if speed else ""
+        self._progress.update(self._task, completed=done, total=total, note="  ".join(filter(None, (note, rate))))
+
+
+@contextmanager
+def _bar(*columns: object) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:  # type: ignore[arg-type]
+        yield progress

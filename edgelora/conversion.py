@@ -1,0 +1,242 @@
+"""`edgelora convert` as a function: what SOURCE is, where OUT goes, the contract inside, and the store told.
+
+The bytes are the work of `converters`; this module adds what only edgelora knows, the contract.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.errors import ConversionError
+from edgelora.contract import FILE_NAME, Contract, Value
+from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError, SettingsError
+from edgelora.messages import Message
+from edgelora.store import Store
+from edgelora.template import ChatTemplate, resolve
+
+if TYPE_CHECKING:
+    from converters.adapter import AdapterReport
+    from converters.base import BaseReport
+
+Progress = Callable[[int, int, str], None]
+
+DEFAULT_QUANT = "q4_k_m"
+GOLDEN_MESSAGES: tuple[Message, ...] = (
+    {"role": "user", "content": "Hello, how are you?"},
+    {"role": "assistant", "content": "Fine, thank you."},
+)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What `edgelora convert` can be told.
+
+    Attributes:
+        quant: quantization of a base (see `converters.quant_types`); None is `q4_k_m`.
+        base: the base of an adapter: an HF folder or a GGUF; None lets the store find it.
+        chat_template: a built-in name or a Jinja file, instead of the source's own.
+        threads: cores to quantize on; None is all that the process may use.
+        force: replace OUT where it exists, and convert an adapter against a base it was not made for.
+    """
+
+    quant: str | None = None
+    base: Path | None = None
+    chat_template: str | None = None
+    threads: int | None = None
+    force: bool = False
+
+
+def convert(
+    source: Path,
+    out: Path | None = None,
+    options: ConvertOptions | None = None,
+    *,
+    store: Store | None = None,
+    progress: Progress | None = None,
+) -> BaseReport | AdapterReport:
+    """Convert an HF base or a PEFT adapter to GGUF, whichever `source` is.
+
+    Args:
+        out: a file, or a folder to put it in; None is the current folder. The default name of a base is
+            `NAME-QUANT.gguf`, that of an adapter `NAME.gguf`.
+
+    Raises:
+        ConversionError, EdgeloraError: `source` is neither, is damaged, or cannot be converted exactly.
+    """
+    from converters.detect import SourceKind, detect
+
+    options, store = options or ConvertOptions(), store or Store()
+    kind = detect(source)
+    if kind is SourceKind.HF_BASE:
+        return _convert_base(source, out, options, store, progress)
+    if kind is SourceKind.PEFT_ADAPTER:
+        return _convert_adapter(source, out, options, store, progress)
+    noun = "a GGUF base" if kind is SourceKind.GGUF_BASE else "a GGUF adapter"
+    raise ConversionError(
+        f"{source} is {noun} already",
+        hint="Give the Hugging Face folder of a base, or the folder that PEFT wrote for an adapter.",
+    )
+
+
+def _convert_base(
+    source: Path, out: Path | None, options: ConvertOptions, store: Store, progress: Progress | None
+) -> BaseReport:
+    from converters.base import convert_base
+
+    if options.base:
+        raise SettingsError(f"--base goes with an adapter, and {source} is a base")
+    quant = (options.quant or DEFAULT_QUANT).lower()
+    metadata: dict[str, Value] = {}
+    if options.chat_template:
+        metadata["tokenizer.chat_template"] = _checked_template(options.chat_template)
+    target = _target(out, f"{source.resolve().name}-{quant}.gguf")
+    report = convert_base(
+        source, target, quant=quant, threads=options.threads, metadata=metadata, progress=progress, force=options.force
+    )
+    store.register(report.path)
+    return report
+
+
+def _convert_adapter(
+    source: Path, out: Path | None, options: ConvertOptions, store: Store, progress: Progress | None
+) -> AdapterReport:
+    from converters.adapter import convert_adapter
+
+    if options.quant:
+        raise SettingsError(f"--quant goes with a base, and {source} is an adapter")
+    base = find_base(source, options.base, store)
+    contract = contract_for(source, base, store, chat_template=options.chat_template, force=options.force)
+    target = _target(out, f"{source.resolve().name}.gguf")
+    return convert_adapter(
+        source, base, target, metadata=contract.to_metadata(), progress=progress, force=options.force
+    )
+
+
+def adapter_from_folder(folder: Path, base: Path, store: Store) -> Path:
+    """The GGUF of a PEFT folder, made once for each content and kept in the store."""
+    from converters.adapter import convert_adapter
+
+    target = store.adapter_path(_content_hash(folder, store.fingerprint(base)))
+    if not target.is_file():
+        contract = contract_for(folder, base, store)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        convert_adapter(folder, base, target, metadata=contract.to_metadata(), force=True)
+    return target
+
+
+def _content_hash(folder: Path, base_fingerprint: str) -> str:
+    digest = hashlib.sha256(base_fingerprint.encode())
+    for name in ("adapter_config.json", "adapter_model.safetensors", FILE_NAME):
+        path = folder / name
+        digest.update(f"\0{name}\0".encode())
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def find_base(folder: Path, given: Path | None, store: Store) -> Path:
+    """The base a PEFT folder is converted against: the one given, the folder it names, or the store's."""
+    if given:
+        return given
+    named = Path(_base_named_by(folder))
+    if named.is_dir() and (named / "config.json").is_file():
+        return named
+    try:
+        return store.find_base(Contract.load(folder), folder).path
+    except BaseNotFoundError as error:
+        raise BaseNotFoundError(
+            error.message, hint="Name it with --base: its Hugging Face folder, or a GGUF of it."
+        ) from None
+
+
+def _base_named_by(folder: Path) -> str:
+    from converters.peft_config import read_peft_config
+
+    return str(read_peft_config(folder).base_model_name_or_path or "")
+
+
+def contract_for(
+    folder: Path, base: Path, store: Store, *, chat_template: str | None = None, force: bool = False
+) -> Contract:
+    """The contract of a PEFT folder: the one training wrote, or one made from what the base says of itself.
+
+    Raises:
+        BaseMismatchError: training wrote down another base than `base`.
+    """
+    found, fingerprint = Contract.load(folder), store.fingerprint(base)
+    if found is None:
+        found = Contract(base_name=_base_named_by(folder) or base.stem)
+    elif found.base_fingerprint and found.base_fingerprint != fingerprint and not force:
+        raise BaseMismatchError(
+            f"{folder} was trained on {found.base_name or 'another base'} (fingerprint {found.base_fingerprint[:12]}); "
+            f"{base} is another (fingerprint {fingerprint[:12]})",
+            hint="Name the right base with --base, or use --force to convert it all the same.",
+        )
+    if chat_template or not found.chat_template:
+        source = _checked_template(chat_template) if chat_template else _template_of(base)
+        found = found.with_changes(chat_template=source, golden_messages=(), golden_tokens=())
+        if source and not found.stop and base.is_dir():
+            found = _with_golden(found, base)
+    return found.with_changes(base_fingerprint=fingerprint)
+
+
+def _checked_template(name_or_path: str) -> str:
+    return ChatTemplate(resolve(name_or_path)).source
+
+
+def _template_of(base: Path) -> str:
+    """The base's own chat template, empty where it has none."""
+    if base.is_dir():
+        from converters.tokenizer import chat_template
+
+        return chat_template(base) or ""
+    from converters.reader import read_header
+
+    return str(read_header(base).metadata.get("tokenizer.chat_template", ""))
+
+
+def _with_golden(contract: Contract, base: Path) -> Contract:
+    """Record the ids of a short conversation, by the Hugging Face tokenizer, for the device to compare with."""
+    tokens = golden_tokens(base, contract.chat_template, GOLDEN_MESSAGES)
+    return contract.with_changes(golden_messages=GOLDEN_MESSAGES, golden_tokens=tokens) if tokens else contract
+
+
+def golden_tokens(base: Path, template: str, messages: tuple[Message, ...]) -> tuple[int, ...]:
+    """The ids of `messages` under `template`, by the tokenizer in an HF folder; empty without a `tokenizer.json`."""
+    import json
+
+    from tokenizers import Tokenizer
+
+    path = base / "tokenizer.json"
+    if not path.is_file():
+        return ()
+    names: dict[str, Any] = {}
+    if (base / "tokenizer_config.json").is_file():
+        names = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    text = ChatTemplate(template).render(
+        messages,
+        add_generation_prompt=False,
+        bos_token=_token_text(names.get("bos_token")),
+        eos_token=_token_text(names.get("eos_token")),
+    )
+    return tuple(Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids)
+
+
+def _token_text(value: Any) -> str:
+    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
+
+
+def _target(out: Path | None, name: str) -> Path:
+    if out is None:
+        return Path(name)
+    if out.is_dir() or str(out).endswith(os.sep):
+        if not out.is_dir():
+            raise ModelFileError(f"{out}: no such folder", hint=f"Make it first: mkdir -p {out}")
+        return out / name
+    return out

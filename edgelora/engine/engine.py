@@ -1,0 +1,314 @@
+"""Engine: one thread owns llama.cpp; callers on any thread send requests and read streams."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from edgelora.adapter_ref import AdapterRef, check_name
+from edgelora.contract import Contract
+from edgelora.engine.adapters import Adapter
+from edgelora.engine.native import InterruptFlag
+from edgelora.engine.preflight import base_fingerprint
+from edgelora.engine.runtime import Runtime, Settings
+from edgelora.engine.stream import Completion, Request, Stream, Task
+from edgelora.errors import EdgeloraError, SettingsError
+from edgelora.messages import Message
+from edgelora.sampling import Sampling
+from edgelora.template import ChatTemplate, resolve
+
+__all__ = ["Completion", "Engine", "Request", "Stream"]
+
+Result = TypeVar("Result")
+Adapters = Mapping[str, str | Path | AdapterRef] | Sequence[str | Path | AdapterRef]
+Messages = Sequence[Message] | str
+BATCH_WINDOW = 16
+"""Requests of `Engine.batch` that wait in the queue: enough to keep the thread busy."""
+
+
+class Engine:
+    """One base in memory, and adapters that are switched from request to request.
+
+    Args:
+        base: a GGUF base.
+        adapters: name to path, or references as on the command line: `"support.gguf"`, `"vip=tenants/7.gguf@0.5"`.
+        n_ctx: tokens that a conversation and its reply may take; None is what the base was trained with, at most 4096.
+        threads: to decode with; None is one for each physical core.
+        gpu_layers: layers to put on the GPU, where llama.cpp was built for one; -1 is all.
+        chat_template: a built-in template's name, a Jinja file, or a compiled template, instead of the adapter's and
+            the base's own.
+        force: use adapters whose contract does not fit the base; a notice takes the place of the error.
+
+    Raises:
+        ModelFileError, BaseMismatchError: a base or adapter that is missing, broken, or does not fit.
+        SettingsError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        base: str | Path,
+        adapters: Adapters = (),
+        *,
+        n_ctx: int | None = None,
+        threads: int | None = None,
+        gpu_layers: int = -1,
+        chat_template: str | ChatTemplate | None = None,
+        force: bool = False,
+    ) -> None:
+        references = _references(adapters)
+        for name, value in (("n_ctx", n_ctx), ("threads", threads)):
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} is {value}, expected a whole number, 1 or more")
+        template = ChatTemplate(resolve(chat_template)) if isinstance(chat_template, str) else chat_template
+        self.base = Path(base).expanduser()
+        self._worker = _Worker(Settings(self.base, n_ctx, threads, gpu_layers, template, force))
+        self._close = weakref.finalize(self, _Worker.stop, self._worker)
+        try:
+            self._worker.start()
+            for reference in references:
+                self._load(reference)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the loaded adapters."""
+        return self._call(lambda runtime: list(runtime.adapters))
+
+    @property
+    def notices(self) -> list[str]:
+        """What could not be checked, or was overruled with `force`: worth showing to the user."""
+        return self._call(Runtime.notices)
+
+    @property
+    def n_ctx(self) -> int:
+        return self._call(lambda runtime: runtime.n_ctx)
+
+    @property
+    def base_name(self) -> str:
+        return self._call(lambda runtime: runtime.model.name)
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Equal for every quantization of the same base."""
+        return base_fingerprint(self.base)
+
+    def adapter(self, name: str | None) -> Adapter:
+        """A loaded adapter's content hash, contract, sampling defaults and scale; of the bare base for None or "none".
+
+        Raises:
+            SettingsError: unknown name.
+        """
+        return self._call(lambda runtime: runtime.adapters.get(name))
+
+    def contract(self, name: str | None) -> Contract | None:
+        return self.adapter(name).contract
+
+    def load_adapter(self, name: str, path: str | Path, scale: float = 1.0) -> Adapter:
+        """Load an adapter, or replace the one of that name; requests that are under way finish on the old one.
+
+        Raises:
+            ModelFileError, BaseMismatchError: missing, broken, or does not fit the base.
+            SettingsError: a name that requests could not carry.
+        """
+        return self._load(AdapterRef(check_name(name), Path(path).expanduser(), scale))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its memory.
+
+        Raises:
+            SettingsError: no such adapter.
+        """
+        self._call(lambda runtime: runtime.unload_adapter(name))
+
+    def stream(
+        self,
+        messages: Messages,
+        *,
+        adapter: str | None = None,
+        scale: float | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        deterministic: bool = False,
+    ) -> Stream:
+        """A reply, piece by piece; the arguments are those of `Request`.
+
+        Raises, while the stream is read:
+            SettingsError: an unknown adapter or sampling setting, or messages that are none.
+            ContextOverflowError: the conversation does not fit.
+            ModelFileError: no chat template, or one that refuses the conversation.
+        """
+        return self.submit(Request(messages, adapter, scale, sampling, deterministic))
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        adapter: str | None = None,
+        scale: float | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        deterministic: bool = False,
+    ) -> Completion:
+        """A whole reply; arguments and errors as for `stream`."""
+        return self.submit(Request(messages, adapter, scale, sampling, deterministic)).completion
+
+    def submit(self, request: Request) -> Stream:
+        """`stream` for a request that is made already."""
+        task = Task(request)
+        self._worker.put(_Reply(task))
+        return Stream(task, self)
+
+    def batch(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """A reply for each request, in order; requests are taken a few ahead, so the iterable may be endless.
+
+        Raises:
+            EdgeloraError: the first request that cannot be answered.
+        """
+        streams: deque[Stream] = deque()
+        for request in requests:
+            streams.append(self.submit(request))
+            if len(streams) >= BATCH_WINDOW:
+                yield streams.popleft().completion
+        while streams:
+            yield streams.popleft().completion
+
+    def count_tokens(self, messages: Messages, adapter: str | None = None) -> int:
+        """How many tokens the conversation takes, with the template and system prompt it would be given."""
+        return self._call(lambda runtime: len(runtime.encode(messages, runtime.adapters.get(adapter))))
+
+    def close(self) -> None:
+        """Cancel what is under way, free everything, join the thread. May be called again."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _load(self, reference: AdapterRef, *, force: bool = False) -> Adapter:
+        return self._call(lambda runtime: runtime.load_adapter(reference, force=force))
+
+    def _call(self, function: Callable[[Runtime], Result]) -> Result:
+        """Run a short function on the thread, after what is queued before it."""
+        call = _Call(function)
+        self._worker.put(call)
+        result: Result = call.future.result()
+        return result
+
+
+def _references(adapters: Adapters) -> list[AdapterRef]:
+    if isinstance(adapters, Mapping):
+        return [_named(name, value) for name, value in adapters.items()]
+    found = [value if isinstance(value, AdapterRef) else AdapterRef.parse(str(value)) for value in adapters]
+    names = [reference.name for reference in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SettingsError(f"adapter names given twice: {', '.join(twice)}", hint="Name them apart: NAME=PATH.")
+    return found
+
+
+def _named(name: str, value: str | Path | AdapterRef) -> AdapterRef:
+    reference = value if isinstance(value, AdapterRef) else AdapterRef.parse(f"{check_name(name)}={value}")
+    return AdapterRef(check_name(name), reference.path, reference.scale)
+
+
+class _Call:
+    """A function to be run on the thread, and its result."""
+
+    def __init__(self, function: Callable[[Runtime], Any]) -> None:
+        self.function = function
+        self.future: Future[Any] = Future()
+        self.interrupt: InterruptFlag | None = None
+
+    def run(self, runtime: Runtime) -> None:
+        self.future.set_result(self.function(runtime))
+
+    def fail(self, error: BaseException) -> None:
+        self.future.set_exception(error)
+
+
+class _Reply:
+    """A task to be run on the thread; its stream receives everything."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.interrupt: InterruptFlag | None = task.interrupt
+
+    def run(self, runtime: Runtime) -> None:
+        self.task.items.put(runtime.run(self.task))
+
+    def fail(self, error: BaseException) -> None:
+        self.task.items.put(error)
+
+
+class _Worker:
+    """The thread and its queue. Knows nothing of the Engine, so that a dropped Engine can be collected."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._queue: SimpleQueue[_Call | _Reply | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._current: _Call | _Reply | None = None
+        self._loaded: Future[None] = Future()
+        self._settings = settings
+        self._thread = threading.Thread(target=self._run, name="edgelora-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start, and wait until the base is loaded.
+
+        Raises:
+            EdgeloraError: it cannot be.
+        """
+        self._thread.start()
+        self._loaded.result()
+
+    def put(self, job: _Call | _Reply) -> None:
+        with self._lock:
+            if self._stopping:
+                raise EdgeloraError("the engine is closed")
+            self._queue.put(job)
+
+    def stop(self) -> None:
+        """Cancel, free, join; also run when the Engine is collected, or at the interpreter's exit."""
+        with self._lock:
+            self._stopping = True
+            self._queue.put(None)
+            current = self._current
+        if current and current.interrupt:
+            current.interrupt.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            runtime = Runtime(self._settings, keep_going=lambda: not self._stopping)
+        except BaseException as error:
+            self._loaded.set_exception(error)
+            return
+        self._loaded.set_result(None)
+        try:
+            for job in iter(self._queue.get, None):
+                self._do(job, runtime)
+        finally:
+            runtime.close()
+
+    def _do(self, job: _Call | _Reply, runtime: Runtime) -> None:
+        with self._lock:
+            self._current = None if self._stopping else job
+        try:
+            if self._current is None:
+                raise EdgeloraError("the engine was closed before this request was answered")
+            job.run(runtime)
+        except BaseException as error:
+            job.fail(error)
+        finally:
+            self._current = None

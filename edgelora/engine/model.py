@@ -1,0 +1,87 @@
+"""A loaded base: weights mapped from the file, its vocabulary, its sizes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from converters.reader import GGUFHeader
+from edgelora.engine.native import Handle, forget_log, llama, reason
+from edgelora.engine.preflight import read_checked
+from edgelora.engine.tokenizer import open_tokenizer
+from edgelora.errors import EdgeloraError, ModelFileError
+from edgelora.template import ChatTemplate
+
+
+class Model:
+    """A base in memory. The weights are mapped, so that a second process pays nothing for them.
+
+    Args:
+        path: a GGUF base.
+        gpu_layers: layers to put on the GPU, -1 for all of them.
+        keep_going: asked while loading; False gives up.
+
+    Raises:
+        ModelFileError: missing, truncated, an adapter, no vocabulary, or refused by llama.cpp with its reason.
+    """
+
+    def __init__(self, path: Path, *, gpu_layers: int = -1, keep_going: Callable[[], bool] = lambda: True) -> None:
+        self.path = path
+        self.header: GGUFHeader = read_checked(path, "base")
+        self._handle = _load(path, gpu_layers, keep_going)
+        try:
+            self.vocab = llama().llama_model_get_vocab(self.pointer)
+            self.tokenizer = open_tokenizer(self.vocab, self.header.metadata)
+        except BaseException:
+            self.close()
+            raise
+        self.n_ctx_train: int = llama().llama_model_n_ctx_train(self.pointer)
+        self.n_vocab = self.tokenizer.size
+
+    @property
+    def pointer(self) -> Any:
+        return self._handle.pointer
+
+    @property
+    def name(self) -> str:
+        return str(self.header.metadata.get("general.name") or self.path.stem)
+
+    @property
+    def architecture(self) -> str:
+        return self.header.architecture
+
+    def chat_template(self) -> ChatTemplate | None:
+        """The template in the base's own metadata."""
+        source = self.header.metadata.get("tokenizer.chat_template")
+        return ChatTemplate(source) if isinstance(source, str) and source else None
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV cache (F16) that one token takes in all layers; an upper bound for models with sliding windows."""
+        library, pointer = llama(), self.pointer
+        heads, kv_heads = library.llama_model_n_head(pointer), library.llama_model_n_head_kv(pointer)
+        width = library.llama_model_n_embd(pointer) // max(heads, 1)
+        width = self.header.metadata.get(f"{self.architecture}.attention.key_length", width)
+        return int(library.llama_model_n_layer(pointer) * kv_heads * width * 2 * 2)
+
+    def close(self) -> None:
+        """Free it; contexts and adapters made from it must be gone before."""
+        self._handle.close()
+
+
+def _load(path: Path, gpu_layers: int, keep_going: Callable[[], bool]) -> Handle:
+    library = llama()
+    params = library.llama_model_default_params()
+    params.n_gpu_layers = gpu_layers
+    progress = library.llama_progress_callback(lambda _fraction, _data: keep_going())
+    params.progress_callback = progress
+    forget_log()
+    pointer = library.llama_model_load_from_file(os.fsencode(path), params)
+    if pointer:
+        return Handle(pointer, library.llama_model_free)
+    if not keep_going():
+        raise EdgeloraError(f"{path}: loading was interrupted")
+    raise ModelFileError(
+        f"{path}: llama.cpp cannot load it: {reason()}", hint="Convert the base again, or check `edgelora doctor`."
+    )

@@ -1,0 +1,236 @@
+"""What is checked before llama.cpp sees a file: it can end the process on an adapter that does not fit.
+
+llama.cpp itself compares the architecture and two of the dimensions (`src/llama-adapter.cpp`); a wrong value type, rank
+or expert count, or an embedding adapter on tied weights, is an assertion that kills the process at load or at the first
+decode, and trained norms are dropped without a word. All of it is refused here, in one message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from converters.errors import ConversionError
+from converters.reader import GGUFHeader, TensorInfo, read_header
+from edgelora.contract import Contract
+from edgelora.errors import BaseMismatchError, ModelFileError
+
+MAX_PROBLEMS_SHOWN = 8
+STRING, FLOAT32 = 8, 6  # GGUF value types
+READ_BYTES = 1 << 20
+_VALUE_TYPES = {
+    "general.type": STRING,
+    "general.architecture": STRING,
+    "adapter.type": STRING,
+    "adapter.lora.alpha": FLOAT32,
+}
+_INVOCATION = "adapter.alora.invocation_tokens"
+_HINTS = {
+    "base": "This is an adapter: give it with --adapter, and its base with --base.",
+    "adapter": "This is a base: give it with --base.",
+}
+Pair = tuple[TensorInfo | None, TensorInfo | None]
+
+
+def read_checked(path: Path, kind: str) -> GGUFHeader:
+    """The header of a GGUF that must be a `kind` ("base" or "adapter").
+
+    Raises:
+        ModelFileError: missing, a folder, not GGUF, truncated, or the other kind.
+    """
+    if path.is_dir():
+        raise ModelFileError(
+            f"{path}: a folder, expected a GGUF {kind}", hint=f"Convert it first: `edgelora convert {path}`."
+        )
+    try:
+        header = read_header(path)
+        _ = header.architecture
+    except ConversionError as error:
+        raise ModelFileError(error.message, hint=error.hint) from None
+    if header.kind != kind:
+        raise ModelFileError(f"{path}: expected a GGUF {kind}, this is a GGUF {header.kind}", hint=_HINTS[kind])
+    return header
+
+
+def check_adapter(adapter: GGUFHeader, base: GGUFHeader) -> None:
+    """Every value and tensor that llama.cpp would stumble over.
+
+    Raises:
+        BaseMismatchError: tensors or architecture that do not fit this base.
+        ModelFileError: an adapter that fits no base, or of a kind that cannot be run.
+    """
+    if broken := [*_metadata_problems(adapter), *_pair_problems(adapter)]:
+        raise ModelFileError(_listed(f"{adapter.path}: cannot be used as an adapter", broken), hint="Convert it again.")
+    if misfits := list(_misfits(adapter, base)):
+        raise BaseMismatchError(
+            _listed(f"{adapter.path} does not fit the base {base.path}", misfits),
+            hint=_wanted_base(Contract.from_metadata(adapter.metadata, str(adapter.path))),
+        )
+
+
+def check_fingerprint(contract: Contract, adapter: Path, base: GGUFHeader) -> None:
+    """The base's fingerprint is the one the adapter was made for.
+
+    Raises:
+        BaseMismatchError: it is another.
+    """
+    found = base_fingerprint(base.path)
+    if contract.base_fingerprint and found != contract.base_fingerprint:
+        name = base.metadata.get("general.name") or base.path.stem
+        raise BaseMismatchError(
+            f"{adapter} was made for {contract.base_name or 'another base'} (fingerprint {contract.base_fingerprint[:12]}); "
+            f"{base.path} is {name} (fingerprint {found[:12]})",
+            hint=_wanted_base(contract) + " To use it all the same, with answers that may be wrong: --force.",
+        )
+
+
+def _wanted_base(contract: Contract | None) -> str:
+    name = contract.base_name if contract and contract.base_name else "the base it was trained on"
+    return f"Give {name} with --base."
+
+
+def _metadata_problems(adapter: GGUFHeader) -> Iterator[str]:
+    metadata = adapter.metadata
+    for key, wanted in _VALUE_TYPES.items():
+        if key not in metadata:
+            if key != "adapter.lora.alpha":
+                yield f"{key} is missing"
+        elif metadata.raw(key).kind != wanted:
+            yield f"{key} has GGUF type {metadata.raw(key).kind}, expected {wanted}"
+        elif key == "adapter.type" and metadata[key] != "lora":
+            yield f"adapter.type is {metadata[key]!r}, expected 'lora'"
+    if _INVOCATION in metadata:
+        yield "it is an activated LoRA (aLoRA), which this version cannot run"
+
+
+def pairs_of(adapter: GGUFHeader) -> dict[str, Pair]:
+    """Base tensor's name to its A and B; other tensors are left out."""
+    found: dict[str, Pair] = {}
+    for name, tensor in adapter.tensors.items():
+        target, _, side = name.rpartition(".lora_")
+        if side in ("a", "b"):
+            a, b = found.get(target, (None, None))
+            found[target] = (tensor, b) if side == "a" else (a, tensor)
+    return found
+
+
+def _pair_problems(adapter: GGUFHeader) -> Iterator[str]:
+    for name in adapter.tensors:
+        if name.endswith("_norm.weight"):
+            yield f"{name}: a trained norm, which llama.cpp would drop without a word"
+        elif not name.endswith((".lora_a", ".lora_b")):
+            yield f"{name}: not a LoRA tensor"
+    pairs = pairs_of(adapter)
+    if not pairs:
+        yield "no LoRA tensors"
+    for target, (a, b) in pairs.items():
+        if a is None or b is None:
+            yield f"{target}: lora_{'a' if a is None else 'b'} is missing"
+        elif _rank(target, a) != b.shape[-1] or len(a.shape) < 2:
+            yield f"{target}: A {_shape(a)} and B {_shape(b)} do not share a rank"
+
+
+def _rank(target: str, a: TensorInfo) -> int:
+    # A of token_embd is stored transposed, (vocabulary, rank): it is looked up by row.
+    return a.shape[-1] if target == "token_embd.weight" else a.shape[-2] if len(a.shape) > 1 else 0
+
+
+def _misfits(adapter: GGUFHeader, base: GGUFHeader) -> Iterator[str]:
+    if adapter.architecture != base.architecture:
+        yield f"architecture: adapter {adapter.architecture}, base {base.architecture}"
+    for target, (a, b) in pairs_of(adapter).items():
+        weight = base.tensors.get(target)
+        if weight is None or a is None or b is None:
+            yield f"{target}: the base has no such tensor" + (
+                " (its output is tied)" if target == "output.weight" else ""
+            )
+        elif (made_for := _weight_shape(target, a, b)) != weight.shape:
+            yield f"{target}: adapter {'x'.join(map(str, made_for))}, base {_shape(weight)}"
+        elif weight.type_name.lower() == "nvfp4":
+            yield f"{target}: the base is NVFP4, on which llama.cpp cannot apply adapters"
+        elif target == "token_embd.weight" and "output.weight" not in base.tensors:
+            yield f"{target}: the base's embedding is tied to its output, on which llama.cpp cannot apply an adapter"
+
+
+def _weight_shape(target: str, a: TensorInfo, b: TensorInfo) -> tuple[int, ...]:
+    """The shape, in numpy order, of the weight that B @ A was made for; experts lead."""
+    if target == "token_embd.weight":
+        return (a.shape[-2], b.shape[-2])
+    experts = a.shape[:-2] if a.shape[:-2] == b.shape[:-2] else (-1,)
+    return (*experts, b.shape[-2], a.shape[-1])
+
+
+def _shape(tensor: TensorInfo) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _listed(title: str, problems: list[str]) -> str:
+    shown = problems[:MAX_PROBLEMS_SHOWN]
+    rest = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+    return f"{title} ({len(problems)} problem{'s' * (len(problems) > 1)}): " + "; ".join([*shown, *rest])
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex; computed once for each state (size, modification time) of it.
+
+    Raises:
+        ModelFileError: it cannot be read.
+    """
+    try:
+        stat = path.stat()
+        return _content_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@lru_cache(maxsize=4096)
+def _content_hash(path: Path, _size: int, _mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(READ_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def base_fingerprint(path: Path) -> str:
+    """`converters.fingerprint` of a base; computed once for each state of the file.
+
+    Raises:
+        ModelFileError: it cannot be read.
+    """
+    try:
+        stat = path.stat()
+        return _fingerprint(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
+    except ConversionError as error:
+        raise ModelFileError(error.message, hint=error.hint) from None
+
+
+@lru_cache(maxsize=256)
+def _fingerprint(path: Path, _size: int, _mtime_ns: int) -> str:
+    from converters.fingerprint import fingerprint
+
+    return fingerprint(path)
+
+
+def check_finite(adapter: GGUFHeader) -> None:
+    """No weight is NaN or infinite: such an adapter makes every logit NaN, and sampling from them is undefined.
+
+    Raises:
+        ModelFileError: naming the tensors.
+    """
+    import numpy as np
+
+    dtypes: Mapping[str, str] = {"f32": "<f4", "f16": "<f2"}
+    broken = []
+    with open(adapter.path, "rb") as file:
+        for tensor in adapter.tensors.values():
+            if dtype := dtypes.get(tensor.type_name.lower()):
+                file.seek(tensor.offset)
+                if not np.isfinite(np.frombuffer(file.read(tensor.size_bytes), dtype)).all():
+                    broken.append(tensor.name)
+    if broken:
+        raise ModelFileError(_listed(f"{adapter.path}: weights that are not finite numbers", broken))

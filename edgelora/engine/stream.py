@@ -1,0 +1,126 @@
+"""What callers hold: what they ask for, the text as it comes, and the account of it at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+from edgelora.engine.native import InterruptFlag
+from edgelora.messages import Message
+from edgelora.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """One reply to be written.
+
+    Attributes:
+        messages: the conversation so far, or one user message as a string.
+        adapter: a loaded adapter's name; None, "none" and "base" are the bare base.
+        scale: how strongly to apply it; None is the scale it was loaded with.
+        sampling: a whole `Sampling`, or the settings that differ from the adapter's own defaults.
+        deterministic: with a seed (or temperature 0), the same text to the last token whatever ran before: KV is reused
+            only where it is what a fresh engine would compute (see `engine.cache`), which costs some prefill.
+    """
+
+    messages: Sequence[Message] | str
+    adapter: str | None = None
+    scale: float | None = None
+    sampling: Sampling | Mapping[str, Any] | None = None
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished reply.
+
+    Attributes:
+        finish_reason: "stop" (the model ended it, or a stop string), "length" (max_tokens, or the context is full) or
+            "cancelled".
+        prompt_tokens: tokens of the conversation as rendered; `cached_tokens` of them were in the KV cache already.
+        completion_tokens: tokens generated, without the one that ended the reply.
+        adapter: its name, "none" for the bare base; `adapter_hash` is the SHA-256 of its file, empty for the base.
+        seconds_to_first_token: from the request to the first token, waiting for other requests included.
+        tokens_per_second: of decode, from the first token to the last; 0 where there were fewer than two.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    adapter: str
+    adapter_hash: str
+    seconds_to_first_token: float
+    tokens_per_second: float
+
+
+class Task:
+    """A request on its way through the engine's thread: pieces of text, then a `Completion` or an exception."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.interrupt = InterruptFlag()
+        self.submitted = time.perf_counter()
+        self.items: SimpleQueue[str | Completion | BaseException] = SimpleQueue()
+
+
+class Stream(Iterator[str]):
+    """The pieces of one reply, as they are written; no piece ends inside a character.
+
+    Ctrl-C while waiting cancels the reply before `KeyboardInterrupt` goes on its way; so does dropping the stream. The
+    engine stays usable.
+    """
+
+    def __init__(self, task: Task, owner: object) -> None:
+        self._task, self._owner = task, owner  # the owner lives at least as long as its streams
+        self._completion: Completion | None = None
+        self._ended = False
+
+    def __next__(self) -> str:
+        if self._ended:
+            raise StopIteration
+        try:
+            item = self._task.items.get()
+        except BaseException:
+            self.cancel()
+            raise
+        if isinstance(item, str):
+            return item
+        self._ended = True
+        if isinstance(item, BaseException):
+            raise item
+        self._completion = item
+        raise StopIteration
+
+    @property
+    def completion(self) -> Completion:
+        """The account of the reply; waits for its end.
+
+        Raises:
+            EdgeloraError: what went wrong, once, here or while iterating.
+        """
+        for _ in self:
+            pass
+        if self._completion is None:
+            raise RuntimeError("this reply failed, so it has no completion")
+        return self._completion
+
+    def cancel(self) -> None:
+        """Stop writing; what was written stays, and the reply ends with finish_reason "cancelled"."""
+        self._task.interrupt.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def __del__(self) -> None:
+        self._task.interrupt.set()

@@ -1,0 +1,217 @@
+"""Text to tokens and back, with the base's own vocabulary.
+
+Two engines, one face: llama.cpp's tokenizer for the vocabularies it knows, and Hugging Face's `tokenizers` for a base
+whose GGUF carries the whole tokenizer.json (`edgelora.tokenizer = "huggingface"`), because llama.cpp would give other
+ids or none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from edgelora.engine.native import forget_log, llama, reason
+from edgelora.errors import ModelFileError
+
+UNKNOWN, CONTROL, LEFT_STRIP, RIGHT_STRIP = 1 << 0, 1 << 3, 1 << 7, 1 << 8  # llama.h, enum llama_token_attr
+HUGGINGFACE_KEY, HUGGINGFACE_JSON = "edgelora.tokenizer", "tokenizer.huggingface.json"
+
+
+@dataclass(frozen=True)
+class SpecialToken:
+    """A control token: never made from what a user types."""
+
+    id: int
+    text: str
+    strips_left: bool
+    strips_right: bool
+
+
+class Tokenizer(ABC):
+    """Common part: special tokens come from the GGUF vocabulary whichever engine tokenizes."""
+
+    def __init__(self, vocab: Any) -> None:
+        self.vocab = vocab
+        self.size: int = llama().llama_vocab_n_tokens(vocab)
+
+    @abstractmethod
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """The ids of `text`. With `special`, control tokens written out in it become those tokens."""
+
+    @abstractmethod
+    def decoder(self) -> Decoder:
+        """A fresh decoder for one reply."""
+
+    @cached_property
+    def control_tokens(self) -> Mapping[str, SpecialToken]:
+        library, found = llama(), {}
+        for token in range(self.size):
+            attributes = library.llama_vocab_get_attr(self.vocab, token)
+            if attributes & (CONTROL | UNKNOWN) or library.llama_vocab_is_eog(self.vocab, token):
+                text = (library.llama_vocab_get_text(self.vocab, token) or b"").decode("utf-8", errors="replace")
+                strips = bool(attributes & LEFT_STRIP), bool(attributes & RIGHT_STRIP)
+                found[text] = SpecialToken(token, text, *strips)
+        found.pop("", None)
+        return found
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str] | None:
+        """Matches any control token, the longest first; None in a vocabulary without."""
+        texts = sorted(self.control_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    @cached_property
+    def control_starts(self) -> frozenset[str]:
+        """Every beginning of a control token that is not the whole of it."""
+        return frozenset(text[:n] for text in self.control_tokens for n in range(1, len(text)))
+
+    @cached_property
+    def control_ends(self) -> frozenset[str]:
+        """Every end of a control token that is not the whole of it."""
+        return frozenset(text[n:] for text in self.control_tokens for n in range(1, len(text)))
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a reply."""
+        is_end = llama().llama_vocab_is_eog
+        return frozenset(token for token in range(self.size) if is_end(self.vocab, token))
+
+    def text_of(self, which: str) -> str:
+        """The text of the `bos` or `eos` token; empty where the vocabulary has none."""
+        library = llama()
+        token = {"bos": library.llama_vocab_bos, "eos": library.llama_vocab_eos}[which](self.vocab)
+        return (
+            ""
+            if token < 0
+            else str((library.llama_vocab_get_text(self.vocab, token) or b"").decode("utf-8", "replace"))
+        )
+
+
+class Decoder(ABC):
+    """Tokens of one reply to bytes, one at a time. Control tokens give none."""
+
+    @abstractmethod
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that `token` adds; they may end inside a character."""
+
+
+class LlamaTokenizer(Tokenizer):
+    """llama.cpp's tokenizer (SentencePiece, BPE with a pre-tokenizer it knows, WordPiece, ...)."""
+
+    def __init__(self, vocab: Any, *, strip_first_space: bool) -> None:
+        super().__init__(vocab)
+        self._strip_first_space = strip_first_space
+        self._pieces: dict[tuple[int, int], bytes] = {}
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        data = text.encode("utf-8", errors="replace")
+        capacity = len(data) + 8
+        tokens = (ctypes.c_int32 * capacity)()
+        forget_log()
+        count = llama().llama_tokenize(self.vocab, data, len(data), tokens, capacity, False, special)
+        if count < 0:
+            raise ModelFileError(f"the tokenizer failed on a text of {len(data)} bytes: {reason()}")
+        return tokens[:count]
+
+    def decoder(self) -> Decoder:
+        return _PieceDecoder(self, self._strip_first_space)
+
+    def piece(self, token: int, left_strip: int = 0) -> bytes:
+        known = self._pieces.get((token, left_strip))
+        if known is None:
+            known = self._pieces[token, left_strip] = self._read_piece(token, left_strip)
+        return known
+
+    def _read_piece(self, token: int, left_strip: int) -> bytes:
+        buffer = ctypes.create_string_buffer(64)
+        length = llama().llama_token_to_piece(self.vocab, token, buffer, len(buffer), left_strip, False)
+        if length < 0:
+            buffer = ctypes.create_string_buffer(-length)
+            length = llama().llama_token_to_piece(self.vocab, token, buffer, len(buffer), left_strip, False)
+        return buffer.raw[:length]
+
+
+class _PieceDecoder(Decoder):
+    def __init__(self, tokenizer: LlamaTokenizer, strip_first_space: bool) -> None:
+        self._piece, self._left_strip = tokenizer.piece, int(strip_first_space)
+
+    def bytes_of(self, token: int) -> bytes:
+        data = self._piece(token, self._left_strip)
+        if data:
+            self._left_strip = 0  # SentencePiece writes a space before the first word of a text; readers do not
+        return data
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """The `tokenizers` package on the tokenizer.json inside the GGUF.
+
+    Raises:
+        ModelFileError: the JSON is not a tokenizer, or gives ids that the base does not have.
+    """
+
+    def __init__(self, vocab: Any, tokenizer_json: str) -> None:
+        super().__init__(vocab)
+        from tokenizers import Tokenizer as HFTokenizer
+
+        try:
+            self._tokenizer = HFTokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the package raises bare Exception
+            raise ModelFileError(f"{HUGGINGFACE_JSON} in this base is not a tokenizer: {error}") from None
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        self._tokenizer.encode_special_tokens = not special
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if ids and max(ids) >= self.size:
+            raise ModelFileError(f"the tokenizer gave id {max(ids)}; this base has {self.size} tokens")
+        return ids
+
+    def decoder(self) -> Decoder:
+        return _StreamDecoder(self._tokenizer)
+
+
+class _StreamDecoder(Decoder):
+    def __init__(self, tokenizer: Any) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
+
+    def bytes_of(self, token: int) -> bytes:
+        return (self._stream.step(self._tokenizer, token) or "").encode("utf-8", errors="replace")
+
+
+def open_tokenizer(vocab: Any, metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that the base's metadata asks for.
+
+    Raises:
+        ModelFileError: it asks for one that this version does not know, or has no vocabulary.
+    """
+    wanted = metadata.get(HUGGINGFACE_KEY, "llama.cpp")
+    if metadata.get("tokenizer.ggml.model", "no_vocab") in ("no_vocab", "none"):
+        raise ModelFileError("this base has no vocabulary, so no text can go in or out")
+    if wanted == "huggingface" and isinstance(text := metadata.get(HUGGINGFACE_JSON), str):
+        return HuggingFaceTokenizer(vocab, text)
+    if wanted != "llama.cpp":
+        raise ModelFileError(f"{HUGGINGFACE_KEY} is {wanted!r} and its data is missing or unknown to this version")
+    is_sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
+    return LlamaTokenizer(
+        vocab, strip_first_space=is_sentencepiece and metadata.get("tokenizer.ggml.add_space_prefix", True)
+    )
+
+
+def join_controls(tokenizer: Tokenizer, parts: Sequence[SpecialToken | str]) -> list[int]:
+    """Ids of a text cut into control tokens and plain text, as the whole text would give, but for what was protected."""
+    tokens: list[int] = []
+    for index, part in enumerate(parts):
+        if isinstance(part, SpecialToken):
+            tokens.append(part.id)
+            continue
+        before, after = parts[index - 1] if index else None, parts[index + 1] if index + 1 < len(parts) else None
+        text = part.lstrip() if isinstance(before, SpecialToken) and before.strips_right else part
+        text = text.rstrip() if isinstance(after, SpecialToken) and after.strips_left else text
+        tokens += tokenizer.encode(text, special=False) if text else []
+    return tokens

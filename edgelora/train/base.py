@@ -1,0 +1,167 @@
+"""The base that is trained on: found by folder or hub id, loaded in torch, frozen by PEFT later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgelora.errors import EdgeloraError, ModelFileError, SettingsError
+from edgelora.train.recipe import Recipe
+
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """A base on this machine.
+
+    Attributes:
+        folder: the files.
+        reference: what `base_model_name_or_path` says in the adapter: a hub id, or the folder's absolute path.
+        name: what people call it: the last part of the reference.
+    """
+
+    folder: Path
+    reference: str
+
+    @property
+    def name(self) -> str:
+        return Path(self.reference).name
+
+
+def find_base(base: str) -> BaseFolder:
+    """The folder of a base given as a path or as a hub id.
+
+    Raises:
+        ModelFileError: not there, a GGUF file, or a folder that holds no model.
+    """
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return BaseFolder(_checked(path), str(path.resolve()))
+    if path.is_file() or path.suffix == ".gguf":
+        kind = "a GGUF file" if path.suffix == ".gguf" else "a file"
+        raise ModelFileError(
+            f"{base}: {kind}; training needs the Hugging Face folder it was made from",
+            hint="Give the folder that holds config.json and *.safetensors, or the model's id on the Hugging Face hub.",
+        )
+    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+        raise ModelFileError(
+            f"{base}: no such folder", hint="Give a folder with config.json and *.safetensors, or a hub id (owner/name)."
+        )
+    return BaseFolder(_checked(_download(base)), base)
+
+
+def _checked(folder: Path) -> Path:
+    missing = [name for name, there in _needed(folder) if not there]
+    if not missing:
+        return folder
+    adapter = (folder / "adapter_config.json").is_file()
+    raise ModelFileError(
+        f"{folder}: {'an adapter, not a base' if adapter else 'not a model that can be trained'}: no {', no '.join(missing)}",
+        hint="Give the folder of the whole model." if adapter else "Weights must be safetensors: pickles (.bin, .pt) can run code.",
+    )
+
+
+def _needed(folder: Path) -> list[tuple[str, bool]]:
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return [
+        ("config.json", (folder / "config.json").is_file()),
+        ("*.safetensors", any(folder.glob("*.safetensors"))),
+        ("tokenizer.json", any((folder / name).is_file() for name in tokenizers)),
+    ]
+
+
+def _download(base: str) -> Path:
+    """The snapshot in the Hugging Face cache, fetched where it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(base, allow_patterns=list(HUB_FILES)))
+    except HFValidationError as error:
+        raise ModelFileError(f"{base}: neither a folder nor a hub id ({error})") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelFileError(
+            f"{base}: no folder of this name, not in the Hugging Face cache, and it cannot be downloaded ({reason})",
+            hint="Check the name and the network (HF_HUB_OFFLINE is off?), or give a folder with config.json and *.safetensors.",
+        ) from None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and in which type a run computes."""
+
+    device: str
+    dtype_name: str
+
+    @property
+    def dtype(self) -> Any:
+        import torch
+
+        return getattr(torch, self.dtype_name)
+
+
+def placement(recipe: Recipe) -> Placement:
+    """The device and type a recipe asks for, `auto` settled.
+
+    CPUs and Apple GPUs train in float32: bfloat16 is emulated, or newer than the machines in use.
+
+    Raises:
+        SettingsError: a device this machine does not have.
+    """
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(d for d in available if available[d]) if recipe.device == "auto" else recipe.device
+    if not available[device]:
+        raise SettingsError(
+            f"device is {device!r}, but torch {torch.__version__} sees none here",
+            hint=f"There is: {', '.join(d for d in available if available[d])}.",
+        )
+    fast_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    automatic = "bfloat16" if fast_bfloat16 else "float32"
+    return Placement(device, automatic if recipe.dtype == "auto" else recipe.dtype)
+
+
+def load_tokenizer(base: BaseFolder) -> Any:
+    """The base's tokenizer.
+
+    Raises:
+        ModelFileError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelFileError(f"{base.folder}: the tokenizer cannot be loaded: {error}") from error
+
+
+def load_model(base: BaseFolder, place: Placement) -> Any:
+    """The base's weights as a `transformers` causal language model.
+
+    Raises:
+        ModelFileError: files that are broken, or weights that are missing (transformers would make them up).
+        EdgeloraError: not enough memory.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base.folder, dtype=place.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except torch.OutOfMemoryError as error:
+        raise EdgeloraError(f"{base.name} does not fit into memory: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelFileError(f"{base.folder}: the model cannot be loaded: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelFileError(
+            f"{base.folder}: {len(missing)} weights are missing: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}",
+            hint="Download the model again; a shard may not be there.",
+        )
+    return model
+

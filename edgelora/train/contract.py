@@ -1,0 +1,48 @@
+"""The contract of a trained adapter: what serving must know to give it the text that it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from edgelora.contract import Contract
+from edgelora.errors import ModelFileError
+from edgelora.messages import Conversation, Message
+from edgelora.train.base import BaseFolder
+from edgelora.train.passages import PassageFinder
+
+# Words, digits, contractions, runs of blanks and accents: what pre-tokenizers disagree about.
+GOLDEN: tuple[Message, ...] = (
+    {"role": "user", "content": "It's 1,234.5 km away, isn't it?  x_1 += 20"},
+    {"role": "assistant", "content": "Yes:\n\n- naïve CAFÉ, 7 o'clock!"},
+)
+
+
+def contract_of_run(
+    base: BaseFolder, fingerprint: str, tokenizer: Any, finder: PassageFinder, conversations: Sequence[Conversation]
+) -> Contract:
+    """Base, template, golden ids, stops and system prompt; the training summary is added when there is one.
+
+    Raises:
+        ModelFileError: the template refuses an ordinary question and answer.
+    """
+    try:
+        golden = finder.render(GOLDEN)
+    except ModelFileError as error:
+        raise ModelFileError(f"{error.message} (a user's question and a reply)", hint=error.hint) from None
+    return Contract(
+        base_name=base.name,
+        base_fingerprint=fingerprint,
+        chat_template=finder.template.source,
+        golden_messages=GOLDEN,
+        golden_tokens=tuple(tokenizer(golden, add_special_tokens=False)["input_ids"]),
+        stop=finder.stop_strings(),
+        system=shared_system_prompt(conversations),
+    )
+
+
+def shared_system_prompt(conversations: Sequence[Conversation]) -> str:
+    """The system prompt that every row begins with; empty where rows differ or one has none."""
+    firsts = [conversation.messages[0] for conversation in conversations]
+    prompts = {message["content"] if message["role"] == "system" else "" for message in firsts}
+    return prompts.pop() if len(prompts) == 1 else ""

@@ -1,0 +1,235 @@
+"""The folder of a run: what it holds while it goes on, and when a finished adapter stands in it.
+
+    DIR/adapter_config.json, adapter_model.safetensors    what PEFT writes; there when the run is done
+    DIR/edgelora.json                                     the contract
+    DIR/run.json                                          recipe, base and data hashes: what --resume compares
+    DIR/metrics.jsonl                                     one object a log line
+    DIR/train.log                                         what the libraries had to say
+    DIR/checkpoints/checkpoint-N/                         adapter, optimizer and random state after step N; always whole
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgelora.errors import DataFileError, EdgeloraError, SettingsError
+from edgelora.train.recipe import Recipe
+
+VERSION = 1
+CHECKPOINT = "checkpoint-"
+CHECKPOINTS_KEPT = 2
+# A PEFT folder is one with an adapter_config.json: it goes in last, when the rest is there.
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run was started with, as `run.json` keeps it."""
+
+    recipe: Mapping[str, Any]
+    base: str
+    base_fingerprint: str
+    data_sha256: str
+    eval_sha256: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    version: int = VERSION
+
+    def differences(self, now: RunRecord, recipe: Recipe) -> list[str]:
+        """What keeps this run from going on as `now`: everything that would change the result, one a line."""
+        said = {
+            "base_fingerprint": f"the base was {self.base}, now {now.base} (another model)",
+            "data_sha256": "the training data is not the same file any more",
+            "eval_sha256": "the evaluation data is not the same",
+        }
+        return [
+            *recipe.differences(self.recipe),
+            *(text for name, text in said.items() if getattr(self, name) != getattr(now, name)),
+        ]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and whole-or-nothing writes in the output folder."""
+
+    path: Path
+
+    @property
+    def record_path(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / ADAPTER_CONFIG).is_file()
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps after which there is a whole checkpoint, ascending."""
+        names = (p.name.removeprefix(CHECKPOINT) for p in self.checkpoints.glob(f"{CHECKPOINT}*"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"{CHECKPOINT}{step}"
+
+    def last_checkpoint(self) -> Path | None:
+        steps = self.checkpoint_steps()
+        return self.checkpoint(steps[-1]) if steps else None
+
+    def refuse_if_taken(self) -> None:
+        """Let a new run begin here, or say why it may not: nothing that took time to make is overwritten.
+
+        Free are a folder that does not exist, an empty one, and one whose run ended before its first checkpoint.
+
+        Raises:
+            SettingsError: a finished adapter, a run with checkpoints, or files of something else.
+        """
+        if self.path.is_file():
+            raise SettingsError(f"{self.path}: a file, expected a folder", hint="Give another folder with -o.")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if self.finished:
+            raise SettingsError(f"{self.path}: holds a finished adapter", hint="Give another folder with -o, or remove this one.")
+        if not self.record_path.is_file():
+            raise SettingsError(f"{self.path}: not empty, and not a training run", hint="Give another folder with -o.")
+        if steps := self.checkpoint_steps():
+            raise SettingsError(
+                f"{self.path}: holds an unfinished run (checkpoint after step {steps[-1]})",
+                hint="Go on with it by adding --resume, or remove the folder to begin again.",
+            )
+
+    def load_record(self) -> RunRecord:
+        """What the run in this folder was started with.
+
+        Raises:
+            SettingsError: run.json cannot be read.
+        """
+        try:
+            values = json.loads(self.record_path.read_text(encoding="utf-8"))
+            if values.get("version") != VERSION:
+                raise ValueError(f"version {values.get('version')}, expected {VERSION}")
+            return RunRecord(**values)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise SettingsError(
+                f"{self.record_path}: cannot be read ({error}), so the run cannot go on",
+                hint="Remove the folder and train again.",
+            ) from None
+
+    def begin(self, record: RunRecord) -> None:
+        """Start over: the record is there before the first step, the metrics are empty."""
+        with writing(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.discard_partial()
+            self.metrics_path.unlink(missing_ok=True)
+            _write_whole(self.record_path, json.dumps(asdict(record), indent=2) + "\n")
+
+    def go_on(self, step: int) -> None:
+        """Forget what was logged after the checkpoint that the run goes on from: those steps are done again."""
+        with writing(self.path):
+            self.discard_partial()
+            lines = self.metrics_path.read_text(encoding="utf-8").splitlines() if self.metrics_path.is_file() else []
+            _write_whole(self.metrics_path, "".join(f"{line}\n" for line in lines if _logged_by(line, step)))
+
+    def discard_partial(self) -> None:
+        """Remove what an earlier run left half written."""
+        for leftover in [*self.path.glob(".partial-*"), *self.checkpoints.glob(".partial-*")]:
+            shutil.rmtree(leftover)
+
+    def log_metrics(self, values: Mapping[str, Any]) -> None:
+        with writing(self.path), open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def keep_checkpoint(self, partial: Path, step: int) -> None:
+        """Move a checkpoint that is complete into place, then drop the oldest."""
+        target = self.checkpoint(step)
+        if target.exists():
+            shutil.rmtree(target)
+        _sync_files(partial)
+        os.replace(partial, target)
+        for old in self.checkpoint_steps()[:-CHECKPOINTS_KEPT]:
+            shutil.rmtree(self.checkpoint(old))
+
+    @contextmanager
+    def adapter_files(self) -> Iterator[Path]:
+        """A folder to save the adapter into; its files move into place together when the block ends well."""
+        partial = self.path / ".partial-adapter"
+        with writing(self.path):
+            partial.mkdir()
+            try:
+                yield partial
+                _sync_files(partial)
+                files = sorted(partial.iterdir(), key=lambda file: file.name == ADAPTER_CONFIG)
+                for file in files:
+                    os.replace(file, self.path / file.name)
+            finally:
+                shutil.rmtree(partial)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the place when it cannot be written (disk full, no permission).
+
+    Raises:
+        EdgeloraError: instead of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise EdgeloraError(
+            f"{path}: cannot be written: {error.strerror or error}",
+            hint="Free some space or give another folder with -o; whole checkpoints are kept.",
+        ) from error
+
+
+def file_sha256(path: Path | None) -> str:
+    """Hash of a data file's bytes, as `sha256sum` prints it; empty for no file.
+
+    Raises:
+        DataFileError: it cannot be read.
+    """
+    if path is None:
+        return ""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataFileError(f"{path}: {error.strerror}", hint="Give a JSONL file: one JSON object on each line.") from None
+
+
+def _logged_by(line: str, step: int) -> bool:
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False  # a line cut off by a crash
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _sync_files(folder: Path) -> None:
+    for file in folder.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())

@@ -1,0 +1,301 @@
+"""A training run from a data file to an adapter folder, in the order in which things can go wrong.
+
+What is quick to check comes first: the folder, the data, the base; torch and its friends take seconds to import and a
+base can take minutes to load.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelora.contract import Contract
+from edgelora.errors import DataFileError, EdgeloraError, MissingExtraError, SettingsError
+from edgelora.messages import Conversation, read_conversations
+from edgelora.train.base import BaseFolder, Placement, find_base, load_model, load_tokenizer, placement
+from edgelora.train.folder import RunFolder, RunRecord, file_sha256
+from edgelora.train.library_log import library_log, no_progress_bars
+from edgelora.train.progress import SUMMARY, SilentProgress, TrainProgress, TrainReport, TrainStatus
+from edgelora.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from edgelora.train.data import TokenRows
+    from edgelora.train.trainer import AdapterTrainer, RunCallback
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
+
+
+def train(
+    data: Path,
+    base: str,
+    output: Path,
+    recipe: Recipe,
+    *,
+    eval_data: Path | None = None,
+    resume: bool = False,
+    progress: TrainProgress | None = None,
+) -> TrainReport:
+    """Fine-tune an adapter for `base` on the conversations in `data`, and leave it in `output`.
+
+    Args:
+        data, eval_data: JSONL files of `messages`, or of `prompt` and `completion`.
+        base: a Hugging Face folder or a hub id.
+        output: see `edgelora.train.folder` for what is in it. A new run wants it empty, not there yet, or holding a run
+            that never reached a checkpoint.
+        resume: go on from the last whole checkpoint in `output`, with the same result as without the break; with no
+            checkpoint there, begin; where the adapter is finished, report it.
+
+    Raises:
+        MissingExtraError: the packages of the extra `train` are not installed.
+        SettingsError: the folder is taken, or the run in it has another recipe, base or data.
+        DataFileError: the data cannot be read, or the chat template refuses it.
+        ModelFileError: the base cannot be found or loaded, or its template shows no assistant text.
+        EdgeloraError: the loss is not a number any more, or memory or disk are full.
+        KeyboardInterrupt: Ctrl-C; a checkpoint was saved after the step at hand.
+    """
+    began = time.monotonic()
+    _require_extra()
+    said = _Notes(progress or SilentProgress())
+    run = RunFolder(output)
+    if not resume:
+        run.refuse_if_taken()
+    job = _Job(_conversations(data), _conversations(eval_data) if eval_data else [], find_base(base), recipe, run)
+    with library_log() as log, _memory_errors():
+        said.note("loading the training libraries")
+        return _train(job, _record(job, data, eval_data), resume, said, log.write_to, began)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to train, on what, and where to."""
+
+    conversations: Sequence[Conversation]
+    eval_conversations: Sequence[Conversation]
+    base: BaseFolder
+    recipe: Recipe
+    run: RunFolder
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A job's rows as tokens, and the contract they will be served under."""
+
+    tokenizer: Any
+    rows: TokenRows
+    eval_rows: TokenRows | None
+    contract: Contract
+
+
+class _Notes:
+    """Passes progress on and keeps the notes for the report."""
+
+    def __init__(self, progress: TrainProgress) -> None:
+        self.progress = progress
+        self.kept: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.progress.note(text)
+
+    def keep(self, text: str) -> None:
+        self.kept.append(text)
+        self.progress.note(text)
+
+    def update(self, status: TrainStatus) -> None:
+        self.progress.update(status)
+
+
+def _train(job: _Job, record: RunRecord, resume: bool, said: _Notes, log_to: Any, began: float) -> TrainReport:
+    import transformers.utils.logging  # noqa: F401 - before the bars are switched off
+
+    with no_progress_bars():
+        place = placement(job.recipe)
+        prepared = _prepare(job, record.base_fingerprint, said)
+        finished, checkpoint = _open(job, record, resume, said)
+        log_to(job.run.log_path)
+        if finished is not None:
+            return _report_of(job, record, finished, said)
+        said.note(f"loading {job.base.name} ({place.dtype_name}, {place.device})")
+        trainer, callback = _trainer(job, prepared, place, said)
+        _fit(trainer, callback, checkpoint, said)
+        report = _report(job, record, prepared, trainer, callback, said, began)
+        _save_adapter(job, trainer.model, prepared.contract, record, report)
+        return report
+
+
+def _require_extra() -> None:
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"training needs packages that are not installed: {', '.join(missing)}", hint="pip install 'edgelora[train]'"
+        )
+
+
+def _conversations(path: Path) -> list[Conversation]:
+    if str(path) == "-":
+        raise DataFileError("training data is read again on --resume and cannot come from standard input", hint="Save it to a file first.")
+    return read_conversations(path)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Say what helps when a GPU's memory is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        raise EdgeloraError(
+            f"out of memory: {str(error).splitlines()[0]}",
+            hint="Lower --batch-size and raise --gradient-accumulation by as much, lower --max-length, or add --gradient-checkpointing.",
+        ) from error
+
+
+def _record(job: _Job, data: Path, eval_data: Path | None) -> RunRecord:
+    from converters.fingerprint import fingerprint
+
+    return RunRecord(
+        recipe=job.recipe.to_dict(),
+        base=job.base.reference,
+        base_fingerprint=fingerprint(job.base.folder),
+        data_sha256=file_sha256(data),
+        eval_sha256=file_sha256(eval_data),
+        versions={name: version(name) for name in ("torch", "transformers", "peft", "trl")},
+    )
+
+
+def _prepare(job: _Job, fingerprint: str, said: _Notes) -> _Prepared:
+    from edgelora.template import ChatTemplate
+    from edgelora.train.contract import contract_of_run
+    from edgelora.train.data import finder_for, tokenize_conversations
+    from edgelora.train.passages import chosen_template
+
+    tokenizer = load_tokenizer(job.base)
+    everything = [*job.conversations, *job.eval_conversations]
+    source = chosen_template(
+        job.recipe.chat_template, tokenizer.chat_template, chat_needed=any(c.templated for c in everything)
+    )
+    finder = finder_for(tokenizer, ChatTemplate(source))
+    contract = contract_of_run(job.base, fingerprint, tokenizer, finder, job.conversations)
+    length = job.recipe.max_length
+    rows = tokenize_conversations(job.conversations, tokenizer, finder, length)
+    evaluated = tokenize_conversations(job.eval_conversations, tokenizer, finder, length) if job.eval_conversations else None
+    for note in [*rows.notes("training data", length), *(evaluated.notes("evaluation data", length) if evaluated else [])]:
+        said.keep(note)
+    return _Prepared(tokenizer, rows, evaluated, contract)
+
+
+def _open(job: _Job, record: RunRecord, resume: bool, said: _Notes) -> tuple[Contract | None, Path | None]:
+    """Begin in the run's folder or go on in it: the contract if it is finished, the checkpoint to go on from."""
+    run = job.run
+    if resume and run.record_path.is_file():
+        _refuse_other_run(run.load_record(), record, job)
+        if run.finished and (contract := Contract.load(run.path)) is not None:
+            said.keep("already finished: nothing to do")
+            return contract, None
+        if (step := max(run.checkpoint_steps(), default=0)) > 0:
+            run.go_on(step)
+            said.keep(f"going on after step {step}")
+            return None, run.checkpoint(step)
+    run.refuse_if_taken()
+    run.begin(record)
+    return None, None
+
+
+def _refuse_other_run(started: RunRecord, now: RunRecord, job: _Job) -> None:
+    if differences := started.differences(now, job.recipe):
+        raise SettingsError(
+            f"{job.run.path}: the run there was started otherwise: {'; '.join(differences)}",
+            hint="Give the settings it was started with (see run.json there), or another folder with -o.",
+        )
+
+
+def _trainer(job: _Job, prepared: _Prepared, place: Placement, said: _Notes) -> tuple[AdapterTrainer, RunCallback]:
+    from edgelora.train.trainer import build_trainer
+
+    model = load_model(job.base, place)
+    return build_trainer(model, prepared.tokenizer, prepared.rows, prepared.eval_rows, job.recipe, place, job.run, said)
+
+
+def _fit(trainer: AdapterTrainer, callback: RunCallback, checkpoint: Path | None, said: _Notes) -> None:
+    """Run TRL's loop; after Ctrl-C, say what is kept.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted before the last step.
+    """
+    try:
+        with callback.catching_interrupts():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        said.note(_kept(trainer))
+        raise
+    if callback.interrupted and trainer.state.global_step < trainer.state.max_steps:
+        said.note(_kept(trainer))
+        raise KeyboardInterrupt
+
+
+def _kept(trainer: AdapterTrainer) -> str:
+    steps = trainer.run.checkpoint_steps()
+    total = trainer.state.max_steps
+    if not steps:
+        return f"stopped before the first checkpoint of {total} steps: nothing is kept"
+    return f"stopped: step {steps[-1]} of {total} is kept; go on with --resume"
+
+
+def _report(
+    job: _Job,
+    record: RunRecord,
+    prepared: _Prepared,
+    trainer: AdapterTrainer,
+    callback: RunCallback,
+    said: _Notes,
+    began: float,
+) -> TrainReport:
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    evals = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    trained, total = trainer.model.get_nb_trainable_parameters()
+    return TrainReport(
+        output=job.run.path,
+        base=job.base.reference,
+        base_fingerprint=record.base_fingerprint,
+        method=job.recipe.method,
+        rows=len(prepared.rows.rows),
+        eval_rows=len(prepared.eval_rows.rows) if prepared.eval_rows else 0,
+        steps=trainer.state.global_step,
+        loss=losses[-1],
+        eval_loss=evals[-1] if evals else None,
+        trained_parameters=trained,
+        total_parameters=total,
+        seconds=time.monotonic() - began,
+        steps_per_second=callback.steps_per_second,
+        notes=tuple(said.kept),
+        versions=record.versions,
+    )
+
+
+def _save_adapter(job: _Job, model: Any, contract: Contract, record: RunRecord, report: TrainReport) -> None:
+    """PEFT's folder and the contract, whole or not at all."""
+    from edgelora.train.trainer import save_peft
+
+    training = {**job.recipe.to_dict(), **report.summary(), "data_sha256": record.data_sha256}
+    model.peft_config["default"].base_model_name_or_path = job.base.reference
+    with job.run.adapter_files() as folder:
+        save_peft(model, folder)
+        contract.with_changes(training={k: v for k, v in training.items() if v is not None}).save(folder)
+
+
+def _report_of(job: _Job, record: RunRecord, contract: Contract, said: _Notes) -> TrainReport:
+    """The report of a run that was finished before: its figures are in the contract."""
+    return TrainReport(
+        output=job.run.path,
+        base=job.base.reference,
+        base_fingerprint=record.base_fingerprint,
+        method=job.recipe.method,
+        notes=tuple(said.kept),
+        **{name: contract.training.get(name) for name in SUMMARY},
+    )

@@ -1,0 +1,24 @@
+"""What every test shares: no network, a store of its own, and where the data lives."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).parents[1]
+TINY_BASE = ROOT / "examples" / "tiny-base" / "model"
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store for this test alone; nothing is read from or written to the user's."""
+    folder = tmp_path_factory.mktemp("store")
+    monkeypatch.setenv("EDGELORA_HOME", str(folder))
+    monkeypatch.delenv("EDGELORA_BASE", raising=False)
+    return folder

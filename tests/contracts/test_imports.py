@@ -1,0 +1,105 @@
+"""What each layer may import, in fresh interpreters: a laptop has no torch, and `--help` loads nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXTRAS = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "fastapi", "uvicorn")
+HEAVY = ("numpy", "gguf", "llama_cpp", "tokenizers", "huggingface_hub", "rich", "jinja2", "psutil", "sqlite3", *EXTRAS)
+HELP_SECONDS = 0.150
+
+BLOCK_EXTRAS = f"""
+import importlib.abc, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRAS!r}:
+            raise ModuleNotFoundError(f"{{name}} is not installed", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def modules(*packages: str) -> list[str]:
+    paths = (path for package in packages for path in (ROOT / package).rglob("*.py"))
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths}
+    return sorted(names - {"edgelora.__main__"})
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def loaded_after(code: str) -> set[str]:
+    result = python(f"import sys\n{code}\nprint(*{{name.partition('.')[0] for name in sys.modules}})")
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+def test_everything_but_train_and_serve_imports_without_the_extras() -> None:
+    names = [n for n in modules("edgelora", "converters") if not n.startswith(("edgelora.train.", "edgelora.serve."))]
+    assert len(names) > 30
+    code = BLOCK_EXTRAS + f"import importlib\nfor name in {names!r}: importlib.import_module(name)"
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_block_really_blocks() -> None:
+    result = python(BLOCK_EXTRAS + "import torch")
+    assert "torch is not installed" in result.stderr
+
+
+@pytest.mark.parametrize("code", ["import edgelora", "import edgelora.cli"])
+def test_light_imports(code: str) -> None:
+    assert not loaded_after(code) & set(HEAVY)
+
+
+def test_only_the_engine_imports_llama_cpp() -> None:
+    importers = [
+        p
+        for p in (ROOT / "edgelora").rglob("*.py")
+        if "import llama_cpp" in p.read_text() or "from llama_cpp" in p.read_text()
+    ]
+    assert {p.parent.name for p in importers} == {"engine"}
+    assert "llama_cpp" in loaded_after("from edgelora.engine.native import llama; llama()")
+
+
+def test_converters_never_import_edgelora() -> None:
+    names = modules("converters")
+    loaded = loaded_after(f"import importlib\nfor name in {names!r}: importlib.import_module(name)")
+    assert not loaded & {"edgelora", "llama_cpp", "click", "rich", *EXTRAS}
+
+
+def test_help_is_light_and_quick() -> None:
+    command = [str(Path(sys.executable).with_name("edgelora")), "--help"]
+    seconds = []
+    for _ in range(7):
+        start = perf_counter()
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        seconds.append(perf_counter() - start)
+        assert result.returncode == 0
+        assert "convert" in result.stdout
+    # the fastest of seven: what the program costs, not what else the machine was doing
+    assert min(seconds) < HELP_SECONDS, f"edgelora --help took {min(seconds):.3f} s (median {median(seconds):.3f})"
+
+
+def test_public_names_resolve() -> None:
+    import edgelora
+
+    assert all(getattr(edgelora, name) is not None for name in edgelora.__all__)
+    assert set(edgelora._HOMES) | {"__version__"} == set(edgelora.__all__)
+
+
+def test_missing_extra_names_the_command_that_installs_it(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    argv = ["train", str(data), "--base", str(tmp_path), "-o", str(tmp_path / "out")]
+    result = python(BLOCK_EXTRAS + f"from edgelora.cli import cli; cli({argv!r}, prog_name='edgelora')")
+    assert result.returncode == 5
+    assert "edgelora[train]" in result.stderr

@@ -1,0 +1,163 @@
+"""Bad input on the real command line: the message says what is wrong and what to do, and the exit code which kind it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY_BASE
+
+EDGELORA = str(Path(sys.executable).with_name("edgelora"))
+
+
+def run(*arguments: object, stdin: str = "", **options: object) -> subprocess.CompletedProcess[str]:
+    command = [EDGELORA, *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=180, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def refused(result: subprocess.CompletedProcess[str], code: int, *told: str) -> None:
+    """The command ended with `code`, said all of `told` on stderr, wrote nothing to stdout, and showed no traceback."""
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    for text in told:
+        assert text in result.stderr
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the bundled base that a test may damage."""
+    return Path(shutil.copytree(TINY_BASE, tmp_path / "model"))
+
+
+def test_missing_source() -> None:
+    refused(run("convert", "nowhere"), 3, "nowhere")
+    refused(run("chat", "--adapter", "nowhere.gguf", "hi"), 3, "nowhere.gguf")
+    refused(run("chat", "--base", "nowhere.gguf", "hi"), 3, "nowhere.gguf")
+    refused(run("train", "nowhere.jsonl", "--base", TINY_BASE, "-o", "x"), 4, "nowhere.jsonl")
+    refused(run("batch", "nowhere.jsonl", "-o", "x.jsonl", "--base", "b.gguf"), 3, "b.gguf")
+
+
+def test_not_a_model(tmp_path: Path) -> None:
+    text = tmp_path / "notes.gguf"
+    text.write_text("these are not the weights you are looking for")
+    refused(run("convert", text), 3, "notes.gguf")
+    refused(run("chat", "--base", text, "hi"), 3, "notes.gguf")
+    (tmp_path / "empty").mkdir()
+    refused(run("convert", tmp_path / "empty"), 3, "empty", "config.json")
+
+
+def test_truncated_safetensors(folder: Path, tmp_path: Path) -> None:
+    weights = folder / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1000)
+    refused(run("convert", folder, "-o", tmp_path / "x.gguf"), 3, "model.safetensors")
+    assert not list(tmp_path.glob("x.gguf*"))
+
+
+def test_truncated_gguf(tiny_q8: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    data = tiny_q8.read_bytes()
+    for size in (10, 2000, len(data) - 100):
+        cut.write_bytes(data[:size])
+        refused(run("chat", "--base", cut, "hi"), 3, "cut.gguf")
+
+
+def test_pickle(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    refused(run("convert", folder, "-o", tmp_path / "x.gguf"), 3, "pytorch_model.bin", "safetensors")
+    pickle = tmp_path / "adapter.bin"
+    pickle.write_bytes(b"\x80\x04.")
+    refused(run("convert", pickle), 3, "adapter.bin")
+
+
+def test_unknown_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.update(architectures=["LlamoForCausalLM"], model_type="llamo")
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(run("convert", folder), 3, "llamo", "llama")
+
+
+def test_unknown_quantization_template_and_option(tiny_q8: Path) -> None:
+    refused(run("convert", TINY_BASE, "--quant", "q9"), 2, "q9", "q8_0")
+    refused(run("chat", "--base", tiny_q8, "--chat-template", "chatlm", "hi"), 2, "chatlm", "chatml")
+    refused(run("chat", "--base", tiny_q8, "--temperature", "-1", "hi"), 2, "temperature")
+    refused(run("chat", "--base", tiny_q8, ""), 2, "nothing was asked")
+    refused(run("chat", "hi"), 2, "--base")
+
+
+def test_adapter_as_base_and_base_as_adapter(tiny_q8: Path, adapter: Path) -> None:
+    refused(run("chat", "--base", adapter, "hi"), 3, "is an adapter", "--adapter")
+    refused(run("chat", "--adapter", tiny_q8, "hi"), 3, "is a base", "--base")
+    refused(run("chat", "--base", TINY_BASE, "hi"), 3, "Hugging Face folder", "edgelora convert")
+
+
+def test_adapter_for_another_base(other_base: Path, adapter: Path) -> None:
+    refused(run("chat", "--base", other_base, "--adapter", adapter, "hi"), 3, "fingerprint")
+
+
+def test_no_base_to_be_found(adapter: Path, tmp_path: Path) -> None:
+    alone = Path(shutil.copy(adapter, tmp_path / "alone.gguf"))
+    refused(run("chat", "--adapter", alone, "hi"), 3, "alone.gguf", "--base", "looked at")
+
+
+def test_output_exists(tmp_path: Path) -> None:
+    out = tmp_path / "x.gguf"
+    out.write_text("precious")
+    refused(run("convert", TINY_BASE, "-o", out), 3, "x.gguf", "--force")
+    assert out.read_text() == "precious"
+
+
+@pytest.mark.parametrize("text", ["", "not json\n", '{"text": "x"}\n'])
+def test_bad_training_data(tmp_path: Path, text: str) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text(text)
+    refused(run("train", data, "--base", TINY_BASE, "-o", tmp_path / "out"), 4, "d.jsonl", "messages")
+    assert not (tmp_path / "out").exists()
+
+
+def test_context_overflow(tiny_q8: Path) -> None:
+    refused(run("chat", "--base", tiny_q8, "--ctx-size", "64", "word " * 500), 4, "64")
+
+
+def test_disk_full(tmp_path: Path) -> None:
+    """A real ENOSPC: a file-size limit on the process, which the kernel enforces as a failed write."""
+    import resource
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+
+    refused(run("convert", TINY_BASE, "--quant", "f32", "-o", tmp_path / "x.gguf", preexec_fn=limit), 3, "x.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_config_file(tmp_path: Path, tiny_q8: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("temprature = 1\n")
+    refused(run("chat", "--config", config, "--base", tiny_q8, "hi"), 2, "temprature", "temperature")
+    config.write_text("temperature = ")
+    refused(run("chat", "--config", config, "--base", tiny_q8, "hi"), 2, "not TOML")
+    config.write_text("temperature = -3\n")
+    refused(run("chat", "--config", config, "--base", tiny_q8, "hi"), 2, "temperature")
+
+
+@pytest.mark.parametrize("after_seconds", [0.15, 0.6])
+def test_ctrl_c_in_convert_leaves_nothing(tmp_path: Path, after_seconds: float) -> None:
+    out = tmp_path / "x.gguf"
+    process = subprocess.Popen([EDGELORA, "convert", str(TINY_BASE), "-o", str(out)], stderr=subprocess.PIPE)
+    time.sleep(after_seconds)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    finished = process.returncode == 0  # the file is small: it may be done before the signal
+    assert process.returncode in (0, 130), stderr
+    assert out.exists() == finished
+    assert [path.name for path in tmp_path.iterdir()] == (["x.gguf"] if finished else [])
