@@ -15,7 +15,7 @@ CMAKE_cuda   := -DGGML_CUDA=on
 CMAKE_metal  := -DGGML_METAL=on
 CMAKE_vulkan := -DGGML_VULKAN=on
 
-.PHONY: help setup demo test test-all check docs bench clean
+.PHONY: help setup demo test test-all check docs clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -60,9 +60,6 @@ check: setup  ## ruff, mypy, generated docs
 
 docs: setup  ## write the generated parts of the README again
 	$(BIN)/python -m tests.contracts.generated_docs
-
-bench: setup  ## peers side by side
-	$(BIN)/python -m bench
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

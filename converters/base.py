@@ -1,7 +1,7 @@
 """A Hugging Face base to a GGUF file, in one pass: no intermediate file, and memory that does not grow with the model.
 
-Rows are read, turned to float32, put in llama.cpp's order, quantized on every core and written in order; at any moment a few
-chunks of `CHUNK_BYTES` are alive. A 70B model needs the memory of a 1B one.
+Rows are read, turned to float32, put in llama.cpp's order, quantized on every core and written in order; at any moment
+a few chunks of `CHUNK_BYTES` are alive. A 70B model needs the memory of a 1B one.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
 
-import gguf
 import numpy as np
 
-from converters.architectures import Dimensions, Family, Place, find_family
+from converters.architectures import Dimensions, Place
 from converters.checkpoint import Checkpoint, Floats
-from converters.errors import FormatError, UnsupportedError, listed
 from converters.fingerprint import fingerprint_of
+from converters.model import Model, describe, norms, understand
 from converters.quant_types import ModelShape, choose_types, find_recipe
 from converters.quantize import Bytes, quantize_rows
-from converters.tokenizer import Vocabulary, load_vocabulary
-from converters.writer import TensorSpec, Typed, Value, check_output, create, file_size, header_bytes
+from converters.writer import TensorSpec, Value, check_output, create, file_size, header_bytes
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes written, bytes in all, and the tensor that is being written."""
@@ -58,19 +57,20 @@ class BaseReport:
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor to be made: from rows of the checkpoint, or computed."""
+    """One tensor to be made.
+
+    Attributes:
+        read: rows `start` to `stop` of it as float32, in llama.cpp's order; a vector is one row.
+    """
 
     spec: TensorSpec
-    place: Place | None
-    computed: Floats | None = None
+    read: Callable[[int, int], Floats]
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything that is decided before the first weight is read."""
 
-    family: Family
-    dimensions: Dimensions
     sources: tuple[Source, ...]
     metadata: Mapping[str, Value]
     notices: tuple[str, ...]
@@ -117,7 +117,7 @@ def convert_base(
         check_output(Path(out), plan.size_bytes, force=force)
         notices = list(plan.notices)
         if not dry_run:
-            notices += _write(checkpoint, plan, Path(out), threads or os.cpu_count() or 1, progress)
+            notices += _write(plan, Path(out), threads or os.cpu_count() or 1, progress)
     template = plan.metadata.get("tokenizer.chat_template")
     return BaseReport(
         path=Path(out),
@@ -126,7 +126,7 @@ def convert_base(
         types=dict(Counter(spec.block_type.name for spec in plan.specs)),
         seconds=time.monotonic() - started,
         name=str(plan.metadata["general.name"]),
-        architecture=plan.family.architecture,
+        architecture=str(plan.metadata["general.architecture"]),
         quant=quant.lower(),
         fingerprint=str(plan.metadata["edgelora.fingerprint"]),
         chat_template=template if isinstance(template, str) else None,
@@ -134,79 +134,20 @@ def convert_base(
     )
 
 
-@dataclass(frozen=True)
-class Model:
-    """A checkpoint understood: its family, sizes, vocabulary, and where each tensor goes."""
-
-    family: Family
-    dimensions: Dimensions
-    hyperparameters: Mapping[str, Any]
-    vocabulary: Vocabulary
-    places: Mapping[str, Place]
-    notices: tuple[str, ...]
-
-
-def understand(checkpoint: Checkpoint) -> Model:
-    """Match a model folder with its family; every problem is in one message.
+def plan_base(checkpoint: Checkpoint, quant: str, metadata: Mapping[str, Value]) -> Plan:
+    """Decide every tensor's type and place, and the whole header.
 
     Raises:
-        UnsupportedError: configuration or tensors that this family cannot take.
-        FormatError: tensors that are missing or have a shape that config.json contradicts.
+        ConversionError: what cannot be converted, by name.
     """
-    config, folder = checkpoint.config, checkpoint.folder
-    family = find_family(config, folder)
-    if problems := family.problems(config):
-        raise UnsupportedError(f"{folder / 'config.json'}: cannot be converted exactly:{listed(problems)}")
-    hyperparameters = family.hyperparameters(config)
-    named = {"general.architecture": family.architecture, **hyperparameters}
-    dimensions = Dimensions.from_metadata(named, config["vocab_size"])
-    places = _places(checkpoint, family, dimensions)
-    vocabulary = load_vocabulary(folder, config["vocab_size"])
-    notices = (*family.notices(config), *vocabulary.notices)
-    return Model(family, dimensions, hyperparameters, vocabulary, places, notices)
-
-
-def _places(checkpoint: Checkpoint, family: Family, dimensions: Dimensions) -> dict[str, Place]:
-    """GGUF name to place, for every tensor of the checkpoint that is written."""
-    tied = bool(checkpoint.config.get("tie_word_embeddings", False))
-    found, problems = {}, []
-    for name, tensor in checkpoint.tensors.items():
-        place = family.from_hf(name)
-        if name.endswith(family.ignored) or (tied and place is not None and place.gguf_module == "output"):
-            continue
-        if place is None:
-            problems.append(f"{name}: no tensor of a {family.architecture} model")
-            continue
-        expected = place.row.shape_of(place.suffix, dimensions)
-        if tensor.shape != expected:
-            problems.append(f"{name}: has shape {tensor.shape}, config.json gives {expected}")
-        found[place.gguf_name] = place
-    for place in family.weights(dimensions):
-        needed = place.row.required or (place.gguf_module == "output" and not tied)
-        if needed and place.gguf_name not in found:
-            problems.append(f"{place.hf_name}: is missing")
-    if problems:
-        raise FormatError(f"{checkpoint.folder}: its tensors do not fit its config.json:{listed(problems)}")
-    return found
-
-
-def plan_base(checkpoint: Checkpoint, quant: str, metadata: Mapping[str, Value]) -> Plan:
-    """Decide every tensor's type and place, and the whole header."""
     recipe, model = find_recipe(quant), understand(checkpoint)
-    sizes = model.dimensions
-    shapes = {name: checkpoint.tensors[place.hf_name].shape for name, place in model.places.items()}
-    computed = model.family.computed(checkpoint.config)
-    shapes |= {name: values.shape for name, values in computed.items()}
-    shape = ModelShape(model.family.architecture, sizes.layers, sizes.heads, sizes.heads_kv)
-    types = choose_types(shapes, recipe, shape)
-    sources = tuple(
-        Source(TensorSpec(name, shapes[name], block_type), model.places.get(name), computed.get(name))
-        for name, block_type in types.items()
-    )
-    n_parameters = sum(int(np.prod(shapes[name])) for name in shapes)
-    fingerprint = fingerprint_of(sizes, model.vocabulary.tokens, norms(checkpoint, model.places))
+    readers = _readers(checkpoint, model)
+    shapes = {name: shape for name, (shape, _) in readers.items()}
+    types = choose_types(shapes, recipe, model_shape(model.dimensions))
+    sources = tuple(Source(TensorSpec(name, shapes[name], kind), readers[name][1]) for name, kind in types.items())
+    fingerprint = fingerprint_of(model.dimensions, model.vocabulary.tokens, norms(checkpoint, model.places))
     pairs: dict[str, Value] = {
-        **describe(checkpoint.folder, model.family.architecture, n_parameters),
+        **describe(checkpoint.folder, model.family.architecture, sum(prod(shape) for shape in shapes.values())),
         **model.hyperparameters,
         "general.file_type": recipe.file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
@@ -215,34 +156,44 @@ def plan_base(checkpoint: Checkpoint, quant: str, metadata: Mapping[str, Value])
         **metadata,
     }
     header = header_bytes(pairs, [source.spec for source in sources])
-    return Plan(model.family, sizes, sources, pairs, model.notices, header)
+    return Plan(sources, pairs, model.notices, header)
 
 
-def norms(checkpoint: Checkpoint, places: Mapping[str, Place]) -> Iterator[tuple[str, Floats]]:
-    """GGUF name and values of every norm vector."""
-    for name, place in places.items():
-        if name.endswith("_norm.weight"):
-            yield name, checkpoint.rows(place.hf_name)[0]
+def model_shape(sizes: Dimensions) -> ModelShape:
+    return ModelShape(sizes.architecture, sizes.layers, sizes.heads, sizes.heads_kv)
 
 
-def describe(folder: Path, architecture: str, n_parameters: int) -> dict[str, Value]:
-    """The `general.*` keys, from the model card, generation_config.json and the folder's name, as llama.cpp's converter."""
-    folder = folder.resolve()
-    try:
-        card = gguf.Metadata.load(None, folder, None, n_parameters)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise FormatError(f"{folder}: its model card or generation_config.json cannot be understood ({error})") from None
-    card.name = card.name or folder.name
-    card.size_label = card.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
-    writer = gguf.GGUFWriter(None, architecture)
-    writer.add_type("model")
-    card.set_gguf_meta_model(writer)
-    return {key: _typed(pair) for key, pair in writer.kv_data[0].items()}
+Reader = Callable[[int, int], Floats]
 
 
-def _typed(pair: Any) -> Value:
-    """gguf's value; an int32 keeps its type (`general.sampling.top_k`)."""
-    return Typed("i", pair.value) if pair.type == gguf.GGUFValueType.INT32 else pair.value
+def _readers(checkpoint: Checkpoint, model: Model) -> dict[str, tuple[tuple[int, ...], Reader]]:
+    """GGUF name to shape and reader, of the checkpoint's tensors and of those that are computed."""
+    readers: dict[str, tuple[tuple[int, ...], Reader]] = {}
+    for name, place in model.places.items():
+        readers[name] = checkpoint.tensors[place.hf_name].shape, _reader(checkpoint, place, model.dimensions)
+    for name, values in model.family.computed(checkpoint.config).items():
+        readers[name] = values.shape, partial(_rows_of, values.reshape(1, -1))
+    return readers
+
+
+def _rows_of(rows: Floats, start: int, stop: int) -> Floats:
+    return rows[start:stop]
+
+
+def _reader(checkpoint: Checkpoint, place: Place, dimensions: Dimensions) -> Reader:
+    name, order = place.hf_name, place.row.row_order(dimensions)
+
+    def read(start: int, stop: int) -> Floats:
+        if order is None:
+            return checkpoint.rows(name, start, stop)
+        if place.suffix == "bias":
+            return checkpoint.rows(name)[:, order]
+        # A row order moves rows within a head, so the rows from the lowest to the highest are few more than are needed.
+        picked = order[start:stop]
+        low, high = int(picked.min()), int(picked.max()) + 1
+        return checkpoint.rows(name, low, high)[picked - low]
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -254,12 +205,12 @@ class _Chunk:
     is_last: bool
 
 
-def _write(checkpoint: Checkpoint, plan: Plan, out: Path, threads: int, progress: Progress | None) -> list[str]:
+def _write(plan: Plan, out: Path, threads: int, progress: Progress | None) -> list[str]:
     """Stream every tensor into the file; returns notices about values that are not finite."""
     done, total = len(plan.header), plan.size_bytes
     bad: dict[str, str] = {}
     with ThreadPoolExecutor(threads) as pool, create(out, plan.header) as file:
-        for chunk in _in_order(pool, _jobs(checkpoint, plan), ahead=threads + 2):
+        for chunk in _in_order(pool, _jobs(plan), ahead=threads + 2):
             name = chunk.source.spec.name
             file.write(chunk.data.data)
             done += chunk.data.nbytes
@@ -274,51 +225,24 @@ def _write(checkpoint: Checkpoint, plan: Plan, out: Path, threads: int, progress
     return list(bad.values())
 
 
-def _jobs(checkpoint: Checkpoint, plan: Plan) -> Iterator[Callable[[], _Chunk]]:
+def _jobs(plan: Plan) -> Iterator[Callable[[], _Chunk]]:
     for source in plan.sources:
-        n_cols = source.spec.shape[-1]
-        n_rows = int(np.prod(source.spec.shape[:-1]))
+        n_cols, n_rows = source.spec.shape[-1], prod(source.spec.shape[:-1])
         step = max(1, CHUNK_BYTES // (4 * n_cols))
-        order = source.place.row.row_order(plan.dimensions) if source.place else None
         for start in range(0, n_rows, step):
-            stop = min(n_rows, start + step)
-            picked = None if order is None else order[start:stop]
-            yield _Job(checkpoint, source, start, stop, picked, stop == n_rows)
+            yield partial(_encode, source, start, min(n_rows, start + step), is_last=start + step >= n_rows)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Read, reorder and encode some rows; runs in a thread."""
-
-    checkpoint: Checkpoint
-    source: Source
-    start: int
-    stop: int
-    picked: Any
-    is_last: bool
-
-    def __call__(self) -> _Chunk:
-        rows, block_type = self._rows(), self.source.spec.block_type
-        is_finite = bool(np.isfinite(rows).all())
-        data = quantize_rows(rows, block_type)
-        overflowed = block_type.name == "F16" and is_finite and not bool(np.isfinite(data.view("<f2")).all())
-        return _Chunk(self.source, data, is_finite, overflowed, self.is_last)
-
-    def _rows(self) -> Floats:
-        place = self.source.place
-        if place is None:
-            assert self.source.computed is not None  # a tensor comes from the checkpoint or is computed
-            return self.source.computed.reshape(1, -1)
-        if self.picked is None:
-            return self.checkpoint.rows(place.hf_name, self.start, self.stop)
-        # A row order moves rows within a head, so the rows between the lowest and highest are few more than are needed.
-        low, high = int(self.picked.min()), int(self.picked.max()) + 1
-        return self.checkpoint.rows(place.hf_name, low, high)[self.picked - low]
+def _encode(source: Source, start: int, stop: int, *, is_last: bool) -> _Chunk:
+    """Read, reorder and quantize some rows; runs in a thread."""
+    rows, block_type = source.read(start, stop), source.spec.block_type
+    is_finite = bool(np.isfinite(rows).all())
+    data = quantize_rows(rows, block_type)
+    overflowed = block_type.name == "F16" and is_finite and not bool(np.isfinite(data.view(np.float16)).all())
+    return _Chunk(source, data, is_finite, overflowed, is_last)
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], _Chunk]], ahead: int
-) -> Iterator[_Chunk]:
+def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], _Chunk]], ahead: int) -> Iterator[_Chunk]:
     """Results in the order of the jobs, with at most `ahead` of them in memory."""
     waiting: deque[Future[_Chunk]] = deque()
     try:

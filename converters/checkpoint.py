@@ -6,8 +6,8 @@
       model.safetensors.index.json          an index and its shards
       model-00001-of-00002.safetensors ...
 
-Rows are read with `pread` into a buffer of the caller's size, so memory does not grow with the model (mapped pages would
-count as resident), and any number of threads may read at once.
+Rows are read with `pread`, so memory does not grow with the model (mapped pages would count as resident), and any
+number of threads may read at once.
 """
 
 from __future__ import annotations
@@ -17,18 +17,25 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from converters.errors import ConversionError, FormatError, MissingFileError, TruncatedFileError, UnsupportedError, listed
+from converters.errors import (
+    ConversionError,
+    FormatError,
+    MissingFileError,
+    TruncatedFileError,
+    UnsupportedError,
+    listed,
+)
 from converters.safetensors_file import StoredTensor, read_tensors
 
 Floats = npt.NDArray[np.float32]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-READABLE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+READABLE: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,7 +68,7 @@ class Tensors:
         self.tensors = dict(tensors)
         self._descriptors: dict[Path, int] = {}
 
-    def __enter__(self) -> Tensors:
+    def __enter__(self) -> Self:
         try:
             for path in sorted({tensor.file for tensor in self.tensors.values()}):
                 self._descriptors[path] = os.open(path, os.O_RDONLY)
@@ -91,16 +98,20 @@ class Tensors:
         n_cols = tensor.shape[-1] if tensor.shape else 1
         n_rows = tensor.size_bytes // max(1, n_cols * dtype.itemsize)
         stop = n_rows if stop is None else stop
-        data = self._read(tensor, tensor.offset + start * n_cols * dtype.itemsize, (stop - start) * n_cols * dtype.itemsize)
+        row_bytes = n_cols * dtype.itemsize
+        data = self._read(tensor, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
         raw = np.frombuffer(data, dtype).reshape(stop - start, n_cols)
         if tensor.dtype == "BF16":
-            return (raw.astype("<u4") << np.uint32(16)).view("<f4")
-        return raw.astype("<f4", copy=False)
+            return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return raw.astype(np.float32, copy=False)
 
     def _read(self, tensor: StoredTensor, offset: int, count: int) -> bytes:
         descriptor, pieces = self._descriptors[tensor.file], []
         while count:
-            piece = os.pread(descriptor, count, offset)  # one call gives at most 2 GiB
+            try:
+                piece = os.pread(descriptor, count, offset)  # one call gives at most 2 GiB
+            except OSError as error:
+                raise MissingFileError(f"{tensor.file}: cannot be read ({error.strerror})") from None
             if not piece:
                 raise TruncatedFileError(f"{tensor.file}: ends inside tensor {tensor.name}", hint="Download it again.")
             pieces.append(piece)

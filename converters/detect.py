@@ -9,7 +9,7 @@ from converters.checkpoint import pickles_in
 from converters.errors import ConversionError, FormatError, MissingFileError, UnsupportedError
 from converters.reader import MAGIC, read_header
 
-EXPECTED = "Expected a model folder (config.json, *.safetensors), a PEFT adapter folder (adapter_config.json) or a GGUF file."
+EXPECTED = "Expected a model folder (config.json), a PEFT adapter folder (adapter_config.json) or a GGUF file."
 
 
 class SourceKind(Enum):
@@ -67,7 +67,7 @@ def _detect_folder(folder: Path) -> SourceKind:
         )
     for wanted, hint in (("*.gguf", "Name the file: {}."), ("checkpoint-*", "Name one of its checkpoints: {}.")):
         if inside := sorted(folder.glob(wanted)):
-            raise FormatError(f"{folder}: holds no config.json and no adapter_config.json", hint=hint.format(inside[-1]))
+            raise FormatError(f"{folder}: holds no model of its own", hint=hint.format(inside[-1]))
     raise FormatError(f"{folder}: not a model (it holds {', '.join(names[:5])})", hint=EXPECTED)
 
 

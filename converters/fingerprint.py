@@ -1,7 +1,8 @@
 """One hash for a base, however it is quantized.
 
-Norm vectors stay F32 in every quantization, and no two trainings give the same ones. So the hash of the norm vectors, the
-vocabulary and the sizes is the same for an HF folder, for its F32 to Q2_K files, and for those that llama.cpp's own tools made.
+Norm vectors stay F32 in every quantization, and no two trainings give the same ones. So the hash of the norm vectors,
+the vocabulary and the sizes is the same for an HF folder, for its F32 to Q2_K files, and for those that llama.cpp's own
+tools made.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from converters.architectures import Dimensions
 from converters.checkpoint import Checkpoint, Floats
 from converters.errors import FormatError
+from converters.model import norms, understand
 from converters.quant_types import TYPES
 from converters.reader import ARRAY, STRING, GGUFHeader, read_header
 
@@ -40,8 +42,6 @@ def fingerprint(path: Path) -> str:
 
 
 def _of_folder(folder: Path) -> str:
-    from converters.base import norms, understand  # base.py writes fingerprints, so it imports this module
-
     with Checkpoint(folder) as checkpoint:
         model = understand(checkpoint)
         return fingerprint_of(model.dimensions, model.vocabulary.tokens, norms(checkpoint, model.places))

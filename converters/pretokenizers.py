@@ -1,8 +1,8 @@
 """Which of llama.cpp's pre-tokenizers cuts text as a `tokenizer.json` does.
 
 llama.cpp compiles its regular expressions in and picks them by a name in the file (`llm_tokenizer_bpe`,
-src/llama-vocab.cpp). Here a tokenizer's steps are compared with the expressions behind each name. A tokenizer that fits none
-keeps its own `tokenizer.json` inside the GGUF file, and edgelora tokenizes with that: same ids as in training.
+src/llama-vocab.cpp). Here a tokenizer's steps are compared with the expressions behind each name. A tokenizer that fits
+none keeps its own `tokenizer.json` inside the GGUF file, and edgelora tokenizes with that: same ids as in training.
 """
 
 from __future__ import annotations

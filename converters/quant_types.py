@@ -1,8 +1,8 @@
 """Quantizations: how many bytes each type takes, and which type each tensor of a file gets. Stdlib only.
 
 A *type* is how one tensor is stored (`Q4_K`: blocks of 256 values in 144 bytes). A *recipe* is what people ask for
-(`q4_k_m`): it chooses a type per tensor, exactly as `llama_tensor_get_type` in llama.cpp's `src/llama-quant.cpp` does, so
-that the file equals the one `llama-quantize` would have made.
+(`q4_k_m`): it chooses a type per tensor, exactly as `llama_tensor_get_type` in llama.cpp's `src/llama-quant.cpp` does,
+so that the file equals the one `llama-quantize` would have made.
 
 To add a quantization, add its row to `RECIPES`.
 """
@@ -41,18 +41,19 @@ class BlockType:
 
 
 _ROWS = (
-    ("F32", 0, 1, 4), ("F16", 1, 1, 2), ("Q4_0", 2, 32, 18), ("Q4_1", 3, 32, 20), ("Q5_0", 6, 32, 22), ("Q5_1", 7, 32, 24),
-    ("Q8_0", 8, 32, 34), ("Q8_1", 9, 32, 40), ("Q2_K", 10, 256, 84), ("Q3_K", 11, 256, 110), ("Q4_K", 12, 256, 144),
-    ("Q5_K", 13, 256, 176), ("Q6_K", 14, 256, 210), ("Q8_K", 15, 256, 292), ("IQ2_XXS", 16, 256, 66),
-    ("IQ2_XS", 17, 256, 74), ("IQ3_XXS", 18, 256, 98), ("IQ1_S", 19, 256, 50), ("IQ4_NL", 20, 32, 18),
-    ("IQ3_S", 21, 256, 110), ("IQ2_S", 22, 256, 82), ("IQ4_XS", 23, 256, 136), ("I8", 24, 1, 1), ("I16", 25, 1, 2),
-    ("I32", 26, 1, 4), ("I64", 27, 1, 8), ("F64", 28, 1, 8), ("IQ1_M", 29, 256, 56), ("BF16", 30, 1, 2),
-    ("TQ1_0", 34, 256, 54), ("TQ2_0", 35, 256, 66), ("MXFP4", 39, 32, 17), ("NVFP4", 40, 64, 36),
+    ("F32", 0, 1, 4), ("F16", 1, 1, 2), ("Q4_0", 2, 32, 18), ("Q4_1", 3, 32, 20), ("Q5_0", 6, 32, 22),
+    ("Q5_1", 7, 32, 24), ("Q8_0", 8, 32, 34), ("Q8_1", 9, 32, 40), ("Q2_K", 10, 256, 84), ("Q3_K", 11, 256, 110),
+    ("Q4_K", 12, 256, 144), ("Q5_K", 13, 256, 176), ("Q6_K", 14, 256, 210), ("Q8_K", 15, 256, 292),
+    ("IQ2_XXS", 16, 256, 66), ("IQ2_XS", 17, 256, 74), ("IQ3_XXS", 18, 256, 98), ("IQ1_S", 19, 256, 50),
+    ("IQ4_NL", 20, 32, 18), ("IQ3_S", 21, 256, 110), ("IQ2_S", 22, 256, 82), ("IQ4_XS", 23, 256, 136),
+    ("I8", 24, 1, 1), ("I16", 25, 1, 2), ("I32", 26, 1, 4), ("I64", 27, 1, 8), ("F64", 28, 1, 8),
+    ("IQ1_M", 29, 256, 56), ("BF16", 30, 1, 2), ("TQ1_0", 34, 256, 54), ("TQ2_0", 35, 256, 66),
+    ("MXFP4", 39, 32, 17), ("NVFP4", 40, 64, 36), ("Q1_0", 41, 128, 18), ("Q2_0", 42, 64, 18),
 )  # fmt: skip
 TYPES: Mapping[str, BlockType] = {row[0]: BlockType(*row) for row in _ROWS}
 TYPE_BY_NUMBER: Mapping[int, BlockType] = {block_type.number: block_type for block_type in TYPES.values()}
 
-# A row that does not fill a type's blocks takes this type, and F16 where that does not fit either (`tensor_type_fallback`).
+# A row that does not fill a type's blocks takes this type, or F16 where that does not fit (`tensor_type_fallback`).
 _FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 
 # Substrings that name a tensor's part in the model, first match wins (`tensor_get_category`).
@@ -189,7 +190,7 @@ def choose_types(tensors: Mapping[str, Sequence[int]], recipe: Recipe, model: Mo
 
 
 def tensor_order(name: str) -> tuple[int, str]:
-    """Sort key: tensors outside the layers first, then layer by layer (`weight_name_comparer`, src/llama-model-loader.h)."""
+    """Sort key: tensors outside the layers, then layer by layer (`weight_name_comparer`, src/llama-model-loader.h)."""
     found = re.match(r"blk\.(\d+)\.", name)
     return (int(found[1]) if found else -1, name)
 
@@ -214,4 +215,5 @@ def _category(name: str) -> str:
 
 def _is_quantizable(name: str, shape: Sequence[int]) -> bool:
     """Matrices of weights; vectors, norms and expert routers stay F32 (`tensor_allows_quantization`)."""
-    return len(shape) >= 2 and name.endswith("weight") and "_norm.weight" not in name and "ffn_gate_inp.weight" not in name
+    is_weight = len(shape) >= 2 and name.endswith("weight")
+    return is_weight and "_norm.weight" not in name and "ffn_gate_inp.weight" not in name

@@ -1,7 +1,8 @@
 """Rows of float32 to rows of blocks, byte for byte as llama.cpp makes them.
 
-F32, F16 and BF16 are numpy casts. Everything else is llama.cpp's own `ggml_quantize_chunk`, called in the `libggml-base` that
-llama-cpp-python installs, without importing it. ctypes lets go of the interpreter lock, so threads work side by side.
+F32, F16 and BF16 are numpy casts. Everything else is llama.cpp's own `ggml_quantize_chunk`, called in the
+`libggml-base` that llama-cpp-python installs, without importing it. ctypes lets go of the interpreter lock, so threads
+work side by side.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import threading
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,21 +53,25 @@ def quantize_rows(rows: Floats, block_type: BlockType) -> Bytes:
     return out
 
 
-def _to_f16(rows: Floats) -> npt.NDArray[np.float16]:
+def _to_f32(rows: Floats) -> npt.NDArray[Any]:
+    return rows
+
+
+def _to_f16(rows: Floats) -> npt.NDArray[Any]:
     with np.errstate(over="ignore"):
-        return rows.astype("<f2")
+        return rows.astype(np.float16)
 
 
-def _to_bf16(rows: Floats) -> npt.NDArray[np.uint16]:
+def _to_bf16(rows: Floats) -> npt.NDArray[Any]:
     """Round to nearest, ties to even; NaN stays a (quiet) NaN (`ggml_compute_fp32_to_bf16`, ggml/src/ggml-impl.h)."""
-    bits = rows.view("<u4")
+    bits = rows.view(np.uint32)
     is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     with np.errstate(over="ignore"):
         rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-    return np.where(is_nan, (bits >> np.uint32(16)) | np.uint32(64), rounded).astype("<u2")
+    return np.where(is_nan, (bits >> np.uint32(16)) | np.uint32(64), rounded).astype(np.uint16)
 
 
-_CASTS = {"F32": lambda rows: rows.astype("<f4", copy=False), "F16": _to_f16, "BF16": _to_bf16}
+_CASTS: Mapping[str, Callable[[Floats], npt.NDArray[Any]]] = {"F32": _to_f32, "F16": _to_f16, "BF16": _to_bf16}
 
 
 @lru_cache
@@ -73,9 +80,8 @@ def _library(type_number: int) -> ctypes.CDLL:
     with _FIRST_USE:
         library = ctypes.CDLL(str(_library_path()))
         library.ggml_quantize_chunk.restype = ctypes.c_size_t
-        library.ggml_quantize_chunk.argtypes = [
-            ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
-        ]  # fmt: skip
+        pointer, count = ctypes.c_void_p, ctypes.c_int64
+        library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
         library.ggml_quantize_init.argtypes = [ctypes.c_int]
         library.ggml_quantize_init(type_number)
         return library

@@ -111,7 +111,7 @@ class GGUFHeader:
 
     @property
     def kind(self) -> str:
-        """"adapter" or "base"."""
+        """ "adapter" or "base"."""
         is_adapter = self.metadata.get("general.type") == "adapter" or "adapter.type" in self.metadata
         return "adapter" if is_adapter else "base"
 
@@ -275,7 +275,8 @@ class _Parser:
         end = max((t.offset + t.size_bytes for t in tensors.values()), default=0)
         if end > self.size:
             raise TruncatedFileError(
-                f"{self.path}: has {self.size} bytes, its weights need {end} ({end - self.size} are missing)", hint=_AGAIN
+                f"{self.path}: has {self.size} bytes, its weights need {end} ({end - self.size} are missing)",
+                hint=_AGAIN,
             )
         return tensors
 

@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from converters.errors import FormatError, MissingFileError, TruncatedFileError
 
@@ -104,7 +104,7 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     return StoredTensor(name, dtype, tuple(shape), path, start + begin, end - begin)
 
 
-def _is_whole(values: Any) -> bool:
+def _is_whole(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 

@@ -6,15 +6,15 @@ Three kinds, tried in the order of llama.cpp's converter (`LlamaModel.set_vocab`
     tokenizer.json, BPE with <0x00> byte tokens         SentencePiece-like    "llama"
     tokenizer.json, BPE on bytes                        GPT-2-like            "gpt2", and a pre-tokenizer's name
 
-Where llama.cpp's own tokenizer would not give the ids of training, or would abort on a character it does not know, the whole
-`tokenizer.json` goes in as `tokenizer.huggingface.json` with `edgelora.tokenizer = "huggingface"`.
+Where llama.cpp's own tokenizer would not give the ids of training, or would abort on a character it does not know, the
+whole `tokenizer.json` goes in as `tokenizer.huggingface.json` with `edgelora.tokenizer = "huggingface"`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def _from_byte_level(folder: Path, tokenizer: _HuggingFace, vocab_size: int) -> 
 def _from_byte_fallback(
     folder: Path, tokenizer: _HuggingFace, config: Mapping[str, Any], vocab_size: int
 ) -> Vocabulary:
-    """As `LlamaHfVocab` (gguf/vocab.py), which knows no scores: so llama.cpp merges in another order than training did."""
+    """As `LlamaHfVocab` (gguf/vocab.py), which knows no scores: llama.cpp merges in another order than training did."""
     entries = tokenizer.entries(vocab_size, UNUSED_SCORE)
     special = _special_tokens(config) | {token.content for token in tokenizer.added.values() if token.special}
     base_size = tokenizer.tokenizer.get_vocab_size(with_added_tokens=False)
@@ -215,10 +215,10 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any], vocab_size: int
             hint="Save a tokenizer.json beside it: AutoTokenizer.from_pretrained(folder).save_pretrained(folder).",
         )
     vocabulary = _finish(folder, entries, "llama", "default", tokenizer, reasons, with_scores=True)
-    prefix = config.get("add_prefix_space", model.adds_prefix)
-    return Vocabulary(
-        vocabulary.tokens, {**vocabulary.metadata, "tokenizer.ggml.add_space_prefix": bool(prefix)}, vocabulary.notices
-    )
+    if config.get("add_prefix_space", model.adds_prefix):
+        return vocabulary  # llama.cpp's default
+    metadata = {**vocabulary.metadata, "tokenizer.ggml.add_space_prefix": False}
+    return replace(vocabulary, metadata=metadata)
 
 
 def _sentencepiece_differences(model: SentencePieceModel) -> list[str]:
@@ -266,7 +266,8 @@ def _decoder_tokens(config: Mapping[str, Any], vocab_size: int) -> list[tuple[in
     for key, entry in (config.get("added_tokens_decoder") or {}).items():
         number = int(key) if str(key).isdecimal() else -1
         if not 0 <= number < vocab_size or not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
-            raise FormatError(f"tokenizer_config.json: added_tokens_decoder has {key!r}, the vocabulary has {vocab_size}")
+            problem = f"added_tokens_decoder has {key!r}, the vocabulary has {vocab_size}"
+            raise FormatError(f"tokenizer_config.json: {problem}")
         found.append((number, entry["content"], bool(entry.get("special"))))
     return found
 
@@ -307,7 +308,7 @@ def _check_unique(folder: Path, entries: _Entries) -> None:
 
 
 def _special_metadata(folder: Path, n_vocab: int, *, load_merges: bool) -> dict[str, Value]:
-    """Merges, ids of bos, eos ..., whether they are added, and chat templates: through gguf, as llama.cpp's converter."""
+    """Merges, ids of bos, eos ..., whether they are added, chat templates: through gguf, as llama.cpp's converter."""
     try:
         special = gguf.SpecialVocab(folder, load_merges=load_merges, n_vocab=n_vocab)
     except (ValueError, TypeError, AttributeError, KeyError, LookupError) as error:
@@ -316,9 +317,8 @@ def _special_metadata(folder: Path, n_vocab: int, *, load_merges: bool) -> dict[
         special.chat_template = template.read_text(encoding="utf-8")  # as transformers does: the file wins
     if load_merges and not special.merges:
         raise UnsupportedError(f"{folder / 'tokenizer.json'}: has no merges")
-    special.add_special_token = {"bos": False, "eos": False, **special.add_special_token} if load_merges else (
-        special.add_special_token
-    )
+    if load_merges:  # without these, llama.cpp decides by the pre-tokenizer's name
+        special.add_special_token = {"bos": False, "eos": False, **special.add_special_token}
     writer = gguf.GGUFWriter(None, "")
     special.add_to_gguf(writer, quiet=True)
     pairs = writer.kv_data[0]

@@ -1,5 +1,17 @@
-"""`python -m edgelora`, for checkouts; users run the `edgelora` command."""
+"""The `edgelora` script, and `python -m edgelora` for checkouts."""
 
-from edgelora.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line; Ctrl-C ends it with 130 also while it is still being imported."""
+    try:
+        from edgelora.cli import cli
+
+        cli(prog_name="edgelora")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -33,6 +33,14 @@ VERSION = 1
 FILE_NAME = "edgelora.json"
 Value = str | int | float | bool | list[str] | list[int]
 
+GOLDEN_MESSAGES: tuple[Message, ...] = (
+    {"role": "user", "content": "It's 1,234.5 km away, isn't it?"},
+    {"role": "assistant", "content": "Yes:\n\n- naïve CAFÉ, 7 o'clock!"},
+    {"role": "user", "content": "So  x_1 += 20?"},
+)
+"""Rendered as serving does, ending where a reply begins. Words, digits, contractions, runs of blanks and accents: what
+pre-tokenizers disagree about."""
+
 
 @dataclass(frozen=True)
 class Contract:

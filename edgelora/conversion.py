@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.errors import ConversionError
-from edgelora.contract import FILE_NAME, Contract, Value
+from edgelora.contract import FILE_NAME, GOLDEN_MESSAGES, Contract, Value
 from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError, SettingsError
 from edgelora.messages import Message
 from edgelora.store import Store
@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 
 DEFAULT_QUANT = "q4_k_m"
-GOLDEN_MESSAGES: tuple[Message, ...] = (
-    {"role": "user", "content": "Hello, how are you?"},
-    {"role": "assistant", "content": "Fine, thank you."},
-)
+EXACT = {"kind": "exact", "dtype": "f16"}
+"""A LoRA's factors with the scale folded into B; rounding them to F16 is all that is lost."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ def find_base(folder: Path, given: Path | None, store: Store) -> Path:
 def _base_named_by(folder: Path) -> str:
     from converters.peft_config import read_peft_config
 
-    return str(read_peft_config(folder).base_model_name_or_path or "")
+    return str(read_peft_config(folder).base_model)
 
 
 def contract_for(
@@ -183,7 +181,7 @@ def contract_for(
         found = found.with_changes(chat_template=source, golden_messages=(), golden_tokens=())
         if source and not found.stop and base.is_dir():
             found = _with_golden(found, base)
-    return found.with_changes(base_fingerprint=fingerprint)
+    return found.with_changes(base_fingerprint=fingerprint, exactness=EXACT)
 
 
 def _checked_template(name_or_path: str) -> str:
@@ -193,9 +191,11 @@ def _checked_template(name_or_path: str) -> str:
 def _template_of(base: Path) -> str:
     """The base's own chat template, empty where it has none."""
     if base.is_dir():
-        from converters.tokenizer import chat_template
+        from converters.checkpoint import Checkpoint
+        from converters.model import understand
 
-        return chat_template(base) or ""
+        with Checkpoint(base) as checkpoint:
+            return str(understand(checkpoint).vocabulary.metadata.get("tokenizer.chat_template", ""))
     from converters.reader import read_header
 
     return str(read_header(base).metadata.get("tokenizer.chat_template", ""))
@@ -221,7 +221,7 @@ def golden_tokens(base: Path, template: str, messages: tuple[Message, ...]) -> t
         names = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
     text = ChatTemplate(template).render(
         messages,
-        add_generation_prompt=False,
+        add_generation_prompt=True,
         bos_token=_token_text(names.get("bos_token")),
         eos_token=_token_text(names.get("eos_token")),
     )

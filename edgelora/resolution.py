@@ -75,7 +75,7 @@ def _bare_base(store: Store) -> FoundBase:
     hint = (
         f"Name one with --base; known from earlier converts:{known}"
         if known
-        else "Make one: edgelora convert HF_FOLDER"
+        else "Name one with --base, or make one: edgelora convert HF_FOLDER"
     )
     raise SettingsError("no base and no adapter named", hint=hint)
 

@@ -36,7 +36,7 @@ BUILTIN = {
         "{% else %} {{ message['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
     ),
     "plain": (  # text in, text out: for models that were never taught to chat
-        "{% for message in messages %}"
+        "{{ bos_token }}{% for message in messages %}"
         "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
         "{% endfor %}"
     ),

@@ -1,7 +1,7 @@
 """The model families that convert, found by the name in `config.json` or in a GGUF file.
 
-To add a family: one file beside this one that ends in `FAMILY = Family(...)`, and its row in `FAMILIES`. A model that is
-another family under its own name needs only the row.
+To add a family: one file beside this one that ends in `FAMILY = Family(...)`, and its row in `FAMILIES`. A model that
+is another family under its own name needs only the row.
 """
 
 from __future__ import annotations

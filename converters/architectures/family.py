@@ -1,7 +1,7 @@
 """What one model family is: its tensors under both names, its hyperparameters, and what it refuses.
 
-A family is a table. The converter goes through it from Hugging Face to GGUF, training on a GGUF base goes back, and adapters
-take B through the same row order as the weight they change.
+A family is a table. The converter goes through it from Hugging Face to GGUF, training on a GGUF base goes back, and
+adapters take B through the same row order as the weight they change.
 """
 
 from __future__ import annotations
@@ -101,12 +101,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor of a model under both names."""
+    """One tensor of a model under both names; `layer` is None outside the layers."""
 
     row: Row
-    hf_module: str
-    gguf_module: str
+    layer: int | None
     suffix: str
+
+    @property
+    def hf_module(self) -> str:
+        return self.row.hf.replace("{layer}", str(self.layer))
+
+    @property
+    def gguf_module(self) -> str:
+        return self.row.gguf.replace("{layer}", str(self.layer))
 
     @property
     def hf_name(self) -> str:
@@ -151,27 +158,23 @@ class Family:
         module, _, suffix = name.rpartition(".")
         if suffix not in SUFFIXES:
             return None
-        found = re.search(r"\.(\d+)\.", module)
+        found = re.search(r"\.(0|[1-9]\d{0,8})\.", module)
         general = module[: found.start()] + ".{layer}." + module[found.end() :] if found else module
-        layer = found[1] if found else ""
-        for row in self.rows:
-            if pattern_of(row) == general:
-                return Place(row, row.hf.replace("{layer}", layer), row.gguf.replace("{layer}", layer), suffix)
-        return None
+        row = next((row for row in self.rows if pattern_of(row) == general), None)
+        return Place(row, int(found[1]) if found else None, suffix) if row else None
 
     def weights(self, dimensions: Dimensions) -> Iterator[Place]:
         """Every ".weight" a model of these dimensions has or may have."""
         for row in self.rows:
-            for layer in range(dimensions.layers) if "{layer}" in row.hf else (0,):
-                number = str(layer)
-                yield Place(row, row.hf.replace("{layer}", number), row.gguf.replace("{layer}", number), "weight")
+            for layer in range(dimensions.layers) if "{layer}" in row.hf else (None,):
+                yield Place(row, layer, "weight")
 
 
 def interleaved_rows(heads: int, head_dim: int) -> Indices:
     """Row order of q and k for the rotary embedding of llama.cpp's llama family.
 
-    transformers rotates the first half of a head against the second, llama.cpp neighbours against each other: row 2j + i
-    of a head is row i * head_dim / 2 + j of the checkpoint (`LlamaModel.permute`, conversion/llama.py).
+    transformers rotates the first half of a head against the second, llama.cpp neighbours against each other: row
+    2j + i of a head is row i * head_dim / 2 + j of the checkpoint (`LlamaModel.permute`, conversion/llama.py).
     """
     order = np.arange(heads * head_dim, dtype=np.int64).reshape(heads, 2, head_dim // 2)
     return order.swapaxes(1, 2).reshape(-1)

@@ -58,8 +58,7 @@ def hyperparameters(config: Config) -> dict[str, Any]:
     }
     if rope["rope_type"] == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if config.get("head_dim") is not None:
-        values |= {"attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"]}
+    values |= {"attention.key_length": head_dim(config), "attention.value_length": head_dim(config)}
     values |= {"vocab_size": config["vocab_size"], "rope.dimension_count": head_dim(config)}
     return {f"llama.{key}": value for key, value in values.items()}
 
@@ -130,7 +129,7 @@ def _rope(config: Config) -> list[str]:
     }
     missing = [key for key in needed.get(rope["rope_type"], ()) if not isinstance(rope.get(key), (int, float))]
     checks = (
-        (rope["rope_type"] in ROPE_TYPES, f"rope_type is {rope['rope_type']!r}, expected one of {', '.join(ROPE_TYPES)}"),
+        (rope["rope_type"] in ROPE_TYPES, f"rope_type is {rope['rope_type']!r}, known are {', '.join(ROPE_TYPES)}"),
         (not missing, f"rope_type {rope['rope_type']!r} lacks {', '.join(missing)}"),
         (
             rope["rope_type"] != "llama3" or rope.get("low_freq_factor") != rope.get("high_freq_factor"),
@@ -144,7 +143,7 @@ def _rope(config: Config) -> list[str]:
 def notices(config: Config) -> list[str]:
     window = config.get("sliding_window")
     if isinstance(window, int) and window < config.get("max_position_embeddings", 0):
-        return [f"sliding_window {window}: llama.cpp attends to everything here; equal up to {window} tokens of context"]
+        return [f"sliding_window {window} is not applied by llama.cpp: equal up to {window} tokens of context"]
     return []
 
 

@@ -56,27 +56,28 @@ def _take(session: Session, line: str, stats: bool) -> None:
             _note(said)
         return
     stream = session.ask(line)
+    written: list[str] = []
     try:
-        reply = write(stream)
+        write(stream, written)
     except KeyboardInterrupt:
         stream.cancel()
-        reply = "".join(stream.pieces)
-        session.keep(line, reply)
+        click.echo()
         raise
-    session.keep(line, reply)
+    finally:
+        if written:
+            session.keep(line, "".join(written))
     if stats:
         _note(describe(stream.completion))
 
 
-def write(pieces: Iterable[str]) -> str:
-    """Write an answer to stdout as it comes; the whole of it is returned."""
-    written = []
+def write(pieces: Iterable[str], written: list[str] | None = None) -> None:
+    """Write an answer to stdout as it comes; `written` is given each piece that is on the screen."""
     for piece in pieces:
-        written.append(piece)
         click.echo(piece, nl=False)
         sys.stdout.flush()
+        if written is not None:
+            written.append(piece)
     click.echo()
-    return "".join(written)
 
 
 def _read_message() -> str:

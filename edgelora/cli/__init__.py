@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
@@ -58,11 +57,3 @@ def cli() -> None:
 
 for module in (train, convert, chat, batch, doctor):
     cli.add_command(module.command)
-
-
-def main() -> None:
-    """Entry point of the `edgelora` script."""
-    try:
-        cli(prog_name="edgelora")
-    except KeyboardInterrupt:  # before Click has a command to interrupt
-        sys.exit(EXIT_INTERRUPTED)

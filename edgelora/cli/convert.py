@@ -63,9 +63,14 @@ def _print(report: BaseReport | AdapterReport) -> None:
 
     click.echo(f"{report.path}  {report.size_bytes / 1e6:.1f} MB")
     if isinstance(report, BaseReport):
-        types = ", ".join(f"{count} {name}" for name, count in sorted(report.type_counts.items()))
-        click.echo(f"  base {report.name}, {report.architecture}, {report.n_tensors} tensors: {types}", err=True)
-        click.echo(f"Next: edgelora chat --base {report.path}", err=True)
+        types = ", ".join(f"{count} {name}" for name, count in sorted(report.types.items()))
+        _note(f"  base {report.name}, {report.architecture}, {report.n_tensors} tensors: {types}")
     else:
-        click.echo(f"  adapter for {report.base_name}, {report.n_tensors} tensors", err=True)
-        click.echo(f"Next: edgelora chat --adapter {report.path}", err=True)
+        _note(f"  adapter for {report.base_name}, {report.n_tensors} tensors")
+    for notice in report.notices:
+        click.secho(f"  {notice}", err=True, fg="yellow")
+    _note(f"Next: edgelora chat {'--base' if isinstance(report, BaseReport) else '--adapter'} {report.path}")
+
+
+def _note(text: str) -> None:
+    click.echo(text, err=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import click
 
 from edgelora.adapter_ref import AdapterRef
-from edgelora.template import resolve
 
 if TYPE_CHECKING:
     from edgelora.engine.engine import Engine
@@ -31,7 +30,6 @@ def open_engine(
     from edgelora.engine.engine import Engine
     from edgelora.resolution import resolve_files
 
-    template = resolve(chat_template) if chat_template else None
     files = resolve_files(adapters, base)
     if files.base_note:
         click.secho(files.base_note, err=True, dim=True)
@@ -41,7 +39,7 @@ def open_engine(
         n_ctx=ctx_size,
         threads=threads,
         gpu_layers=gpu_layers,
-        chat_template=template,
+        chat_template=chat_template,
         force=force,
     ) as engine:
         for notice in engine.notices:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from edgelora.adapter_ref import BASE_NAMES, AdapterRef
 from edgelora.contract import Contract
 from edgelora.engine.model import Model
 from edgelora.engine.native import Handle, forget_log, llama, reason
-from edgelora.engine.preflight import check_adapter, check_finite, check_fingerprint, content_hash, read_checked
+from edgelora.engine.preflight import check_adapter, check_fingerprint, check_finite, content_hash, read_checked
 from edgelora.engine.prompt import encode_prompt
 from edgelora.errors import BaseMismatchError, ModelFileError, SettingsError
 from edgelora.sampling import Sampling
@@ -35,7 +35,7 @@ class Adapter:
     content_hash: str
     contract: Contract | None
     template: ChatTemplate | None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     notices: tuple[str, ...] = ()
     handle: Handle | None = field(default=None, repr=False, compare=False)
 
@@ -51,6 +51,19 @@ class Adapter:
 BARE = Adapter("none", None, "", None, None)
 
 
+def find_adapter(name: str | None, loaded: Mapping[str, Adapter]) -> Adapter:
+    """The adapter of that name; None, "none" and "base" are the bare base.
+
+    Raises:
+        SettingsError: unknown; the hint lists the names.
+    """
+    if name is None or name in BASE_NAMES:
+        return BARE
+    if name not in loaded:
+        raise SettingsError(f"unknown adapter {name!r}", hint=f"Loaded: {', '.join([*loaded, 'none'])}.")
+    return loaded[name]
+
+
 class Adapters:
     """The adapters of one model, by name. Two names for one content share its memory."""
 
@@ -61,21 +74,9 @@ class Adapters:
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._loaded))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._loaded
-
     def get(self, name: str | None) -> Adapter:
-        """The adapter of that name; None, "none" and "base" are the bare base.
-
-        Raises:
-            SettingsError: unknown; the message lists the names.
-        """
-        if name is None or name in BASE_NAMES:
-            return BARE
-        if name not in self._loaded:
-            known = ", ".join([*self._loaded, "none"])
-            raise SettingsError(f"unknown adapter {name!r}", hint=f"Loaded: {known}.")
-        return self._loaded[name]
+        """See `find_adapter`."""
+        return find_adapter(name, self._loaded)
 
     def load(self, ref: AdapterRef, *, force: bool = False) -> Adapter:
         """Check and load; an adapter of the same name is replaced once the new one is whole.
@@ -174,7 +175,7 @@ def _check_golden(ref: AdapterRef, contract: Contract, template: ChatTemplate | 
             (i for i, (a, b) in enumerate(zip(made, wanted, strict=False)) if a != b), min(len(made), len(wanted))
         )
         raise ModelFileError(
-            f"{ref.path}: its test conversation becomes {len(made)} tokens on {model.path}, in training it was {len(wanted)}; "
-            f"they part at token {at} (here {made[at : at + 4]}, in training {wanted[at : at + 4]})",
+            f"{ref.path}: its test conversation becomes {len(made)} tokens on {model.path}, in training it was "
+            f"{len(wanted)}; they part at token {at} (here {made[at : at + 4]}, in training {wanted[at : at + 4]})",
             hint="The base's tokenizer is not the one it was trained with: convert the base again, or use --force.",
         )

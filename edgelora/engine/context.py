@@ -21,13 +21,14 @@ class Batch:
     """`llama_batch` for tokens of one sequence, on memory that Python owns; the last token's logits are asked for."""
 
     def __init__(self, capacity: int) -> None:
-        library = llama()
-        self._tokens, self._positions = (ctypes.c_int32 * capacity)(), (ctypes.c_int32 * capacity)()
-        self._sequence, self._wants_logits = ctypes.c_int32(0), (ctypes.c_int8 * capacity)()
-        one_each = (ctypes.c_int32 * capacity)(*[1] * capacity)
-        sequences = (ctypes.POINTER(ctypes.c_int32) * capacity)(*[ctypes.pointer(self._sequence)] * capacity)
-        self.native = library.llama_batch(
-            0, self._tokens, None, self._positions, one_each, sequences, self._wants_logits
+        self._tokens: Any = (ctypes.c_int32 * capacity)()
+        self._positions: Any = (ctypes.c_int32 * capacity)()
+        self._wants_logits: Any = (ctypes.c_int8 * capacity)()
+        self._sequence = ctypes.c_int32(0)
+        self._counts = (ctypes.c_int32 * capacity)(*[1] * capacity)
+        self._sequences = (ctypes.POINTER(ctypes.c_int32) * capacity)(*[ctypes.pointer(self._sequence)] * capacity)
+        self.native = llama().llama_batch(
+            0, self._tokens, None, self._positions, self._counts, self._sequences, self._wants_logits
         )
 
     def fill(self, sequence: int, tokens: Sequence[int], position: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 from edgelora.engine.native import llama
 
@@ -21,9 +22,9 @@ class Device:
     total_bytes: int
 
 
-def _function(name: str, result: object, *arguments: object) -> ctypes._NamedFuncPointer:
-    # ggml's device functions are not declared by llama-cpp-python; its llama library finds them in the ggml it is linked
-    # to. Opening libggml by path could load a second copy of it.
+def _function(name: str, result: object, *arguments: object) -> Any:
+    # ggml's device functions are not declared by llama-cpp-python; its llama library finds them in the ggml that it is
+    # linked to. Opening libggml by path could load a second copy of it.
     function = getattr(llama()._lib, name)
     function.restype, function.argtypes = result, list(arguments)
     return function

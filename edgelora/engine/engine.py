@@ -13,8 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from edgelora.adapter_ref import AdapterRef, check_name
-from edgelora.contract import Contract
-from edgelora.engine.adapters import Adapter
+from edgelora.engine.adapters import Adapter, find_adapter
 from edgelora.engine.native import InterruptFlag
 from edgelora.engine.preflight import base_fingerprint
 from edgelora.engine.runtime import Runtime, Settings
@@ -27,7 +26,7 @@ from edgelora.template import ChatTemplate, resolve
 __all__ = ["Completion", "Engine", "Request", "Stream"]
 
 Result = TypeVar("Result")
-Adapters = Mapping[str, str | Path | AdapterRef] | Sequence[str | Path | AdapterRef]
+AdaptersGiven = Mapping[str, str | Path | AdapterRef] | Sequence[str | Path | AdapterRef]
 Messages = Sequence[Message] | str
 BATCH_WINDOW = 16
 """Requests of `Engine.batch` that wait in the queue: enough to keep the thread busy."""
@@ -46,6 +45,10 @@ class Engine:
             the base's own.
         force: use adapters whose contract does not fit the base; a notice takes the place of the error.
 
+    Attributes:
+        base_name: what the base calls itself.
+        template_source: the text of the explicit chat template; empty where there is none.
+
     Raises:
         ModelFileError, BaseMismatchError: a base or adapter that is missing, broken, or does not fit.
         SettingsError: a setting out of range.
@@ -54,7 +57,7 @@ class Engine:
     def __init__(
         self,
         base: str | Path,
-        adapters: Adapters = (),
+        adapters: AdaptersGiven = (),
         *,
         n_ctx: int | None = None,
         threads: int | None = None,
@@ -68,10 +71,13 @@ class Engine:
                 raise SettingsError(f"{name} is {value}, expected a whole number, 1 or more")
         template = ChatTemplate(resolve(chat_template)) if isinstance(chat_template, str) else chat_template
         self.base = Path(base).expanduser()
+        self.template_source = template.source if template else ""
+        self._adapters: dict[str, Adapter] = {}
         self._worker = _Worker(Settings(self.base, n_ctx, threads, gpu_layers, template, force))
         self._close = weakref.finalize(self, _Worker.stop, self._worker)
         try:
             self._worker.start()
+            self.n_ctx, self.base_name, self._notices = self._call(Runtime.describe)
             for reference in references:
                 self._load(reference)
         except BaseException:
@@ -81,20 +87,12 @@ class Engine:
     @property
     def adapters(self) -> list[str]:
         """Names of the loaded adapters."""
-        return self._call(lambda runtime: list(runtime.adapters))
+        return list(self._adapters)
 
     @property
     def notices(self) -> list[str]:
         """What could not be checked, or was overruled with `force`: worth showing to the user."""
-        return self._call(Runtime.notices)
-
-    @property
-    def n_ctx(self) -> int:
-        return self._call(lambda runtime: runtime.n_ctx)
-
-    @property
-    def base_name(self) -> str:
-        return self._call(lambda runtime: runtime.model.name)
+        return [*self._notices, *(notice for adapter in list(self._adapters.values()) for notice in adapter.notices)]
 
     @property
     def base_fingerprint(self) -> str:
@@ -107,10 +105,7 @@ class Engine:
         Raises:
             SettingsError: unknown name.
         """
-        return self._call(lambda runtime: runtime.adapters.get(name))
-
-    def contract(self, name: str | None) -> Contract | None:
-        return self.adapter(name).contract
+        return find_adapter(name, self._adapters)
 
     def load_adapter(self, name: str, path: str | Path, scale: float = 1.0) -> Adapter:
         """Load an adapter, or replace the one of that name; requests that are under way finish on the old one.
@@ -128,6 +123,7 @@ class Engine:
             SettingsError: no such adapter.
         """
         self._call(lambda runtime: runtime.unload_adapter(name))
+        self._adapters.pop(name, None)
 
     def stream(
         self,
@@ -195,8 +191,10 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _load(self, reference: AdapterRef, *, force: bool = False) -> Adapter:
-        return self._call(lambda runtime: runtime.load_adapter(reference, force=force))
+    def _load(self, reference: AdapterRef) -> Adapter:
+        adapter = self._call(lambda runtime: runtime.load_adapter(reference))
+        self._adapters[reference.name] = adapter
+        return adapter
 
     def _call(self, function: Callable[[Runtime], Result]) -> Result:
         """Run a short function on the thread, after what is queued before it."""
@@ -206,7 +204,7 @@ class Engine:
         return result
 
 
-def _references(adapters: Adapters) -> list[AdapterRef]:
+def _references(adapters: AdaptersGiven) -> list[AdapterRef]:
     if isinstance(adapters, Mapping):
         return [_named(name, value) for name, value in adapters.items()]
     found = [value if isinstance(value, AdapterRef) else AdapterRef.parse(str(value)) for value in adapters]
@@ -296,7 +294,7 @@ class _Worker:
             return
         self._loaded.set_result(None)
         try:
-            for job in iter(self._queue.get, None):
+            while job := self._queue.get():
                 self._do(job, runtime)
         finally:
             runtime.close()

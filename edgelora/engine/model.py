@@ -58,7 +58,7 @@ class Model:
         return ChatTemplate(source) if isinstance(source, str) and source else None
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache (F16) that one token takes in all layers; an upper bound for models with sliding windows."""
+        """Bytes of KV cache (F16) that a token takes in all layers; an upper bound where windows slide."""
         library, pointer = llama(), self.pointer
         heads, kv_heads = library.llama_model_n_head(pointer), library.llama_model_n_head_kv(pointer)
         width = library.llama_model_n_embd(pointer) // max(heads, 1)

@@ -56,13 +56,13 @@ def forget_log() -> None:
 
 
 def reason() -> str:
-    """What llama.cpp logged on this thread since `forget_log`, as one line; the functions' names in front are cut off."""
+    """What llama.cpp logged on this thread since `forget_log`, as one line, without the functions' names."""
     told = [line.split(": ", 1)[-1].strip() for line in _log.lines]
     return "; ".join(dict.fromkeys(filter(None, told))) or "llama.cpp gave no reason"
 
 
 class Handle:
-    """A native object and the function that frees it. `close` may be called again; `pointer` may not be used after it."""
+    """A native object and the function that frees it, which is called once however often `close` is."""
 
     def __init__(self, pointer: Any, free: Callable[[Any], None]) -> None:
         self._pointer, self._free = pointer, free

@@ -80,8 +80,8 @@ def check_fingerprint(contract: Contract, adapter: Path, base: GGUFHeader) -> No
     if contract.base_fingerprint and found != contract.base_fingerprint:
         name = base.metadata.get("general.name") or base.path.stem
         raise BaseMismatchError(
-            f"{adapter} was made for {contract.base_name or 'another base'} (fingerprint {contract.base_fingerprint[:12]}); "
-            f"{base.path} is {name} (fingerprint {found[:12]})",
+            f"{adapter} was made for {contract.base_name or 'another base'} (fingerprint "
+            f"{contract.base_fingerprint[:12]}); {base.path} is {name} (fingerprint {found[:12]})",
             hint=_wanted_base(contract) + " To use it all the same, with answers that may be wrong: --force.",
         )
 

@@ -75,20 +75,21 @@ class Runtime:
         self.adapters.close()
         self.model.close()
 
-    def load_adapter(self, ref: AdapterRef, *, force: bool) -> Adapter:
+    def load_adapter(self, ref: AdapterRef) -> Adapter:
         self.context.use_adapter(None, 0.0)
-        return self.adapters.load(ref, force=force or self.settings.force)
+        return self.adapters.load(ref, force=self.settings.force)
 
     def unload_adapter(self, name: str) -> None:
         self.context.use_adapter(None, 0.0)
         self.adapters.unload(name)
 
-    def notices(self) -> list[str]:
+    def describe(self) -> tuple[int, str, list[str]]:
+        """The context window, the base's name, and what the user should know of them."""
         trained = self.model.n_ctx_train
         beyond = (
             [f"a context of {self.n_ctx} tokens; the base was trained with {trained}"] if self.n_ctx > trained else []
         )
-        return [*beyond, *(notice for name in self.adapters for notice in self.adapters.get(name).notices)]
+        return self.n_ctx, self.model.name, beyond
 
     def run(self, task: Task) -> Completion:
         """Answer one request; its text goes to the task as it comes.
@@ -106,7 +107,8 @@ class Runtime:
         tokens = self.encode(request.messages, adapter)
         if len(tokens) >= self.n_ctx:
             raise ContextOverflowError(
-                f"the conversation is {len(tokens)} tokens long; the context window is {self.n_ctx}, and the reply needs room in it",
+                f"the conversation is {len(tokens)} tokens long, and the reply needs room too; the context window is "
+                f"{self.n_ctx} tokens",
                 hint=f"Shorten it, or ask for a larger window (this base was trained with {self.model.n_ctx_train}).",
             )
         sampling = resolve_sampling(request.sampling, adapter)
@@ -117,9 +119,10 @@ class Runtime:
         conversation = [user_message(messages)] if isinstance(messages, str) else list(messages)
         if problem := check_messages(conversation):
             raise SettingsError(problem)
-        system = adapter.contract.system if adapter.contract else ""
-        if system and conversation[0]["role"] != "system":
-            conversation.insert(0, {"role": "system", "content": system})
+        if conversation[0]["role"] != "system" and adapter.contract and adapter.contract.system:
+            conversation.insert(0, {"role": "system", "content": adapter.contract.system})
+        if conversation[0]["role"] == "system" and not conversation[0]["content"]:
+            conversation.pop(0)
         return encode_prompt(self.model.tokenizer, self.template(adapter), conversation)
 
     def template(self, adapter: Adapter) -> ChatTemplate:

@@ -19,7 +19,8 @@ class Request:
     """One reply to be written.
 
     Attributes:
-        messages: the conversation so far, or one user message as a string.
+        messages: the conversation so far, or one user message as a string. Without a system message the adapter's own
+            system prompt leads; an empty one stands for none at all.
         adapter: a loaded adapter's name; None, "none" and "base" are the bare base.
         scale: how strongly to apply it; None is the scale it was loaded with.
         sampling: a whole `Sampling`, or the settings that differ from the adapter's own defaults.

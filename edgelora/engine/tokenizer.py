@@ -204,7 +204,7 @@ def open_tokenizer(vocab: Any, metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def join_controls(tokenizer: Tokenizer, parts: Sequence[SpecialToken | str]) -> list[int]:
-    """Ids of a text cut into control tokens and plain text, as the whole text would give, but for what was protected."""
+    """Ids of a text that was cut into control tokens and plain text."""
     tokens: list[int] = []
     for index, part in enumerate(parts):
         if isinstance(part, SpecialToken):

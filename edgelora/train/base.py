@@ -47,7 +47,8 @@ def find_base(base: str) -> BaseFolder:
         )
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise ModelFileError(
-            f"{base}: no such folder", hint="Give a folder with config.json and *.safetensors, or a hub id (owner/name)."
+            f"{base}: no such folder",
+            hint="Give a folder with config.json and *.safetensors, or a hub id (owner/name).",
         )
     return BaseFolder(_checked(_download(base)), base)
 
@@ -56,10 +57,13 @@ def _checked(folder: Path) -> Path:
     missing = [name for name, there in _needed(folder) if not there]
     if not missing:
         return folder
-    adapter = (folder / "adapter_config.json").is_file()
+    if (folder / "adapter_config.json").is_file():
+        raise ModelFileError(
+            f"{folder}: an adapter, not a base", hint="Give the folder of the model it was trained on."
+        )
     raise ModelFileError(
-        f"{folder}: {'an adapter, not a base' if adapter else 'not a model that can be trained'}: no {', no '.join(missing)}",
-        hint="Give the folder of the whole model." if adapter else "Weights must be safetensors: pickles (.bin, .pt) can run code.",
+        f"{folder}: not a model that can be trained: no {', no '.join(missing)}",
+        hint="Weights must be safetensors: pickles (.bin, .pt) can run code.",
     )
 
 
@@ -75,7 +79,7 @@ def _needed(folder: Path) -> list[tuple[str, bool]]:
 def _download(base: str) -> Path:
     """The snapshot in the Hugging Face cache, fetched where it is not there."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(base, allow_patterns=list(HUB_FILES)))
@@ -85,7 +89,7 @@ def _download(base: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise ModelFileError(
             f"{base}: no folder of this name, not in the Hugging Face cache, and it cannot be downloaded ({reason})",
-            hint="Check the name and the network (HF_HUB_OFFLINE is off?), or give a folder with config.json and *.safetensors.",
+            hint="Check the name and the network, or give a folder with config.json and *.safetensors.",
         ) from None
 
 
@@ -159,9 +163,9 @@ def load_model(base: BaseFolder, place: Placement) -> Any:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelFileError(f"{base.folder}: the model cannot be loaded: {error}") from error
     if missing := sorted(info["missing_keys"]):
+        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise ModelFileError(
-            f"{base.folder}: {len(missing)} weights are missing: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}",
+            f"{base.folder}: {len(missing)} weights are missing: {shown}",
             hint="Download the model again; a shard may not be there.",
         )
     return model
-

@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edgelora.contract import Contract
+from edgelora.contract import GOLDEN_MESSAGES, Contract
 from edgelora.errors import ModelFileError
-from edgelora.messages import Conversation, Message
+from edgelora.messages import Conversation
 from edgelora.train.base import BaseFolder
 from edgelora.train.passages import PassageFinder
-
-# Words, digits, contractions, runs of blanks and accents: what pre-tokenizers disagree about.
-GOLDEN: tuple[Message, ...] = (
-    {"role": "user", "content": "It's 1,234.5 km away, isn't it?  x_1 += 20"},
-    {"role": "assistant", "content": "Yes:\n\n- naïve CAFÉ, 7 o'clock!"},
-)
 
 
 def contract_of_run(
@@ -27,14 +21,14 @@ def contract_of_run(
         ModelFileError: the template refuses an ordinary question and answer.
     """
     try:
-        golden = finder.render(GOLDEN)
+        golden = finder.render(GOLDEN_MESSAGES, reply_next=True)
     except ModelFileError as error:
-        raise ModelFileError(f"{error.message} (a user's question and a reply)", hint=error.hint) from None
+        raise ModelFileError(f"{error.message} (question, reply, question)", hint=error.hint) from None
     return Contract(
         base_name=base.name,
         base_fingerprint=fingerprint,
         chat_template=finder.template.source,
-        golden_messages=GOLDEN,
+        golden_messages=GOLDEN_MESSAGES,
         golden_tokens=tuple(tokenizer(golden, add_special_tokens=False)["input_ids"]),
         stop=finder.stop_strings(),
         system=shared_system_prompt(conversations),

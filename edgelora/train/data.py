@@ -33,13 +33,15 @@ class TokenRows:
     Attributes:
         cut: rows that lost tokens at `max_length`.
         dropped: rows left out because no trained token was left.
-        split: conversations that became one row a reply.
+        split: conversations trained one reply at a time, or on another text than the template gives for the whole.
+        quoting: conversations whose messages hold the text of special tokens.
     """
 
     rows: list[TokenRow]
     cut: int
     dropped: int
     split: int
+    quoting: int
 
     def columns(self) -> dict[str, list[list[int]]]:
         return {"input_ids": [r.input_ids for r in self.rows], "labels": [r.labels for r in self.rows]}
@@ -47,11 +49,15 @@ class TokenRows:
     def notes(self, name: str, max_length: int) -> list[str]:
         """What a person should know about the rows of `name`."""
         said = (
-            (self.cut, f"{self.cut} rows are longer than {max_length} tokens and are cut there; --max-length keeps more"),
-            (self.dropped, f"{self.dropped} rows are left out: cut at {max_length} tokens, they hold no reply"),
-            (self.split, f"{self.split} conversations are trained one reply at a time: the template rewrites earlier turns"),
+            (self.cut, f"rows are longer than {max_length} tokens and are cut there; --max-length keeps more"),
+            (self.dropped, f"rows are left out: cut at {max_length} tokens, they hold no reply"),
+            (
+                self.split,
+                "conversations are trained reply by reply, as serving sees them: the template rewrites earlier turns",
+            ),
+            (self.quoting, "conversations hold special tokens as text; training sees tokens, serving will see text"),
         )
-        return [f"{name}: {text}" for count, text in said if count]
+        return [f"{name}: {count} {text}" for count, text in said if count]
 
 
 def finder_for(tokenizer: Any, template: Any) -> PassageFinder:
@@ -60,7 +66,7 @@ def finder_for(tokenizer: Any, template: Any) -> PassageFinder:
         template,
         bos_token=tokenizer.bos_token or "",
         eos_token=tokenizer.eos_token or "",
-        special_tokens=tokenizer.get_added_vocab(),
+        special_tokens=[token for token in tokenizer.get_added_vocab() if token.strip()],
     )
 
 
@@ -91,7 +97,19 @@ def tokenize_conversations(
             f"{conversations[0].source.rpartition(':')[0]}: cut at {max_length} tokens, no row holds a reply",
             hint="Raise --max-length.",
         )
-    return TokenRows(kept, sum(cut for _, cut in rows), len(rows) - len(kept), sum(len(group) > 1 for group in found))
+    return TokenRows(
+        kept,
+        cut=sum(cut for _, cut in rows),
+        dropped=len(rows) - len(kept),
+        split=sum(group[0].rebuilt for group in found),
+        quoting=sum(_quotes(conversation, tokenizer) for conversation in conversations),
+    )
+
+
+def _quotes(conversation: Conversation, tokenizer: Any) -> bool:
+    return any(
+        token in message["content"] for message in conversation.messages for token in tokenizer.all_special_tokens
+    )
 
 
 def _find_passages(conversations: Sequence[Conversation], finder: PassageFinder) -> list[list[Passage]]:
@@ -106,7 +124,10 @@ def _find_passages(conversations: Sequence[Conversation], finder: PassageFinder)
     if problems:
         rest = len(problems) - MAX_PROBLEMS_SHOWN
         more = [f"... and {rest} more rows"] if rest > 0 else []
-        raise DataFileError("\n".join(problems[:MAX_PROBLEMS_SHOWN] + more), hint=hint or "Change these rows, or give another --chat-template.")
+        raise DataFileError(
+            "\n".join(problems[:MAX_PROBLEMS_SHOWN] + more),
+            hint=hint or "Change these rows, or give another --chat-template.",
+        )
     return found
 
 
@@ -144,11 +165,11 @@ def _compare_with_transformers(
 ) -> None:
     """Other tools that read the adapter render with transformers: the first rows must get the same ids there."""
     for conversation, group in list(zip(conversations, found, strict=True))[:ROWS_COMPARED]:
-        if len(group) != 1:
+        if group[0].rebuilt:
             continue
         ours = tokenizer(group[0].text, add_special_tokens=False, verbose=False)["input_ids"]
         theirs = chat_template_ids(tokenizer, conversation.messages, finder.template.source)
-        if ours != theirs:
+        if ours[: len(theirs)] != theirs:  # an end of turn may have been added
             raise ModelFileError(
                 f"{conversation.source}: the chat template renders otherwise in transformers "
                 f"({tokenizer.decode(theirs)[:60]!r}) than here ({tokenizer.decode(ours)[:60]!r})",

@@ -1,11 +1,11 @@
 """The folder of a run: what it holds while it goes on, and when a finished adapter stands in it.
 
-    DIR/adapter_config.json, adapter_model.safetensors    what PEFT writes; there when the run is done
-    DIR/edgelora.json                                     the contract
-    DIR/run.json                                          recipe, base and data hashes: what --resume compares
-    DIR/metrics.jsonl                                     one object a log line
-    DIR/train.log                                         what the libraries had to say
-    DIR/checkpoints/checkpoint-N/                         adapter, optimizer and random state after step N; always whole
+DIR/adapter_config.json, adapter_model.safetensors    what PEFT writes; there when the run is done
+DIR/edgelora.json                                     the contract
+DIR/run.json                                          recipe, base and data hashes: what --resume compares
+DIR/metrics.jsonl                                     one object a log line
+DIR/train.log                                         what the libraries had to say
+DIR/checkpoints/checkpoint-N/                         adapter, optimizer and random state after step N; always whole
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class RunFolder:
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
         if self.finished:
-            raise SettingsError(f"{self.path}: holds a finished adapter", hint="Give another folder with -o, or remove this one.")
+            raise SettingsError(f"{self.path}: holds a finished adapter", hint="Give another folder with -o.")
         if not self.record_path.is_file():
             raise SettingsError(f"{self.path}: not empty, and not a training run", hint="Give another folder with -o.")
         if steps := self.checkpoint_steps():
@@ -210,7 +210,7 @@ def file_sha256(path: Path | None) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataFileError(f"{path}: {error.strerror}", hint="Give a JSONL file: one JSON object on each line.") from None
+        raise DataFileError(f"{path}: {error.strerror}", hint="Give a JSONL file that can be read.") from None
 
 
 def _logged_by(line: str, step: int) -> bool:

@@ -35,33 +35,47 @@ class LibraryLog:
 
 @contextmanager
 def library_log() -> Iterator[LibraryLog]:
-    """Redirect the libraries' loggers, Python warnings and progress bars until the block ends."""
+    """Redirect the libraries' loggers, Python warnings and progress bars until the block ends.
+
+    It imports transformers and datasets, which set up their own output when they are imported.
+    """
     log = LibraryLog()
-    loggers = {name: logging.getLogger(name) for name in (*LIBRARIES, WARNINGS)}
-    before = {name: (logger.handlers[:], logger.propagate) for name, logger in loggers.items()}
+    warner = logging.getLogger(WARNINGS)
 
     def warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
-        loggers[WARNINGS].warning("%s:%s: %s: %s", filename, lineno, category.__name__, message)
+        warner.warning("%s:%s: %s: %s", filename, lineno, category.__name__, message)
 
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         warnings.showwarning = warn  # type: ignore[assignment]
-        for logger in loggers.values():
-            logger.handlers[:], logger.propagate = [log.handler], False
-        try:
-            yield log
-        finally:
-            for name, (handlers, propagate) in before.items():
-                loggers[name].handlers[:], loggers[name].propagate = handlers, propagate
-            log.close()
+        with _handled_by(log.handler, warner), _no_progress_bars():
+            libraries = [logging.getLogger(name) for name in LIBRARIES]
+            with _handled_by(log.handler, *libraries):
+                try:
+                    yield log
+                finally:
+                    log.close()
 
 
 @contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Switch off the bars of transformers (loading) and datasets; call it when both are imported."""
+def _handled_by(handler: logging.Handler, *loggers: logging.Logger) -> Iterator[None]:
+    before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers[:], logger.propagate = [handler], False
+    try:
+        yield
+    finally:
+        for logger, handlers, propagate in before:
+            logger.handlers[:], logger.propagate = handlers, propagate
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Switch off the bars of transformers (loading) and datasets."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
+    transformers_logging.get_verbosity()  # adds its handler, which it otherwise does at its first message
     shown = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -3,12 +3,13 @@
 A template is a program that turns messages into text; few say which part is the assistant's. It is found by asking for
 the text at three points of each assistant turn:
 
-    before    the messages so far, ending where the reply begins   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
-    after     the same with the reply                              ...assistant\\nHello!<|im_end|>\\n
-    probe     the same with another reply                          ...assistant\\n(probe)<|im_end|>\\n
+    before    the messages so far, ending where the reply begins   ...Hi<|im_end|>\\n<|im_start|>assistant\\n
+    after     the same with the reply                              ...<|im_start|>assistant\\nHello!<|im_end|>\\n
+    probe     the same with another reply                          ...<|im_start|>assistant\\n(probe)<|im_end|>\\n
 
 `before` must begin `after`, as at serving time the model goes on from `before`; what `after` and `probe` share at their
-ends is the template's, and is trained up to its first special token (`<|im_end|>` here), so that the model learns to stop.
+ends is the template's, and is trained up to its first special token (`<|im_end|>` here): so the model learns to stop.
+Some templates write that token at the start of the next turn only (GLM, Apertus): then it is added.
 """
 
 from __future__ import annotations
@@ -16,22 +17,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 
 from edgelora.errors import ModelFileError, SettingsError
 from edgelora.messages import Message, user_message
 from edgelora.template import ChatTemplate
 
 PROBE = "reply-probe-5f3a"
+_QUESTION = user_message("question-probe-5f3a")
 _HINT = "Give another template with --chat-template, for example chatml."
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A text and the character ranges of it that are trained, in order."""
+    """A text and the character ranges of it that are trained, in order.
+
+    `rebuilt` texts are what serving sees, and not what the template makes of the whole conversation.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    rebuilt: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ class _Turn:
     text: str
     start: int
     end: int
+    rebuilt: bool
+
+    @property
+    def trained_text(self) -> str:
+        return self.text[: self.end]
 
 
 class PassageFinder:
@@ -49,7 +60,8 @@ class PassageFinder:
     Args:
         template: the chat template, as it will be used in serving.
         bos_token, eos_token: the tokenizer's, empty where it has none.
-        special_tokens: texts of the tokenizer's added tokens; the first in the text after a reply ends the turn.
+        special_tokens: texts of the tokenizer's added tokens; the first after a reply ends the turn, unless it is the
+            token that begins a sequence.
     """
 
     def __init__(
@@ -57,7 +69,7 @@ class PassageFinder:
     ) -> None:
         self.template = template
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        longest_first = sorted({*special_tokens, eos_token} - {""}, key=len, reverse=True)
+        longest_first = sorted(({*special_tokens} - {bos_token} | {eos_token}) - {""}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def render(self, messages: Sequence[Message], *, reply_next: bool = False) -> str:
@@ -66,42 +78,61 @@ class PassageFinder:
     def passages(self, messages: Sequence[Message]) -> list[Passage]:
         """The conversation as one passage; as one passage a reply where the template rewrites earlier turns.
 
-        Templates of reasoning models drop the reasoning of earlier replies, so that no single text holds every reply
-        as it was produced. One text per reply is what serving sees.
+        Templates of reasoning models drop the reasoning of earlier replies, and Mistral's show the system prompt in
+        the last question only, so that no single text holds every reply as it was produced. One text per reply is
+        what serving sees.
 
         Raises:
             ModelFileError: the template refuses the conversation, or its replies cannot be told from the rest.
         """
         replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         turns = [self._turn(messages[:i], messages[i]) for i in replies]
-        whole = turns[-1].text if replies[-1] == len(messages) - 1 else self.render(messages)
-        if all(whole.startswith(turn.text) for turn in turns):
+        whole = turns[-1].text
+        if not any(turn.rebuilt for turn in turns) and all(whole.startswith(turn.trained_text) for turn in turns):
             return [Passage(whole, tuple((turn.start, turn.end) for turn in turns))]
-        return [Passage(turn.text, ((turn.start, turn.end),)) for turn in turns]
+        return [Passage(turn.text, ((turn.start, turn.end),), rebuilt=True) for turn in turns]
 
     def stop_strings(self) -> tuple[str, ...]:
         """What ends a reply under this template, where it is not the tokenizer's end-of-sequence token."""
-        question, answer = user_message("question-probe-5f3a"), _assistant(PROBE)
+        answer = _assistant(PROBE)
         try:
-            text = self.render([question, answer, question])
+            text = self.render([_QUESTION, answer, _QUESTION])
         except ModelFileError:
-            text = self.render([question, answer])
-        following = text.partition(PROBE)[2].partition(question["content"])[0]
+            text = self.render([_QUESTION, answer])
+        following = text.partition(PROBE)[2].partition(_QUESTION["content"])[0]
         token = self._special.search(following)
         ending = token.group() if token else following.rstrip(" ")
         return (ending,) if ending.strip() and ending != self._tokens["eos_token"] else ()
 
     def _turn(self, history: Sequence[Message], reply: Message) -> _Turn:
         before = self.render(history, reply_next=True)
-        after, probe = self.render([*history, reply]), self.render([*history, _assistant(PROBE)])
-        for text, content in ((after, reply["content"].strip()), (probe, PROBE)):
-            if not text.startswith(before) or (content and len(text) == len(before)):
-                raise _not_a_continuation(before, text)
-        if PROBE not in probe[len(before) :]:
+        after = self.render([*history, reply])
+        head, probe, tail = self.render([*history, _assistant(PROBE)]).partition(PROBE)
+        if not probe:
             raise ModelFileError("the chat template does not show the assistant's text", hint=_HINT)
-        template_end = _common_suffix(after[len(before) :], probe.rpartition(PROBE)[2])
-        token = self._special.search(after, len(after) - template_end)
-        return _Turn(after, len(before), token.end() if token else len(after))
+        rebuilt = not (after.startswith(before) and head.startswith(before))
+        if rebuilt:
+            if not (after.startswith(head) and _same_question(before, head, history)):
+                raise _not_a_continuation(before, after)
+            after = before + after[len(head) :]
+        template_end = _common_suffix(after[len(before) :], tail)
+        shown = after[len(before) : len(after) - template_end]
+        if reply["content"].strip() and not shown.strip():
+            raise ModelFileError("the chat template does not show the assistant's text", hint=_HINT)
+        if token := self._special.search(after, len(after) - template_end):
+            return _Turn(after, len(before), token.end(), rebuilt)
+        after += self._end_in_next_turn(after, [*history, reply])
+        return _Turn(after, len(before), len(after), rebuilt)
+
+    def _end_in_next_turn(self, text: str, messages: Sequence[Message]) -> str:
+        """What the next question's text begins with, up to its first special token; empty where there is none."""
+        try:
+            longer = self.render([*messages, _QUESTION])
+        except ModelFileError:
+            return ""
+        following = longer.removeprefix(text).partition(_QUESTION["content"])[0] if longer.startswith(text) else ""
+        token = self._special.search(following)
+        return following[: token.end()] if token else ""
 
 
 def chosen_template(named: str | None, of_base: str | None, *, chat_needed: bool) -> str:
@@ -128,15 +159,26 @@ def _assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
+def _same_question(before: str, head: str, history: Sequence[Message]) -> bool:
+    """Whether two texts agree from the last message on: what differs is how the template writes earlier ones."""
+    last = history[-1]["content"].strip() if history else ""
+    at = before.rfind(last) if last else -1
+    return at >= 0 and head.endswith(before[at:])
+
+
 def _common_suffix(one: str, other: str) -> int:
-    return len(commonprefix([one[::-1], other[::-1]]))
+    return _common_prefix(one[::-1], other[::-1])
+
+
+def _common_prefix(one: str, other: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _not_a_continuation(before: str, after: str) -> ModelFileError:
-    at = len(commonprefix([before, after]))
+    at = _common_prefix(before, after)
     return ModelFileError(
-        "the assistant's text cannot be found under this chat template: the prompt for a reply and the conversation with "
-        f"the reply differ before the reply begins ({before[at : at + 30]!r} and {after[at : at + 30]!r} after "
+        "the assistant's text cannot be found under this chat template: the prompt for a reply and the conversation "
+        f"with the reply differ before the reply begins ({before[at : at + 30]!r} and {after[at : at + 30]!r} after "
         f"{after[max(0, at - 30) : at]!r})",
         hint=_HINT,
     )

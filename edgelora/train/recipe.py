@@ -75,7 +75,9 @@ class Recipe:
 
     method: str = _setting("lora", _one_of(tuple(METHODS)), "fine-tuning method")
     rank: int = _setting(16, _COUNT, "rank of the update: its capacity and its size")
-    alpha: float = _setting(32.0, _number(0, 1e6, "a number above 0", above=True), "the update is scaled by alpha / rank")
+    alpha: float = _setting(
+        32.0, _number(0, 1e6, "a number above 0", above=True), "the update is scaled by alpha / rank"
+    )
     dropout: float = _setting(
         0.05, _number(0, 0.99, "a number from 0, below 1"), "dropout on the adapter's input (QLoRA: 0.05 to 0.1)"
     )
@@ -105,7 +107,7 @@ class Recipe:
     gradient_checkpointing: bool = _setting(
         False, _FLAG, "recompute activations in the backward pass: less memory, about a fifth slower"
     )
-    seed: int = _setting(42, _whole(0, "a whole number from 0, below 2**32"), "same seed, same adapter on the same device")
+    seed: int = _setting(42, _whole(0, "a whole number from 0, below 2**32"), "same seed, same adapter")
     chat_template: str | None = _setting(
         None, _optional(_TEXT), "a built-in name or a Jinja file [default: the base's own]"
     )
@@ -142,7 +144,9 @@ class Recipe:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise SettingsError(f"unknown recipe settings: {', '.join(unknown)}", hint=f"Known: {', '.join(sorted(known))}.")
+            raise SettingsError(
+                f"unknown recipe settings: {', '.join(unknown)}", hint=f"Known: {', '.join(sorted(known))}."
+            )
         given = {name: value for name, value in values.items() if value is not None}
         modules = given.get("target_modules")
         if isinstance(modules, (list, tuple)):

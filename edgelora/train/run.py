@@ -6,11 +6,11 @@ base can take minutes to load.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,12 @@ from edgelora.errors import DataFileError, EdgeloraError, MissingExtraError, Set
 from edgelora.messages import Conversation, read_conversations
 from edgelora.train.base import BaseFolder, Placement, find_base, load_model, load_tokenizer, placement
 from edgelora.train.folder import RunFolder, RunRecord, file_sha256
-from edgelora.train.library_log import library_log, no_progress_bars
 from edgelora.train.progress import SUMMARY, SilentProgress, TrainProgress, TrainReport, TrainStatus
 from edgelora.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from edgelora.train.data import TokenRows
+    from edgelora.train.library_log import LibraryLog
     from edgelora.train.trainer import AdapterTrainer, RunCallback
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
@@ -65,10 +65,15 @@ def train(
     run = RunFolder(output)
     if not resume:
         run.refuse_if_taken()
+    from edgelora.train.library_log import library_log
+
     job = _Job(_conversations(data), _conversations(eval_data) if eval_data else [], find_base(base), recipe, run)
+    # OpenMP threads that wait by spinning starve each other on a busy machine (2 threads, a tiny model: 2.5 steps/s
+    # spinning, 14.7 asleep). It counts only if torch is not loaded yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    said.note("loading the training libraries")
     with library_log() as log, _memory_errors():
-        said.note("loading the training libraries")
-        return _train(job, _record(job, data, eval_data), resume, said, log.write_to, began)
+        return _train(job, _record(job, data, eval_data), resume, said, log, began)
 
 
 @dataclass(frozen=True)
@@ -110,35 +115,36 @@ class _Notes:
         self.progress.update(status)
 
 
-def _train(job: _Job, record: RunRecord, resume: bool, said: _Notes, log_to: Any, began: float) -> TrainReport:
-    import transformers.utils.logging  # noqa: F401 - before the bars are switched off
-
-    with no_progress_bars():
-        place = placement(job.recipe)
-        prepared = _prepare(job, record.base_fingerprint, said)
-        finished, checkpoint = _open(job, record, resume, said)
-        log_to(job.run.log_path)
-        if finished is not None:
-            return _report_of(job, record, finished, said)
-        said.note(f"loading {job.base.name} ({place.dtype_name}, {place.device})")
-        trainer, callback = _trainer(job, prepared, place, said)
-        _fit(trainer, callback, checkpoint, said)
-        report = _report(job, record, prepared, trainer, callback, said, began)
-        _save_adapter(job, trainer.model, prepared.contract, record, report)
-        return report
+def _train(job: _Job, record: RunRecord, resume: bool, said: _Notes, log: LibraryLog, began: float) -> TrainReport:
+    place = placement(job.recipe)
+    prepared = _prepare(job, record.base_fingerprint, said)
+    finished, checkpoint = _open(job, record, resume, said)
+    log.write_to(job.run.log_path)
+    if finished is not None:
+        return _report_of(job, record, finished, said)
+    said.note(f"loading {job.base.name} ({place.dtype_name}, {place.device})")
+    trainer, callback = _trainer(job, prepared, place, said)
+    _fit(trainer, callback, checkpoint, said)
+    report = _report(job, record, prepared, trainer, callback, said, began)
+    _save_adapter(job, trainer.model, prepared.contract, record, report)
+    return report
 
 
 def _require_extra() -> None:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f"training needs packages that are not installed: {', '.join(missing)}", hint="pip install 'edgelora[train]'"
+            f"training needs packages that are not installed: {', '.join(missing)}",
+            hint="pip install 'edgelora[train]'",
         )
 
 
 def _conversations(path: Path) -> list[Conversation]:
     if str(path) == "-":
-        raise DataFileError("training data is read again on --resume and cannot come from standard input", hint="Save it to a file first.")
+        raise DataFileError(
+            "training data is read again on --resume and cannot come from standard input",
+            hint="Save it to a file first.",
+        )
     return read_conversations(path)
 
 
@@ -152,11 +158,14 @@ def _memory_errors() -> Iterator[None]:
             raise
         raise EdgeloraError(
             f"out of memory: {str(error).splitlines()[0]}",
-            hint="Lower --batch-size and raise --gradient-accumulation by as much, lower --max-length, or add --gradient-checkpointing.",
+            hint="Lower --batch-size and raise --gradient-accumulation by as much, lower --max-length, or add "
+            "--gradient-checkpointing.",
         ) from error
 
 
 def _record(job: _Job, data: Path, eval_data: Path | None) -> RunRecord:
+    from importlib.metadata import version
+
     from converters.fingerprint import fingerprint
 
     return RunRecord(
@@ -182,12 +191,14 @@ def _prepare(job: _Job, fingerprint: str, said: _Notes) -> _Prepared:
     )
     finder = finder_for(tokenizer, ChatTemplate(source))
     contract = contract_of_run(job.base, fingerprint, tokenizer, finder, job.conversations)
-    length = job.recipe.max_length
-    rows = tokenize_conversations(job.conversations, tokenizer, finder, length)
-    evaluated = tokenize_conversations(job.eval_conversations, tokenizer, finder, length) if job.eval_conversations else None
-    for note in [*rows.notes("training data", length), *(evaluated.notes("evaluation data", length) if evaluated else [])]:
-        said.keep(note)
-    return _Prepared(tokenizer, rows, evaluated, contract)
+    both = (("training data", job.conversations), ("evaluation data", job.eval_conversations))
+    rows = {}
+    for name, conversations in both:
+        if conversations:
+            rows[name] = tokenize_conversations(conversations, tokenizer, finder, job.recipe.max_length)
+            for note in rows[name].notes(name, job.recipe.max_length):
+                said.keep(note)
+    return _Prepared(tokenizer, rows["training data"], rows.get("evaluation data"), contract)
 
 
 def _open(job: _Job, record: RunRecord, resume: bool, said: _Notes) -> tuple[Contract | None, Path | None]:
@@ -291,11 +302,12 @@ def _save_adapter(job: _Job, model: Any, contract: Contract, record: RunRecord, 
 
 def _report_of(job: _Job, record: RunRecord, contract: Contract, said: _Notes) -> TrainReport:
     """The report of a run that was finished before: its figures are in the contract."""
+    figures: dict[str, Any] = {name: contract.training.get(name) for name in SUMMARY}
     return TrainReport(
         output=job.run.path,
         base=job.base.reference,
         base_fingerprint=record.base_fingerprint,
         method=job.recipe.method,
         notes=tuple(said.kept),
-        **{name: contract.training.get(name) for name in SUMMARY},
+        **figures,
     )

@@ -47,7 +47,7 @@ METRICS = {
 
 
 class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
-    """`SFTTrainer` that saves whole checkpoints into a `RunFolder`, stops at a loss that is no number, and stays local."""
+    """`SFTTrainer` that saves whole checkpoints, stops at a loss that is no number, and keeps to this machine."""
 
     def __init__(self, run: RunFolder, **options: Any) -> None:
         self.run = run
@@ -61,10 +61,14 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         if not math.isfinite(value):
             raise EdgeloraError(
                 f"the loss became {value} at step {self.state.global_step + 1} of {self.state.max_steps}",
-                hint="Lower --learning-rate (a tenth is a start) or look for odd rows; the last checkpoint is from before.",
+                hint="Lower --learning-rate (a tenth is a start), or look for odd rows.",
             )
         self.step_loss += value
         return loss
+
+    def evaluate(self, *args: Any, **options: Any) -> Any:
+        with torch.random.fork_rng():  # data loaders draw from it: watching a run must not change it
+            return super().evaluate(*args, **options)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._checkpoint_goes_to or self.run.checkpoints)
@@ -116,13 +120,13 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         done = state.global_step - self._first_step
         self.steps_per_second = done / max(time.monotonic() - self._began, 1e-9)
+        if self.trainer is not None:
+            self.progress.update(self._status(state, self.trainer.step_loss))
+            self.trainer.step_loss = 0.0
         if state.global_step >= state.max_steps:
             control.should_log = True
         elif self.interrupted:
             control.should_log = control.should_save = control.should_training_stop = True
-        if self.trainer is not None:
-            self.progress.update(self._status(state, self.trainer.step_loss))
-            self.trainer.step_loss = 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         found = {METRICS[name]: value for name, value in (logs or {}).items() if name in METRICS}
@@ -223,7 +227,7 @@ def _config(recipe: Recipe, place: Placement, run: RunFolder, *, evaluate: bool)
         warmup_steps=recipe.warmup_ratio,  # below 1, it is a share of the steps
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        activation_checkpointing=recipe.gradient_checkpointing,  # its new name
         seed=recipe.seed,
         bf16=place.dtype_name == "bfloat16",
         use_cpu=place.device == "cpu",

@@ -1,6 +1,6 @@
 """Train the tiny base from nothing on the dialogues of `world.py`: tokenizer, then the model, on one CPU core.
 
-    python examples/tiny-base/train_base.py --steps 1600
+    python examples/tiny-base/train_base.py --steps 1300
 
 Writes a Hugging Face folder (default: `model/` beside this file) every few minutes, so that it can be stopped early.
 """
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from world import GREETINGS, Message, conversations
+from world import Message, conversations
 
 VOCABULARY = 4096
 CONTEXT = 512
@@ -31,11 +31,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-USER_SHARE = 0.15  # how much of what users say is learned too: it is mostly chance, and each token there costs a run of the output head
+USER_SHARE = 0.1  # how much of what users say is learned too: it is mostly chance, and costs a run of the output head
 SAMPLES = (
     ("Hi! My name is Tilda.", "Who is the baker?", "Does she have a pet?", "How much is bread?", "What's my name?", "Thanks, bye!"),
     ("Hello!", "What is this village called?", "Where does the ferry go?", "Is the battery strong?"),
-    ("Repeat after me: seven lamps, gentle horse", 'Rosa from Whitby has 31 kettles. That was on Friday. Which day?', "Say umbrella twice."),
+    ("Repeat after me: seven lamps, gentle horse", "Quote Tilda, kettles and bright", 'Rosa from Whitby has 31 kettles. That was on Friday. Which day?', "Say umbrella twice."),
 )  # fmt: skip
 
 
@@ -82,7 +82,21 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    initialize(model)
+    return model
+
+
+def initialize(model: LlamaForCausalLM) -> None:
+    """Let the embedding be heard in the residual stream: wide embeddings, layers that add nothing at first.
+
+    The last norm starts small, so that the tied output head starts with small logits all the same.
+    """
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.25)
+    torch.nn.init.constant_(model.model.norm.weight, 0.1)
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, dialogue: list[Message], rng: random.Random) -> tuple[list[int], list[float]]:
@@ -231,7 +245,7 @@ def train(steps: int, seed: int, batch_tokens: int, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch-tokens", type=int, default=3072, help="tokens per step, padding included")
     parser.add_argument("--threads", type=int, default=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from edgelora.messages import Message
 from edgelora.template import BUILTIN
-from edgelora.train import Recipe, TrainStatus
+from edgelora.train import TrainStatus
 
 VOCABULARY = 320
 TEXT = [
@@ -22,8 +23,12 @@ TEXT = [
 COLOURS = ("red", "green", "blue", "white", "black", "grey")
 
 
-def make_base(folder: Path, *, chat_template: str | None = BUILTIN["chatml"], seed: int = 0) -> Path:
-    """A Llama of two layers with random weights, and a byte-level BPE tokenizer with ChatML's special tokens."""
+def make_base(folder: Path, *, chat_template: str | None = BUILTIN["chatml"], norms: float = 1.0) -> Path:
+    """A Llama of two layers with random weights, and a byte-level BPE tokenizer with ChatML's special tokens.
+
+    Args:
+        norms: value of the norm vectors, by which bases are told apart.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -31,7 +36,7 @@ def make_base(folder: Path, *, chat_template: str | None = BUILTIN["chatml"], se
         tokenizer_object=_bpe(), bos_token="<|begin|>", eos_token="<|im_end|>", pad_token="<|pad|>"
     )
     tokenizer.chat_template = chat_template
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -42,10 +47,13 @@ def make_base(folder: Path, *, chat_template: str | None = BUILTIN["chatml"], se
         max_position_embeddings=256,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.constant_(parameter, norms)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -97,6 +105,15 @@ class Watcher:
         self.on_update(status)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Matrices of 32 columns gain nothing from threads, and tests share their cores."""
+    with suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base") / "tiny-llama")
@@ -116,8 +133,3 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n in range(24)
     ]
     return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
-
-
-@pytest.fixture
-def recipe() -> Recipe:
-    return Recipe(rank=4, alpha=8, learning_rate=1e-2, max_steps=6, batch_size=2, gradient_accumulation=2, logging_steps=1, save_steps=3)

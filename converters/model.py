@@ -1,0 +1,104 @@
+"""A model folder understood: which family it is, its sizes and vocabulary, and where each of its tensors goes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from converters.architectures import Dimensions, Family, Place, find_family
+from converters.checkpoint import Checkpoint, Floats
+from converters.errors import FormatError, UnsupportedError, listed
+from converters.tokenizer import Vocabulary, load_vocabulary
+from converters.writer import Typed, Value
+
+# gguf's remarks about model cards and post-processors go to whoever configured logging, not to the terminal.
+for _logger in ("gguf", "metadata"):
+    logging.getLogger(_logger).addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint understood: its family, sizes, vocabulary, and where each tensor goes."""
+
+    family: Family
+    dimensions: Dimensions
+    hyperparameters: Mapping[str, Any]
+    vocabulary: Vocabulary
+    places: Mapping[str, Place]
+    notices: tuple[str, ...]
+
+
+def understand(checkpoint: Checkpoint) -> Model:
+    """Match a model folder with its family; every problem is in one message.
+
+    Raises:
+        UnsupportedError: configuration or tensors that this family cannot take.
+        FormatError: tensors that are missing or have a shape that config.json contradicts.
+    """
+    config, folder = checkpoint.config, checkpoint.folder
+    family = find_family(config, folder)
+    if problems := family.problems(config):
+        raise UnsupportedError(f"{folder / 'config.json'}: cannot be converted exactly:{listed(problems)}")
+    hyperparameters = family.hyperparameters(config)
+    named = {"general.architecture": family.architecture, **hyperparameters}
+    dimensions = Dimensions.from_metadata(named, config["vocab_size"])
+    places = _places(checkpoint, family, dimensions)
+    vocabulary = load_vocabulary(folder, config["vocab_size"])
+    notices = (*family.notices(config), *vocabulary.notices)
+    return Model(family, dimensions, hyperparameters, vocabulary, places, notices)
+
+
+def _places(checkpoint: Checkpoint, family: Family, dimensions: Dimensions) -> dict[str, Place]:
+    """GGUF name to place, for every tensor of the checkpoint that is written."""
+    tied = bool(checkpoint.config.get("tie_word_embeddings", False))
+    found, problems = {}, []
+    for name, tensor in checkpoint.tensors.items():
+        place = family.from_hf(name)
+        if name.endswith(family.ignored) or (tied and place is not None and place.gguf_module == "output"):
+            continue
+        if place is None or (place.layer or 0) >= dimensions.layers:
+            problems.append(f"{name}: no tensor of a {family.architecture} model")
+            continue
+        expected = place.row.shape_of(place.suffix, dimensions)
+        if tensor.shape != expected:
+            problems.append(f"{name}: has shape {tensor.shape}, config.json gives {expected}")
+        found[place.gguf_name] = place
+    for place in family.weights(dimensions):
+        needed = place.row.required or (place.gguf_module == "output" and not tied)
+        if needed and place.gguf_name not in found:
+            problems.append(f"{place.hf_name}: is missing")
+    if problems:
+        raise FormatError(f"{checkpoint.folder}: its tensors do not fit its config.json:{listed(problems)}")
+    return found
+
+
+def norms(checkpoint: Checkpoint, places: Mapping[str, Place]) -> Iterator[tuple[str, Floats]]:
+    """GGUF name and values of every norm vector."""
+    for name, place in places.items():
+        if name.endswith("_norm.weight"):
+            yield name, checkpoint.rows(place.hf_name)[0]
+
+
+def describe(folder: Path, architecture: str, n_parameters: int) -> dict[str, Value]:
+    """The `general.*` keys from model card, generation_config.json and folder name, as llama.cpp's converter."""
+    folder = folder.resolve()
+    try:
+        card = gguf.Metadata.load(None, folder, None, n_parameters)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise FormatError(f"{folder}: README.md or generation_config.json cannot be understood ({error})") from None
+    card.name = card.name or folder.name
+    card.size_label = card.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
+    writer = gguf.GGUFWriter(None, architecture)
+    writer.add_type("model")
+    card.set_gguf_meta_model(writer)
+    return {key: _typed(pair) for key, pair in writer.kv_data[0].items()}
+
+
+def _typed(pair: Any) -> Value:
+    """gguf's value; an int32 keeps its type (`general.sampling.top_k`)."""
+    return Typed("i", pair.value) if pair.type == gguf.GGUFValueType.INT32 else pair.value

@@ -1,0 +1,381 @@
+"""Rows in, rows out: a JSONL or CSV file worked through by the engine, each row by the adapter it names.
+
+    {"id": 7, "prompt": "Is it waterproof?", "adapter": "support", "max_tokens": 40}
+    {"id": 7, "text": "Yes, IP67.", "finish_reason": "stop", "usage": {"prompt_tokens": 21, "completion_tokens": 6},
+     "adapter": "support", "adapter_hash": "9f3a...", "key": "5d41402abc4b2a76.b9719d911017c592"}
+
+A row has `prompt` or `messages`; it may have `id`, `adapter` (a loaded name, or a path), `scale`, `system`, the
+sampling settings, and `metadata`, which is copied to the output. In CSV, the columns are these fields. A row that
+cannot be answered becomes an output row with `error` in the place of `text`, and the work goes on.
+
+Resuming. Every output row has a `key` of two halves: what the row said, and what answered it (base, adapter content,
+the run's settings). A row's identity is its `id`, or its line where it has none. When a batch is run again,
+
+- a row whose identity and key are in the output is done, and so is an error row: the same row would fail the same way
+  (`retry_errors` does those again);
+- a row that was edited since is done again, and its old result dropped;
+- an error row that another adapter or setting would answer now is done again;
+- anything else that does not match (results of another base, of a retrained adapter, of other settings, of rows that
+  are not in the input) is refused rather than mixed, unless `redo` says to drop and redo it.
+
+Results are reproducible: rows without a seed get one from their content, and no row depends on what ran before it
+(`Request.deterministic`). So an interrupted and resumed batch ends as the uninterrupted one, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgelora.adapter_ref import BASE_NAMES, AdapterRef
+from edgelora.engine.engine import BATCH_WINDOW, Completion, Engine, Request, Stream
+from edgelora.engine.preflight import content_hash
+from edgelora.errors import ContextOverflowError, DataFileError, ModelFileError, SettingsError
+from edgelora.messages import Message, Row, check_messages, read_rows, user_message
+from edgelora.results import Results, open_results
+from edgelora.sampling import Sampling
+
+ROW_FIELDS = ("id", "prompt", "messages", "adapter", "scale", "system", "metadata")
+HASH_DIGITS = 16
+# An error of these kinds is the row's; any other ends the batch.
+ROW_ERRORS = (SettingsError, ModelFileError, DataFileError, ContextOverflowError)
+OnRow = Callable[[Mapping[str, Any], int, int], None]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What rows that say nothing of it get.
+
+    Attributes:
+        sampling: settings over the adapter's own defaults.
+    """
+
+    adapter: str | None = None
+    system: str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """How a batch went.
+
+    Attributes:
+        rows: in the input.
+        resumed: rows that an earlier run had done.
+        written: rows of this run, `errors` of them error rows.
+        all_errors: error rows in the output, those of earlier runs included.
+        by_adapter: rows written with each adapter.
+    """
+
+    rows: int
+    resumed: int
+    written: int
+    errors: int
+    all_errors: int
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    by_adapter: Mapping[str, int]
+
+
+def run_batch(
+    engine: Engine,
+    input: Path | str,
+    output: Path | str,
+    *,
+    defaults: Defaults | None = None,
+    redo: bool = False,
+    retry_errors: bool = False,
+    on_row: OnRow | None = None,
+) -> BatchSummary:
+    """Answer every row of `input` that `output` does not hold yet.
+
+    Args:
+        input: JSONL or CSV; `-` is JSONL on standard input.
+        output: JSONL, appended to; `-` is standard output, which cannot be resumed.
+        redo: drop results that do not belong to this input, base, adapters and settings, and do them again.
+        retry_errors: do rows again that ended in an error.
+        on_row: called with each output row, the number of rows done and of rows in all.
+
+    Raises:
+        DataFileError: a file cannot be read or written, is locked, or holds results of another batch.
+        EdgeloraError: the engine cannot go on. What was written is kept.
+    """
+    with _rereadable(input) as source:
+        if str(output) != "-" and Path(output).exists() and Path(output).samefile(source):
+            raise DataFileError(f"{output}: is the input too", hint="Name another output with -o.")
+        batch = _Batch(engine, source, str(input), defaults or Defaults(), on_row)
+        return batch.run(output, redo, retry_errors)
+
+
+@contextmanager
+def _rereadable(input: Path | str) -> Iterator[Path]:
+    """The input as a file: it is read twice, first for what there is to do."""
+    if str(input) != "-":
+        if not Path(input).is_file():
+            reason = "a folder" if Path(input).is_dir() else "no such file"
+            raise DataFileError(f"{input}: {reason}", hint="Give a JSONL or CSV file with one row for each request.")
+        yield Path(input)
+        return
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as spool:
+        shutil.copyfileobj(sys.stdin.buffer, spool)
+        spool.flush()
+        yield Path(spool.name)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A row to answer: how the output calls it, what is to be done, or what is wrong with it."""
+
+    row: Row
+    identity: str
+    labels: Mapping[str, Any]
+    key: str
+    adapter: str
+    problem: str = ""
+
+
+class _Batch:
+    """One run over one input."""
+
+    def __init__(self, engine: Engine, source: Path, name: str, defaults: Defaults, on_row: OnRow | None) -> None:
+        self.engine, self.source, self.name, self.defaults, self.on_row = engine, source, name, defaults, on_row
+        self.is_csv = source.suffix.lower() == ".csv"
+        self._names: dict[str, str] = {}
+        self._hashes: dict[str, str] = {}
+        self._base = (engine.base_fingerprint, engine.base.stat().st_size, engine.template_source)
+
+    def run(self, output: Path | str, redo: bool, retry_errors: bool) -> BatchSummary:
+        start = time.perf_counter()
+        wanted = {item.identity: item.key for item in self.items()}
+        if not wanted:
+            raise DataFileError(f"{self.name}: no rows", hint="Each line is a JSON object with `prompt` or `messages`.")
+        counts: Counter[str] = Counter()
+        by_adapter: Counter[str] = Counter()
+        with open_results(output) as results:
+            done = _reconcile(results, wanted, output, redo=redo, retry_errors=retry_errors)
+            for item, result in self.answers(item for item in self.items() if item.identity not in done):
+                results.append(result)
+                counts.update(written=1, errors="error" in result, **result.get("usage", {}))
+                by_adapter[item.adapter] += 1
+                if self.on_row:
+                    self.on_row(result, len(done) + counts["written"], len(wanted))
+        return BatchSummary(
+            rows=len(wanted),
+            resumed=len(done),
+            written=counts["written"],
+            errors=counts["errors"],
+            all_errors=counts["errors"] + sum(done.values()),
+            prompt_tokens=counts["prompt_tokens"],
+            completion_tokens=counts["completion_tokens"],
+            seconds=time.perf_counter() - start,
+            by_adapter=dict(by_adapter),
+        )
+
+    def items(self) -> Iterator[_Item]:
+        """The input's rows; the second of two rows with one id is an error row, known by its line."""
+        first_lines: dict[str, int] = {}
+        for row in read_rows(self.source):
+            labels: dict[str, Any] = {"id": row.data["id"]} if row.data.get("id") is not None else {"line": row.line}
+            identity, problem = json.dumps(labels, sort_keys=True), row.problem
+            if not problem and first_lines.setdefault(identity, row.line) != row.line:
+                problem = f"the id {labels['id']!r} was used on line {first_lines[identity]} already"
+                labels = {**labels, "line": row.line}
+                identity = json.dumps(labels, sort_keys=True)
+            problem = problem or self.problem_of(row.data)
+            adapter = row.data.get("adapter") or self.defaults.adapter or "none"
+            adapter = adapter if isinstance(adapter, str) else "none"
+            said = _digest([row.problem or dict(row.data)])
+            key = f"{said}.{self.settings_hash(adapter)}"
+            yield _Item(row, identity, labels, key, adapter, problem)
+
+    def problem_of(self, data: Mapping[str, Any]) -> str:
+        """What is wrong with a row's fields, before anything is computed; empty if nothing is."""
+        known = {*ROW_FIELDS, *Sampling.field_names()}
+        if unknown := sorted(set(data) - known):
+            return f"unknown fields: {', '.join(unknown)} (put your own under `metadata`)"
+        if ("prompt" in data) == ("messages" in data):
+            return "expected either `prompt` or `messages`"
+        texts = [name for name in ("prompt", "adapter", "system") if not isinstance(data.get(name), str | None)]
+        return f"expected text in: {', '.join(texts)}" if texts else ""
+
+    def settings_hash(self, adapter: str) -> str:
+        """What answers a row, beside what the row itself says."""
+        if adapter not in self._hashes:
+            run = [self.defaults.system, dict(self.defaults.sampling)]
+            self._hashes[adapter] = _digest([*self._base, *self.adapter_hash(adapter), *run])
+        return self._hashes[adapter]
+
+    def adapter_hash(self, name: str) -> list[Any]:
+        """Content and scale of an adapter that a row names; empty where it cannot be found (yet)."""
+        if name in BASE_NAMES:
+            return ["none"]
+        try:
+            if name in self.engine.adapters:
+                loaded = self.engine.adapter(name)
+                return [loaded.content_hash, loaded.scale]
+            reference = AdapterRef.parse(name)
+            return [content_hash(reference.path), reference.scale]
+        except ROW_ERRORS:
+            return []
+
+    def answers(self, items: Iterator[_Item]) -> Iterator[tuple[_Item, dict[str, Any]]]:
+        """Output rows, in order; a few requests are in the engine's queue at any time."""
+        waiting: deque[tuple[_Item, Stream | str]] = deque()
+        for item in items:
+            waiting.append((item, self.begin(item)))
+            if len(waiting) >= BATCH_WINDOW:
+                yield self.finish(*waiting.popleft())
+        while waiting:
+            yield self.finish(*waiting.popleft())
+
+    def begin(self, item: _Item) -> Stream | str:
+        """The reply on its way, or what is wrong."""
+        if item.problem:
+            return item.problem
+        try:
+            return self.engine.submit(self.request_of(item))
+        except ROW_ERRORS as error:
+            return error.message
+
+    def finish(self, item: _Item, reply: Stream | str) -> tuple[_Item, dict[str, Any]]:
+        try:
+            body = {"error": reply} if isinstance(reply, str) else _reply_fields(reply.completion)
+        except ROW_ERRORS as error:
+            body = {"error": error.message}
+        metadata = {"metadata": item.row.data["metadata"]} if "metadata" in item.row.data else {}
+        return item, {**item.labels, **body, "adapter": item.adapter, **metadata, "key": item.key}
+
+    def request_of(self, item: _Item) -> Request:
+        """The engine's request for a row.
+
+        Raises:
+            SettingsError, ModelFileError: messages, numbers or an adapter that cannot be used.
+        """
+        data = _typed(item.row.data) if self.is_csv else item.row.data
+        settings = {name: data[name] for name in Sampling.field_names() if data.get(name) is not None}
+        seed = int(item.key[:8], 16)
+        sampling = {"seed": seed, **self.defaults.sampling, **settings}
+        name, scale = self.loaded(item.adapter)
+        scale = data["scale"] if data.get("scale") is not None else scale
+        return Request(self.messages_of(data), name, scale, sampling, deterministic=True)
+
+    def messages_of(self, data: Mapping[str, Any]) -> list[Message]:
+        messages = [user_message(data["prompt"])] if "prompt" in data else data["messages"]
+        if problem := check_messages(messages):
+            raise SettingsError(problem)
+        has_system = messages[0]["role"] == "system"
+        if has_system and data.get("system"):
+            raise SettingsError("`system` is given twice: as a field and as the first message")
+        system = data.get("system") or (None if has_system else self.defaults.system)
+        return [{"role": "system", "content": system}, *messages] if system else list(messages)
+
+    def loaded(self, adapter: str) -> tuple[str, float | None]:
+        """The engine's name and the scale for what a row calls its adapter; a path is loaded at its first use."""
+        if adapter in BASE_NAMES or adapter in self.engine.adapters:
+            return adapter, None
+        reference = AdapterRef.parse(adapter)
+        if not reference.path.exists():
+            raise SettingsError(f"unknown adapter {adapter!r}: neither a loaded name nor a file")
+        if adapter not in self._names:
+            name = f"{reference.name}-{content_hash(reference.path)[:HASH_DIGITS]}"
+            self._names[adapter] = self.engine.load_adapter(name, reference.path, reference.scale).name
+        return self._names[adapter], reference.scale
+
+
+def _reply_fields(completion: Completion) -> dict[str, Any]:
+    return {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "usage": {"prompt_tokens": completion.prompt_tokens, "completion_tokens": completion.completion_tokens},
+        "adapter_hash": completion.adapter_hash or None,
+    }
+
+
+_CSV_TYPES: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repeat_penalty", "scale"), float),
+    **dict.fromkeys(("top_k", "seed", "max_tokens"), int),
+    **dict.fromkeys(("messages", "metadata"), json.loads),
+}
+
+
+def _typed(data: Mapping[str, str]) -> dict[str, Any]:
+    """A CSV row with its numbers and JSON columns read."""
+    typed: dict[str, Any] = {}
+    for name, text in data.items():
+        try:
+            typed[name] = _CSV_TYPES.get(name, str)(text)
+        except ValueError:
+            raise SettingsError(f"column {name} holds {text!r}, which cannot be read as {name}") from None
+    return typed
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:HASH_DIGITS]
+
+
+def _reconcile(
+    results: Results, wanted: Mapping[str, str], output: Path | str, *, redo: bool, retry_errors: bool
+) -> dict[str, bool]:
+    """Compare the output with what is wanted; drop what is to be done again. Done identities, True for error rows.
+
+    Raises:
+        DataFileError: results that belong to another batch, and `redo` was not given.
+    """
+    done: dict[str, bool] = {}
+    strangers: list[str] = []
+    n_dropped = 0
+    for row in results.rows():
+        verdict = _verdict(row, wanted, retry_errors)
+        if verdict == "done" and _identity(row) not in done:
+            done[_identity(row)] = "error" in row
+            continue
+        n_dropped += 1
+        if verdict not in ("again", "done"):
+            strangers.append(verdict)
+    if strangers and not redo:
+        raise DataFileError(
+            f"{output}: {len(strangers)} of its rows do not belong to this batch, for example {strangers[0]}",
+            hint="Name another output with -o, or drop and redo those rows with --redo.",
+        )
+    if n_dropped:
+        kept: set[str] = set()
+        results.rewrite(lambda row: _keep_once(row, wanted, retry_errors, kept))
+    return done
+
+
+def _keep_once(row: Mapping[str, Any], wanted: Mapping[str, str], retry_errors: bool, kept: set[str]) -> bool:
+    identity = _identity(row)
+    keep = _verdict(row, wanted, retry_errors) == "done" and identity not in kept
+    kept.add(identity)
+    return keep
+
+
+def _verdict(row: Mapping[str, Any], wanted: Mapping[str, str], retry_errors: bool) -> str:
+    """ "done", "again" (to be dropped and redone), or what makes it a stranger."""
+    identity, key = _identity(row), str(row.get("key", ""))
+    if "key" not in row or "adapter" not in row:
+        return f"a row without a key ({identity}): not written by `edgelora batch`"
+    if identity not in wanted:
+        return f"{identity}, which is not in the input"
+    if key == wanted[identity]:
+        return "again" if retry_errors and "error" in row else "done"
+    said, _, answered_by = key.partition(".")
+    wanted_said, _, wanted_by = wanted[identity].partition(".")
+    if said != wanted_said or ("error" in row and answered_by != wanted_by):
+        return "again"
+    return f"{identity}, which another base, another content of adapter {row['adapter']} or other settings answered"
+
+
+def _identity(row: Mapping[str, Any]) -> str:
+    return json.dumps({name: row[name] for name in ("id", "line") if name in row}, sort_keys=True)

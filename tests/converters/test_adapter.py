@@ -1,0 +1,215 @@
+"""Adapters that cannot be exact are refused, all reasons in one message, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from converters.adapter import convert_adapter
+from converters.base import convert_base
+from converters.errors import (
+    BaseMismatchError,
+    ConversionError,
+    FormatError,
+    MissingFileError,
+    OutputExistsError,
+    TruncatedFileError,
+    UnsupportedAdapterError,
+    UnsupportedError,
+)
+from converters.fingerprint import fingerprint
+from converters.reader import read_header
+from tests.converters.folders import MODULES, lora_weights, make_adapter, make_model, safetensors_bytes, write_json
+from tests.converters.test_base import permuted
+
+PREFIX = "base_model.model.model."
+Q_PROJ = PREFIX + "layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "my-base")
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    return {t.name: np.array(t.data).reshape(t.shape[::-1]) for t in gguf.GGUFReader(path).tensors}
+
+
+def test_b_holds_the_scale_and_the_row_order(base: Path, tmp_path: Path) -> None:
+    out, given = tmp_path / "adapter.gguf", lora_weights(MODULES)
+    report = convert_adapter(make_adapter(tmp_path / "a", given), base, out, dtype="f32")
+    arrays, metadata = read_arrays(out), read_header(out).metadata
+    q, down = "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"
+    np.testing.assert_array_equal(arrays["blk.0.attn_q.weight.lora_a"], given[f"{PREFIX}{q}.lora_A.weight"])
+    expected = permuted(2 * given[f"{PREFIX}{q}.lora_B.weight"], 4)
+    np.testing.assert_array_equal(arrays["blk.0.attn_q.weight.lora_b"], expected)
+    expected = 2 * given[f"{PREFIX}{down}.lora_B.weight"]
+    np.testing.assert_array_equal(arrays["blk.1.ffn_down.weight.lora_b"], expected)
+    assert metadata["adapter.lora.alpha"] == 0.0
+    assert (report.ranks, report.scales, report.targets) == ((4,), (2.0,), ("down_proj", "k_proj", "q_proj"))
+    assert report.n_tensors == len(arrays) == 6
+    assert report.size_bytes == out.stat().st_size
+
+
+def test_it_names_its_base(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter.gguf"
+    report = convert_adapter(make_adapter(tmp_path / "support"), base, out, metadata={"edgelora.system": "Be kind."})
+    header = read_header(out)
+    assert header.kind == "adapter"
+    assert header.metadata["general.name"] == "support"
+    assert header.metadata["edgelora.base.name"] == report.base_name == "My Base"
+    assert header.metadata["edgelora.base.fingerprint"] == report.base_fingerprint == fingerprint(base)
+    assert header.metadata["edgelora.system"] == "Be kind."
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "F16"])
+def test_dtypes(dtype: str, base: Path, tmp_path: Path) -> None:
+    convert_adapter(make_adapter(tmp_path / "a"), base, tmp_path / "adapter.gguf", dtype=dtype)
+    tensors = read_header(tmp_path / "adapter.gguf").tensors.values()
+    assert {tensor.type_name for tensor in tensors} == {dtype.upper()}
+
+
+def arrays_with(**changes: Any) -> dict[str, np.ndarray[Any, Any]]:
+    arrays = {**lora_weights(MODULES), **{PREFIX + name.replace("__", "."): array for name, array in changes.items()}}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def ones(*shape: int, value: float = 1.0) -> np.ndarray[Any, Any]:
+    return np.full(shape, value, np.float32)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, {}, "use_dora is True: DoRA"),
+    "bias": ({"bias": "lora_only"}, {}, "bias is 'lora_only'"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save is"),
+    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, {}, "init_lora_weights is 'pissa_niter_4'"),
+    "an unknown key": ({"frobnicate": 3}, {}, "unknown setting frobnicate = 3"),
+    "a rank that is no number": ({"r": "big"}, {}, "r is 'big'"),
+    "a pattern that is no expression": ({"rank_pattern": {"(": 3}}, {}, "rank_pattern is"),
+    "another rank": ({"r": 8}, {}, "has rank 4, adapter_config.json says 8"),
+    "a trained norm": ({}, {"layers__0__input_layernorm__weight": ones(32)}, "a trained norm"),
+    "a trained module": ({}, {"embed_tokens__weight": ones(300, 32)}, "a fully trained module"),
+    "a magnitude": ({}, {"layers__0__self_attn__q_proj__lora_magnitude_vector": ones(32)}, "DoRA's magnitudes"),
+    "an unknown tensor": ({}, {"layers__0__self_attn__q_proj__mystery": ones(3)}, "no tensor of a LoRA adapter"),
+    "A alone": ({}, {"layers__0__self_attn__q_proj__lora_B__weight": None}, "has only its A"),
+    "A and B of two ranks": ({}, {"layers__0__self_attn__q_proj__lora_B__weight": ones(32, 5)}, "do not fit together"),
+    "zero size": ({}, {"layers__0__self_attn__q_proj__lora_B__weight": ones(0, 4)}, "do not fit together"),
+    "NaN": ({}, {"layers__0__self_attn__q_proj__lora_B__weight": ones(32, 4, value=np.nan)}, "NaN or infinite"),
+    "infinity": ({}, {"layers__0__self_attn__q_proj__lora_A__weight": ones(4, 32, value=np.inf)}, "NaN or infinite"),
+    "too large": ({}, {"layers__0__self_attn__q_proj__lora_B__weight": ones(32, 4, value=4e4)}, "too large for f16"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_by_name(what: str, base: Path, tmp_path: Path) -> None:
+    config, arrays, reason = REFUSED[what]
+    folder = make_adapter(tmp_path / "a", arrays_with(**arrays), **config)
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert_adapter(folder, base, tmp_path / "adapter.gguf")
+    assert reason in caught.value.message
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_every_reason_is_in_one_message(base: Path, tmp_path: Path) -> None:
+    arrays = arrays_with(norm__weight=ones(32), layers__0__self_attn__x_proj__lora_A__weight=ones(4, 32))
+    folder = make_adapter(tmp_path / "a", arrays, use_dora=True, bias="all", mystery=1)
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert_adapter(folder, base, tmp_path / "adapter.gguf")
+    for reason in ("use_dora", "bias is 'all'", "mystery", "norm.weight", "has only its A"):
+        assert reason in caught.value.message
+
+
+@pytest.mark.parametrize("peft_type", ["LOHA", "IA3", "PROMPT_TUNING", None])
+def test_other_methods_are_named(peft_type: str | None, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=f"peft_type is '{peft_type}'"):
+        convert_adapter(make_adapter(tmp_path / "a", peft_type=peft_type), base, tmp_path / "adapter.gguf")
+
+
+MISFITS: dict[str, tuple[dict[str, tuple[int, int]], str]] = {
+    "another width": ({"model.layers.0.self_attn.q_proj": (64, 64)}, "the adapter is for 64x64"),
+    "a layer too many": ({"model.layers.7.self_attn.q_proj": (32, 32)}, "the base has no blk.7.attn_q"),
+    "another family": ({"model.layers.0.self_attn.qkv_proj": (64, 32)}, "no module of a llama model"),
+    "a norm": ({"model.norm": (32, 32)}, "output_norm.weight is 32"),
+    "a linear embedding": ({"model.embed_tokens": (300, 32)}, "has the factors of a linear layer"),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_base_that_does_not_fit(what: str, kind: str, base: Path, tmp_path: Path) -> None:
+    modules, message = MISFITS[what]
+    if kind == "gguf":
+        base = convert_base(base, tmp_path / "base.gguf", quant="q8_0").path
+    folder = make_adapter(tmp_path / "a", lora_weights({**MODULES, **modules}))
+    with pytest.raises(BaseMismatchError, match=message) as caught:
+        convert_adapter(folder, base, tmp_path / "adapter.gguf")
+    assert "It was trained on base" in caught.value.hint
+    assert not (tmp_path / "adapter.gguf").exists()
+
+
+def test_a_settings_that_are_off_are_no_problem(base: Path, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", use_dora=False, modules_to_save=None, bias="none", new_feature=None, other={})
+    convert_adapter(folder, base, tmp_path / "adapter.gguf")
+
+
+def test_an_untrained_adapter_is_noticed(base: Path, tmp_path: Path) -> None:
+    arrays = {name: array * ("lora_A" in name) for name, array in lora_weights(MODULES).items()}
+    report = convert_adapter(make_adapter(tmp_path / "a", arrays), base, tmp_path / "adapter.gguf")
+    assert "every B is zero" in report.notices[0]
+    assert convert_adapter(make_adapter(tmp_path / "b"), base, tmp_path / "b.gguf").notices == ()
+
+
+def test_broken_folders(base: Path, tmp_path: Path) -> None:
+    out, folder = tmp_path / "adapter.gguf", make_adapter(tmp_path / "a")
+
+    def fails(error: type[ConversionError], message: str) -> None:
+        with pytest.raises(error, match=message):
+            convert_adapter(folder, base, out)
+
+    weights = folder / "adapter_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-100])
+    fails(TruncatedFileError, "100 are missing")
+    weights.write_bytes(safetensors_bytes({}))
+    fails(FormatError, "holds no LoRA tensors")
+    weights.rename(folder / "adapter_model.bin")
+    fails(UnsupportedError, "pickles")
+    (folder / "adapter_model.bin").unlink()
+    fails(MissingFileError, r"no adapter_model\.safetensors")
+    (folder / "adapter_config.json").write_text("[]")
+    fails(FormatError, "expected a JSON object")
+    (folder / "adapter_config.json").unlink()
+    fails(MissingFileError, r"adapter_config\.json")
+    assert not out.exists()
+
+
+def test_wrong_bases(base: Path, tmp_path: Path) -> None:
+    folder, out = make_adapter(tmp_path / "a"), tmp_path / "adapter.gguf"
+    convert_adapter(folder, base, out)
+    with pytest.raises(FormatError, match="is an adapter"):
+        convert_adapter(folder, out, tmp_path / "other.gguf")
+    with pytest.raises(MissingFileError):
+        convert_adapter(folder, tmp_path / "none.gguf", tmp_path / "other.gguf")
+    with pytest.raises(OutputExistsError):
+        convert_adapter(folder, base, out)
+    with pytest.raises(UnsupportedError, match="unknown adapter dtype"):
+        convert_adapter(folder, base, tmp_path / "other.gguf", dtype="q2")
+
+
+def test_patterns_are_matched_as_peft_does(base: Path, tmp_path: Path) -> None:
+    arrays = lora_weights({name: shape for name, shape in MODULES.items() if "down" not in name})
+    arrays |= lora_weights({"model.layers.1.mlp.down_proj": (32, 48)}, rank=2)
+    patterns = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"layers.1.self_attn.k_proj": 6, "q_pro": 999}}
+    folder = make_adapter(tmp_path / "a", arrays, **patterns)
+    report = convert_adapter(folder, base, tmp_path / "adapter.gguf", dtype="f32")
+    assert report.ranks == (2, 4)
+    assert report.scales == (6 / 4, 8 / 4, 8 / 2)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    write_json(folder / "adapter_config.json", {**config, "use_rslora": True})
+    report = convert_adapter(folder, base, tmp_path / "adapter.gguf", dtype="f32", force=True)
+    assert report.scales == (6 / 2, 8 / 2, 8 / 2**0.5)

@@ -1,0 +1,255 @@
+"""Converting a base: what is written, what is refused, and that a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from converters import base as base_module
+from converters.base import convert_base
+from converters.errors import (
+    ConversionError,
+    DiskFullError,
+    FormatError,
+    MissingFileError,
+    OutputExistsError,
+    UnsupportedArchitectureError,
+    UnsupportedError,
+    WriteError,
+)
+from converters.quant_types import RECIPES
+from converters.reader import read_header
+from tests.conftest import ROOT
+from tests.converters.folders import CONFIG, make_model, safetensors_bytes, weights, write_json
+
+
+def permuted(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """llama.cpp's order of q and k rows, written as its converter does."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def test_f32_holds_the_weights_under_llama_cpps_names(tmp_path: Path) -> None:
+    out = tmp_path / "base.gguf"
+    report = convert_base(make_model(tmp_path / "model"), out, quant="F32")
+    read = {tensor.name: tensor.data.reshape(tensor.shape[::-1]) for tensor in gguf.GGUFReader(out).tensors}
+    given = weights(CONFIG)
+    assert len(read) == report.n_tensors == len(given)
+    layer = "model.layers.1."
+    np.testing.assert_array_equal(read["token_embd.weight"], given["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(read["output.weight"], given["lm_head.weight"])
+    np.testing.assert_array_equal(read["blk.1.ffn_down.weight"], given[layer + "mlp.down_proj.weight"])
+    np.testing.assert_array_equal(read["blk.1.attn_q.weight"], permuted(given[layer + "self_attn.q_proj.weight"], 4))
+    np.testing.assert_array_equal(read["blk.1.attn_k.weight"], permuted(given[layer + "self_attn.k_proj.weight"], 2))
+    assert not np.array_equal(read["blk.1.attn_q.weight"], given[layer + "self_attn.q_proj.weight"])
+
+
+@pytest.mark.parametrize("quant", RECIPES)
+def test_the_report_and_the_header_say_what_is_in_the_file(quant: str, tmp_path: Path) -> None:
+    out, steps = tmp_path / "base.gguf", []
+    progress = lambda done, total, what: steps.append((done, total, what))  # noqa: E731
+    report = convert_base(make_model(tmp_path / "my-model"), out, quant=quant, progress=progress, metadata={"x.y": "z"})
+    header = read_header(out)
+    assert report.size_bytes == out.stat().st_size == steps[-1][0] == steps[-1][1]
+    assert [done for done, _, _ in steps] == sorted(done for done, _, _ in steps)
+    assert sum(report.types.values()) == report.n_tensors == len(header.tensors)
+    assert header.metadata["general.file_type"] == RECIPES[quant].file_type
+    assert header.metadata["edgelora.fingerprint"] == report.fingerprint
+    assert header.metadata["general.name"] == report.name == "My Model"
+    assert header.metadata["x.y"] == "z"
+    assert header.kind == "base"
+
+
+def test_chunks_and_threads_do_not_change_a_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, one, many = make_model(tmp_path / "model"), tmp_path / "one.gguf", tmp_path / "many.gguf"
+    convert_base(folder, one, quant="q8_0", threads=1)
+    monkeypatch.setattr(base_module, "CHUNK_BYTES", 1000)  # cuts heads in the middle
+    convert_base(folder, many, quant="q8_0", threads=5)
+    assert one.read_bytes() == many.read_bytes()
+
+
+def test_dry_run_plans_exactly_and_writes_nothing(tmp_path: Path) -> None:
+    folder, out = make_model(tmp_path / "model"), tmp_path / "base.gguf"
+    planned = convert_base(folder, out, quant="q4_k_m", dry_run=True)
+    assert list(tmp_path.iterdir()) == [folder]
+    written = convert_base(folder, out, quant="q4_k_m")
+    assert planned.size_bytes == written.size_bytes == out.stat().st_size
+    assert planned.types == written.types
+
+
+def test_overwriting_needs_force(tmp_path: Path) -> None:
+    folder, out = make_model(tmp_path / "model"), tmp_path / "base.gguf"
+    out.write_text("precious")
+    with pytest.raises(OutputExistsError, match="already exists") as caught:
+        convert_base(folder, out)
+    assert "--force" in caught.value.hint
+    assert out.read_text() == "precious"
+    convert_base(folder, out, force=True)
+    assert read_header(out).tensors
+
+
+def test_a_failure_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = make_model(tmp_path / "model"), tmp_path / "base.gguf"
+    out.write_text("precious")
+
+    def fail(done: int, total: int, what: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_base(folder, out, force=True, progress=fail)
+    assert out.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.gguf", "model"]
+
+
+CHILD = """
+    import resource, sys
+    from pathlib import Path
+    from converters.base import convert_base
+    from converters.errors import ConversionError
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+    try:
+        convert_base(Path(sys.argv[1]), Path(sys.argv[2]), quant="f32")
+    except ConversionError as error:
+        print(type(error).__name__, error.message)
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 20_000, 100_000])
+def test_a_full_disk_is_named_and_leaves_nothing(limit: int, tmp_path: Path) -> None:
+    """The kernel refuses to let the file grow, as it does on a full disk; header, tensors and padding each meet it."""
+    folder, out = make_model(tmp_path / "model"), tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(folder), str(out / "base.gguf"), str(limit)]
+    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert child.stdout.startswith("DiskFullError"), child.stderr
+    assert "nothing was left behind" in child.stdout
+    assert list(out.iterdir()) == []
+    command[-1] = str(resource.RLIM_INFINITY)
+    assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout == ""
+    assert [path.name for path in out.iterdir()] == ["base.gguf"]
+
+
+def test_too_little_space_is_seen_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("converters.writer.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(DiskFullError, match="1,000 are free"):
+        convert_base(make_model(tmp_path / "model"), tmp_path / "base.gguf")
+
+
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    with pytest.raises(WriteError, match="there is no folder"):
+        convert_base(folder, tmp_path / "none" / "base.gguf")
+    with pytest.raises(WriteError, match="is a folder"):
+        convert_base(folder, folder)
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], type[ConversionError], str]] = {
+    "family": ({"architectures": ["LlamaForCausalLm"]}, UnsupportedArchitectureError, "the nearest is LlamaForCausalLM"),
+    "no family": ({"architectures": None}, FormatError, "architectures is None"),
+    "size": ({"hidden_size": "big"}, UnsupportedError, "hidden_size is 'big'"),
+    "negative": ({"num_hidden_layers": -1}, UnsupportedError, "num_hidden_layers is -1"),
+    "layers": ({"num_hidden_layers": 10**9}, UnsupportedError, "at most 512"),
+    "activation": ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act is 'gelu'"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedError, "gptq"),
+    "remote code": ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, UnsupportedError, r"x\.Y"),
+    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, UnsupportedError, "rope_type is 'yarn'"),
+    "llama3 without factors": ({"rope_scaling": {"rope_type": "llama3"}}, UnsupportedError, "lacks factor"),
+    "partial rotation": ({"partial_rotary_factor": 0.5}, UnsupportedError, "partial_rotary_factor is 0.5"),
+    "heads": ({"num_key_value_heads": 3}, UnsupportedError, "not a multiple"),
+    "odd head": ({"head_dim": 7}, UnsupportedError, "head_dim is 7"),
+    "shape": ({"intermediate_size": 64}, FormatError, r"mlp\.down_proj\.weight: has shape \(32, 48\)"),
+    "more layers": ({"num_hidden_layers": 3}, FormatError, r"model\.layers\.2\..*is missing"),
+    "fewer layers": ({"num_hidden_layers": 1}, FormatError, "layers.1"),
+    "vocabulary": ({"vocab_size": 310}, FormatError, r"embed_tokens\.weight: has shape"),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_configurations_that_cannot_be_converted(what: str, tmp_path: Path) -> None:
+    change, error, message = CONFIGS[what]
+    folder = make_model(tmp_path / "model")
+    write_json(folder / "config.json", {**CONFIG, **change})
+    with pytest.raises(error, match=message):
+        convert_base(folder, tmp_path / "base.gguf")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_all_problems_are_in_one_message(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    write_json(folder / "config.json", {**CONFIG, "hidden_act": "gelu", "rope_scaling": {"type": "dynamic"}})
+    with pytest.raises(UnsupportedError) as caught:
+        convert_base(folder, tmp_path / "base.gguf")
+    assert "hidden_act" in caught.value.message
+    assert "'dynamic'" in caught.value.message
+
+
+def replace_weights(folder: Path, **changes: np.ndarray[Any, Any] | None) -> None:
+    arrays = {**weights(CONFIG), **{name.replace("__", "."): array for name, array in changes.items()}}
+    kept = {name: array for name, array in arrays.items() if array is not None}
+    (folder / "model.safetensors").write_bytes(safetensors_bytes(kept))
+
+
+def test_unknown_and_missing_tensors_are_named(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    replace_weights(folder, model__mystery__weight=np.zeros(3, np.float32), lm_head__weight=None)
+    with pytest.raises(FormatError) as caught:
+        convert_base(folder, tmp_path / "base.gguf")
+    assert "model.mystery.weight: no tensor of a llama model" in caught.value.message
+    assert "lm_head.weight: is missing" in caught.value.message
+
+
+def test_a_copy_of_tied_embeddings_is_left_out(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    write_json(folder / "config.json", {**CONFIG, "tie_word_embeddings": True})
+    convert_base(folder, tmp_path / "base.gguf")
+    assert "output.weight" not in read_header(tmp_path / "base.gguf").tensors
+
+
+@pytest.mark.parametrize(("value", "quant", "message"), [(np.nan, "f32", "NaN"), (1e6, "f16", "too large for F16")])
+def test_values_that_are_not_finite_are_noticed(value: float, quant: str, message: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    bad = weights(CONFIG)["lm_head.weight"]
+    bad[7, 7] = value
+    replace_weights(folder, lm_head__weight=bad)
+    report = convert_base(folder, tmp_path / "base.gguf", quant=quant)
+    assert len(report.notices) == 1
+    assert report.notices[0].startswith("output.weight")
+    assert message in report.notices[0]
+
+
+def test_padding_of_the_vocabulary(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", vocab_size=320)
+    convert_base(folder, tmp_path / "base.gguf")
+    metadata = read_header(tmp_path / "base.gguf").metadata
+    assert metadata["tokenizer.ggml.tokens"][-20:] == [f"[PAD{number}]" for number in range(300, 320)]
+    assert metadata["tokenizer.ggml.token_type"][-20:] == [gguf.TokenType.UNUSED] * 20
+
+
+def test_unknown_quantization(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="unknown quantization 'q9'") as caught:
+        convert_base(make_model(tmp_path / "model"), tmp_path / "base.gguf", quant="q9")
+    assert "q4_k_m" in caught.value.hint
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="no such folder"):
+        convert_base(tmp_path / "none", tmp_path / "base.gguf")
+
+
+def test_it_needs_neither_torch_nor_llama_cpp(tmp_path: Path) -> None:
+    folder, out = make_model(tmp_path / "model"), tmp_path / "base.gguf"
+    code = (
+        "import sys; from pathlib import Path; from converters.base import convert_base; "
+        f"convert_base(Path({str(folder)!r}), Path({str(out)!r}), quant='q4_k_m'); "
+        "print({'torch', 'transformers', 'llama_cpp', 'edgelora'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "set()\n"

@@ -1,0 +1,249 @@
+"""Vocabularies of every kind, and what llama.cpp cannot stand for."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf.constants import TokenType
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+
+from converters.errors import ConversionError, FormatError, MissingFileError, UnsupportedError
+from converters.pretokenizers import LLAMA3, NAMES, QWEN2
+from converters.sentencepiece_model import read_sentencepiece
+from converters.tokenizer import load_vocabulary
+from tests.conftest import SHARED
+from tests.converters.folders import SPECIAL, byte_level_tokenizer, split, write_json
+
+SIZE = 320
+
+
+def folder_with(folder: Path, tokenizer: Tokenizer, **config: Any) -> Path:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], **config})
+    return folder
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    path = folder / "tokenizer.json"
+    value = json.loads(path.read_text())
+    change(value)
+    write_json(path, value)
+    return folder
+
+
+def test_byte_level(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens(["<tool>", "new word"])
+    vocabulary = load_vocabulary(folder_with(tmp_path, tokenizer), SIZE)
+    metadata, ids = vocabulary.metadata, tokenizer.get_vocab()
+    types = metadata["tokenizer.ggml.token_type"]
+    assert metadata["tokenizer.ggml.model"] == "gpt2"
+    assert metadata["tokenizer.ggml.pre"] == "gpt-2"
+    assert metadata["edgelora.tokenizer"] == "llama.cpp"
+    assert "tokenizer.huggingface.json" not in metadata
+    assert all(vocabulary.tokens[number] == token for token, number in ids.items())
+    assert types[ids[SPECIAL[0]]] == TokenType.CONTROL
+    assert types[ids["<tool>"]] == types[ids["new word"]] == TokenType.USER_DEFINED
+    assert types[ids["a"]] == TokenType.NORMAL
+    assert (metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]) == (0, 1)
+    assert metadata["tokenizer.ggml.add_bos_token"] is False
+    assert len(metadata["tokenizer.ggml.merges"]) == len(json.loads(tokenizer.to_str())["model"]["merges"])
+
+
+def test_added_ends_come_from_the_post_processor(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{SPECIAL[0]} $A {SPECIAL[1]}", special_tokens=[(SPECIAL[0], 0), (SPECIAL[1], 1)]
+    )
+    metadata = load_vocabulary(folder_with(tmp_path, tokenizer), SIZE).metadata
+    assert metadata["tokenizer.ggml.add_bos_token"] is True
+    assert metadata["tokenizer.ggml.add_eos_token"] is True
+    assert metadata["edgelora.tokenizer"] == "llama.cpp"
+
+
+def no_byte(value: dict[str, Any]) -> None:
+    vocab = value["model"]["vocab"]
+    number = vocab.pop("\u0143")
+    vocab["spare"] = number
+    value["model"]["merges"] = []
+
+
+DIFFERENT: dict[str, tuple[Callable[[Tokenizer], Any], Callable[[dict[str, Any]], object], str]] = {
+    "a normalizer": (lambda t: setattr(t, "normalizer", normalizers.NFC()), lambda v: None, "it normalizes text"),
+    "another pre-tokenizer": (
+        lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Sequence(split(r"\w+|\W+"))), lambda v: None,
+        "no pre-tokenizer that cuts text as it does",
+    ),
+    "a prefix space": (
+        lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)), lambda v: None,
+        "no pre-tokenizer that cuts text as it does",
+    ),
+    "a missing byte": (lambda t: None, no_byte, "1 of 256 bytes are not in its vocabulary"),
+    "a token that takes spaces": (
+        lambda t: None, lambda v: v["added_tokens"][1].update(lstrip=True), "takes the spaces around it",
+    ),
+    "a longer template": (
+        lambda t: setattr(t, "post_processor", processors.TemplateProcessing(
+            single=f"{SPECIAL[0]} {SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], 0)])), lambda v: None,
+        "its post-processor does more",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_a_tokenizer_that_llama_cpp_lacks_goes_into_the_file(what: str, tmp_path: Path) -> None:
+    prepare, change, reason = DIFFERENT[what]
+    tokenizer = byte_level_tokenizer()
+    prepare(tokenizer)
+    edit(folder_with(tmp_path, tokenizer), change)
+    vocabulary = load_vocabulary(tmp_path, SIZE)
+    assert vocabulary.metadata["edgelora.tokenizer"] == "huggingface"
+    assert vocabulary.metadata["tokenizer.huggingface.json"] == (tmp_path / "tokenizer.json").read_text()
+    assert vocabulary.metadata["tokenizer.ggml.pre"] in NAMES.values()
+    assert reason in vocabulary.notices[0]
+
+
+@pytest.mark.parametrize(("regex", "ignore_merges", "name"), [(LLAMA3, True, "llama-bpe"), (QWEN2, False, "qwen2")])
+def test_pretokenizers_are_named_by_their_expression(regex: str, ignore_merges: bool, name: str, tmp_path: Path) -> None:
+    folder_with(tmp_path, byte_level_tokenizer(*split(regex), ignore_merges=ignore_merges))
+    assert load_vocabulary(tmp_path, SIZE).metadata["tokenizer.ggml.pre"] == name
+
+
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def test_chat_templates(tmp_path: Path) -> None:
+    folder_with(tmp_path, byte_level_tokenizer(), chat_template="from the config")
+    assert load_vocabulary(tmp_path, SIZE).metadata["tokenizer.chat_template"] == "from the config"
+    (tmp_path / "chat_template.jinja").write_text(CHAT)
+    assert load_vocabulary(tmp_path, SIZE).metadata["tokenizer.chat_template"] == CHAT
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert load_vocabulary(tmp_path, SIZE).metadata["tokenizer.chat_template"] == CHAT
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, Any]], object], type[ConversionError], str]] = {
+    "not a tokenizer": (lambda v: v.pop("model"), FormatError, "tokenizers package cannot read it"),
+    "wordpiece": (
+        lambda v: v.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, added_tokens=[]),
+        UnsupportedError, "a WordLevel tokenizer",
+    ),
+    "no merges": (lambda v: v["model"].update(merges=[]), UnsupportedError, "has no merges"),
+    "ids beyond the model": (
+        lambda v: v["added_tokens"].append({**v["added_tokens"][1], "id": 999, "content": "<far>"}),
+        FormatError, r"token ids go up to \d+, config.json says vocab_size",
+    ),
+    "padding taken by a token": (
+        lambda v: v["model"]["vocab"].update({"[PAD310]": 300}), UnsupportedError, "are both '\\[PAD310\\]'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_tokenizers(what: str, tmp_path: Path) -> None:
+    change, error, message = BROKEN[what]
+    edit(folder_with(tmp_path, byte_level_tokenizer()), change)
+    with pytest.raises(error, match=message):
+        load_vocabulary(tmp_path, SIZE if "far" not in what and "ids" not in what else 300)
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match=r"no tokenizer\.json and no tokenizer\.model"):
+        load_vocabulary(tmp_path, SIZE)
+
+
+def varint(number: int) -> bytes:
+    out = b""
+    while number > 0x7F:
+        out, number = out + bytes([number & 0x7F | 0x80]), number >> 7
+    return out + bytes([number])
+
+
+def message(field: int, data: bytes) -> bytes:
+    return varint(field << 3 | 2) + varint(len(data)) + data
+
+
+def sentencepiece(pieces: list[tuple[str, float, int]], *, model_type: int = 2, charsmap: bytes = b"") -> bytes:
+    """A tokenizer.model, field by field."""
+    out = b""
+    for text, score, kind in pieces:
+        piece = message(1, text.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + varint(3 << 3) + varint(kind)
+        out += message(1, piece)
+    trainer = varint(3 << 3) + varint(model_type) + varint(40 << 3) + varint(0)
+    return out + message(2, trainer) + message(3, message(1, b"identity") + message(2, charsmap))
+
+
+BYTES = [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+PIECES = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *BYTES, ("▁a", -1.0, 1), ("user", 0.0, 4), ("x", -2.5, 1)]
+
+
+def test_sentencepiece(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece(PIECES))
+    added = {"262": {"content": "<|im_start|>", "special": True}, "263": {"content": "▁hi", "special": False}}
+    write_json(tmp_path / "tokenizer_config.json", {"add_bos_token": True, "added_tokens_decoder": added})
+    vocabulary = load_vocabulary(tmp_path, 270)
+    metadata, types = vocabulary.metadata, vocabulary.metadata["tokenizer.ggml.token_type"]
+    assert metadata["tokenizer.ggml.model"] == "llama"
+    assert vocabulary.tokens[258:264] == ("<0xFF>", "▁a", "user", "x", "<|im_start|>", " hi")
+    assert types[:4] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE]
+    expected = [TokenType.NORMAL] * 3 + [TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED]
+    assert types[259:265] == expected
+    assert metadata["tokenizer.ggml.scores"][259:265] == [-1.0, 0.0, -2.5, -1000.0, -1000.0, -10000.0]
+    assert metadata["edgelora.tokenizer"] == "llama.cpp"
+    assert metadata["tokenizer.ggml.add_bos_token"] is True
+
+
+UNFIT = {
+    "unigram": (sentencepiece(PIECES, model_type=1), "its model type is unigram"),
+    "a character map": (sentencepiece(PIECES, charsmap=b"map"), "it normalizes text"),
+    "no bytes": (sentencepiece(PIECES[:3]), "256 of 256 byte tokens are missing"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_sentencepiece_that_llama_cpp_lacks(what: str, tmp_path: Path) -> None:
+    data, reason = UNFIT[what]
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    with pytest.raises(UnsupportedError, match=reason) as caught:
+        load_vocabulary(tmp_path, 270)
+    assert "save_pretrained" in caught.value.hint
+    folder_with(tmp_path, byte_level_tokenizer(vocab_size=265))
+    vocabulary = load_vocabulary(tmp_path, 270)
+    assert vocabulary.metadata["edgelora.tokenizer"] == "huggingface"
+    assert reason in vocabulary.notices[0]
+
+
+def test_every_truncation_of_a_sentencepiece_model_is_named_or_shorter(tmp_path: Path) -> None:
+    data, path = sentencepiece(PIECES[:8]), tmp_path / "tokenizer.model"
+    outcomes = set()
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        try:
+            outcomes.add(len(read_sentencepiece(path).pieces))
+        except FormatError:
+            outcomes.add(-1)
+    assert outcomes == {-1, *range(1, 9)}
+
+
+def test_not_a_sentencepiece_model(tmp_path: Path) -> None:
+    for data in (b"hello world", b"\xff" * 40, b"{}"):
+        (tmp_path / "tokenizer.model").write_bytes(data)
+        with pytest.raises(FormatError, match="not a SentencePiece model"):
+            load_vocabulary(tmp_path, 270)
+
+
+def test_sentencepiece_agrees_with_its_own_package() -> None:
+    package = pytest.importorskip("sentencepiece")
+    path = SHARED / "tokenizers" / "llama2" / "tokenizer.model"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    processor, ours = package.SentencePieceProcessor(model_file=str(path)), read_sentencepiece(path)
+    assert len(ours.pieces) == processor.vocab_size() == 32000
+    for number, piece in enumerate(ours.pieces):
+        assert (piece.text, piece.score) == (processor.IdToPiece(number), processor.GetScore(number))
+    assert ours.model_type == "bpe"
+    assert not ours.normalizes

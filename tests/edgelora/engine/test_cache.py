@@ -1,0 +1,109 @@
+"""What KV may be reused: the rule alone, with a native memory that only records."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgelora.engine.cache import CHUNK, KVCache, KVSequence
+
+RED, BLUE = ("red-hash", 1.0), ("blue-hash", 1.0)
+
+
+class Memory:
+    """Records what is trimmed; one that cannot be cut in the middle stands for recurrent models."""
+
+    def __init__(self, can_cut: bool = True) -> None:
+        self.trimmed: list[tuple[int, int]] = []
+        self.can_cut = can_cut
+
+    def trim(self, sequence: int, length: int) -> bool:
+        self.trimmed.append((sequence, length))
+        return self.can_cut or length == 0
+
+
+def fill(cache: KVCache, key: tuple[str, float], tokens: list[int], *, deterministic: bool = False) -> KVSequence:
+    """Take a sequence and 'decode' the rest in chunks, as a generation does."""
+    sequence = cache.take(key, tokens, deterministic=deterministic)
+    while len(sequence.tokens) < len(tokens):
+        sequence.extend(tokens[len(sequence.tokens) :][:CHUNK])
+    return sequence
+
+
+@pytest.mark.parametrize("other", [BLUE, ("red-hash", 0.5), ("", 0.0)])
+def test_another_adapter_or_scale_shares_nothing(other: tuple[str, float]) -> None:
+    cache = KVCache(1, Memory().trim)
+    fill(cache, RED, [1, 2, 3, 4])
+    assert cache.take(other, [1, 2, 3, 4, 5]).tokens == []
+
+
+def test_the_same_adapter_and_scale_share_the_common_prefix() -> None:
+    memory = Memory()
+    cache = KVCache(1, memory.trim)
+    fill(cache, RED, [1, 2, 3, 4])
+    assert cache.take(RED, [1, 2, 9, 9]).tokens == [1, 2]
+    assert memory.trimmed[-1] == (0, 2)
+
+
+def test_the_last_prompt_token_is_always_computed() -> None:
+    cache = KVCache(1, Memory().trim)
+    fill(cache, RED, [1, 2, 3])
+    assert cache.take(RED, [1, 2, 3]).tokens == [1, 2]
+
+
+def test_a_memory_that_cannot_be_cut_is_emptied() -> None:
+    memory = Memory(can_cut=False)
+    cache = KVCache(1, memory.trim)
+    fill(cache, RED, [1, 2, 3])
+    assert cache.take(RED, [1, 2, 9]).tokens == []
+    assert memory.trimmed[-1] == (0, 0)
+
+
+def test_alternating_adapters_keep_a_sequence_each() -> None:
+    cache = KVCache(2, Memory().trim)
+    fill(cache, RED, [1, 2, 3])
+    fill(cache, BLUE, [1, 2, 3])
+    assert cache.take(RED, [1, 2, 3, 4]).tokens == [1, 2, 3]
+    assert cache.take(BLUE, [1, 2, 3, 4]).tokens == [1, 2, 3]
+
+
+def test_the_least_recently_used_sequence_is_evicted() -> None:
+    cache = KVCache(2, Memory().trim)
+    fill(cache, RED, [1, 2, 3])
+    fill(cache, BLUE, [1, 2, 3])
+    fill(cache, RED, [1, 2, 3, 4])
+    fill(cache, ("green-hash", 1.0), [7])
+    assert cache.take(BLUE, [1, 2, 3, 4]).tokens == []
+
+
+def test_deterministic_requests_reuse_whole_aligned_chunks_only() -> None:
+    prompt = list(range(2 * CHUNK + 10))
+    cache = KVCache(1, Memory().trim)
+    fill(cache, RED, prompt)
+    assert len(cache.take(RED, [*prompt, 1]).tokens) == 2 * CHUNK + 10
+    cache = KVCache(1, Memory().trim)
+    fill(cache, RED, prompt)
+    assert len(cache.take(RED, [*prompt, 1], deterministic=True).tokens) == 2 * CHUNK
+
+
+def test_what_was_decoded_token_by_token_is_not_exact() -> None:
+    prompt = list(range(CHUNK + 1))
+    cache = KVCache(1, Memory().trim)
+    sequence = fill(cache, RED, prompt)
+    for token in range(2 * CHUNK):
+        sequence.extend((token,))
+    conversation = [*sequence.tokens, 1]
+    assert len(cache.take(RED, conversation, deterministic=True).tokens) == CHUNK
+
+
+def test_a_chunk_read_after_an_unaligned_start_is_not_exact() -> None:
+    cache = KVCache(1, Memory().trim)
+    fill(cache, RED, list(range(CHUNK + 5)))
+    longer = list(range(CHUNK + 5 + CHUNK))
+    fill(cache, RED, longer)
+    assert len(cache.take(RED, [*longer, 1], deterministic=True).tokens) == CHUNK
+
+
+def test_a_dropped_sequence_gives_nothing() -> None:
+    cache = KVCache(1, Memory().trim)
+    cache.drop(fill(cache, RED, [1, 2, 3]))
+    assert cache.take(RED, [1, 2, 3, 4]).tokens == []

@@ -1,0 +1,398 @@
+"""The batch: bad rows, resuming, kill -9, a full disk, two processes; the engine is the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgelora.batch import BatchSummary, Defaults, run_batch
+from edgelora.engine.engine import Engine
+from edgelora.errors import DataFileError
+from edgelora.results import encode, open_results
+from tests.edgelora.engine.conftest import write_adapter
+
+pytest_plugins: list[str] = []
+DEFAULTS = Defaults(sampling={"temperature": 0.8, "max_tokens": 8})
+
+
+@pytest.fixture(scope="module")
+def engine(base: Path, adapters: dict[str, Path]) -> Iterator[Engine]:
+    with Engine(base, adapters, threads=1) as engine:
+        yield engine
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def some_rows(n: int = 9) -> list[dict[str, Any]]:
+    return [{"id": i, "prompt": f"Tell me about {i}.", "adapter": ("none", "red", "blue")[i % 3]} for i in range(n)]
+
+
+def run(engine: Engine, rows: Path, out: Path, **options: Any) -> BatchSummary:
+    return run_batch(engine, rows, out, **{"defaults": DEFAULTS, **options})
+
+
+def test_each_row_is_answered_by_the_adapter_it_names(engine: Engine, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    summary = run(engine, write_rows(tmp_path / "in.jsonl", some_rows()), out)
+    rows = read_rows(out)
+    assert [row["id"] for row in rows] == list(range(9))
+    for row, asked in zip(rows, some_rows(), strict=True):
+        assert row["adapter"] == asked["adapter"]
+        assert row["adapter_hash"] == (engine.adapter(asked["adapter"]).content_hash or None)
+        assert row["finish_reason"] in ("stop", "length")
+        assert 0 < row["usage"]["completion_tokens"] <= 8
+        sampling = {"temperature": 0.8, "max_tokens": 8, "seed": int(row["key"][:8], 16)}
+        asked_again = engine.chat(asked["prompt"], adapter=asked["adapter"], sampling=sampling, deterministic=True)
+        assert row["text"] == asked_again.text
+    assert (summary.rows, summary.written, summary.errors, summary.resumed) == (9, 9, 0, 0)
+    assert summary.completion_tokens == sum(row["usage"]["completion_tokens"] for row in rows)
+    assert summary.by_adapter == {"none": 3, "red": 3, "blue": 3}
+    assert not out.with_name("out.jsonl.lock").exists()
+
+
+def test_a_row_has_its_own_settings(engine: Engine, adapters: dict[str, Path], tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Who keeps the inn?"}]
+    by_path = f"{adapters['red']}@0.5"
+    rows = [
+        {"prompt": "Who keeps the inn?", "max_tokens": 2},
+        {"messages": messages, "max_tokens": 2},
+        {"prompt": "x", "system": "Be brief.", "max_tokens": 2, "metadata": {"customer": 7}},
+        {"prompt": "x", "adapter": by_path, "temperature": 0},
+        {"prompt": "x", "adapter": "red", "scale": 0.5, "temperature": 0},
+        {"prompt": "x", "adapter": "red", "temperature": 0, "stop": [" "]},
+    ]
+    out = tmp_path / "out.jsonl"
+    assert run(engine, write_rows(tmp_path / "in.jsonl", rows), out).errors == 0
+    short, same, system, path, scaled, stopped = read_rows(out)
+    assert [row["line"] for row in read_rows(out)] == [1, 2, 3, 4, 5, 6]
+    assert short["usage"] == same["usage"]
+    assert short["usage"]["completion_tokens"] <= 2
+    assert system["metadata"] == {"customer": 7}
+    assert system["usage"]["prompt_tokens"] > engine.count_tokens("x")
+    assert (path["text"], path["adapter"]) == (scaled["text"], by_path)
+    assert " " not in stopped["text"]
+
+
+BAD_ROWS: dict[str, tuple[Any, str]] = {
+    "not JSON": ("{bad", "not JSON"),
+    "not an object": ("[1]", "a JSON list, expected an object"),
+    "nothing to answer": ({"id": 1}, "expected either `prompt` or `messages`"),
+    "two questions": ({"prompt": "a", "messages": []}, "expected either `prompt` or `messages`"),
+    "a prompt that is no text": ({"prompt": 7}, "expected text in: prompt"),
+    "an empty conversation": ({"messages": []}, "`messages` is empty"),
+    "an unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot'"),
+    "an unknown field": ({"prompt": "x", "max_token": 3}, "unknown fields: max_token"),
+    "a setting out of range": ({"prompt": "x", "top_p": 3}, "top_p is 3"),
+    "an unknown adapter": ({"prompt": "x", "adapter": "green"}, "unknown adapter 'green'"),
+    "an adapter that is none": ({"prompt": "x", "adapter": __file__}, "not a GGUF file"),
+    "too long": ({"prompt": "word " * 1000}, "tokens long"),
+    "two system prompts": ({"system": "a", "messages": [{"role": "system", "content": "b"}]}, "given twice"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_becomes_an_error_row_and_the_work_goes_on(case: str, engine: Engine, tmp_path: Path) -> None:
+    bad, message = BAD_ROWS[case]
+    out = tmp_path / "out.jsonl"
+    summary = run(engine, write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}, bad, {"prompt": "b"}]), out)
+    first, error, last = read_rows(out)
+    assert message in error["error"]
+    assert "text" not in error
+    assert "text" in first
+    assert "text" in last
+    assert (summary.written, summary.errors, summary.all_errors) == (3, 1, 1)
+
+
+def test_an_id_used_twice_is_an_error_row(engine: Engine, tmp_path: Path) -> None:
+    rows = write_rows(
+        tmp_path / "in.jsonl", [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x"}, {"id": "a", "prompt": "y"}]
+    )
+    out = tmp_path / "out.jsonl"
+    assert run(engine, rows, out).errors == 1
+    assert read_rows(out)[2]["error"] == "the id 'a' was used on line 1 already"
+    assert read_rows(out)[2]["line"] == 3
+    assert run(engine, rows, out).written == 0
+
+
+def test_csv_rows(engine: Engine, tmp_path: Path) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text('id,prompt,adapter,max_tokens,temperature\n1,"Who, then?",red,2,0\n2,x,,two,\n3,y,,3,0.5\n')
+    out = tmp_path / "out.jsonl"
+    assert run(engine, source, out).errors == 1
+    one, two, three = read_rows(out)
+    assert (one["id"], one["adapter"]) == ("1", "red")
+    assert one["usage"]["completion_tokens"] <= 2
+    assert two["error"] == "column max_tokens holds 'two', which cannot be read as max_tokens"
+    assert three["usage"]["completion_tokens"] <= 3
+
+
+def test_a_finished_batch_is_left_as_it_is(engine: Engine, tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "in.jsonl", [*some_rows(), {"prompt": 7}]), tmp_path / "out.jsonl"
+    run(engine, rows, out)
+    before = out.read_bytes()
+    summary = run(engine, rows, out)
+    assert out.read_bytes() == before
+    assert (summary.resumed, summary.written, summary.errors, summary.all_errors) == (10, 0, 0, 1)
+
+
+@pytest.mark.parametrize("cut", [1, 40, 0])
+def test_a_torn_last_line_is_done_again(cut: int, engine: Engine, tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "in.jsonl", some_rows()), tmp_path / "out.jsonl"
+    run(engine, rows, out)
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:4]) + lines[4][: -cut or None][: len(lines[4]) - cut])
+    summary = run(engine, rows, out)
+    assert out.read_bytes() == whole
+    assert summary.resumed == (5 if cut == 0 else 4)
+
+
+def test_rows_that_are_missing_are_done_and_no_other(engine: Engine, tmp_path: Path) -> None:
+    rows, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    run(engine, write_rows(rows, some_rows(4)), out)
+    assert run(engine, write_rows(rows, some_rows(9)), out).written == 5
+    assert [row["id"] for row in read_rows(out)] == list(range(9))
+
+
+def test_an_edited_row_is_done_again_and_its_old_result_dropped(engine: Engine, tmp_path: Path) -> None:
+    rows, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    run(engine, write_rows(rows, some_rows()), out)
+    before = {row["id"]: row for row in read_rows(out)}
+    edited = some_rows()
+    edited[4]["prompt"] = "Something else."
+    assert run(engine, write_rows(rows, edited), out).written == 1
+    after = {row["id"]: row for row in read_rows(out)}
+    assert len(read_rows(out)) == 9
+    assert {i for i in before if before[i] != after[i]} == {4}
+
+
+def test_errors_are_kept_unless_asked_or_answerable_now(
+    engine: Engine, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    late = tmp_path / "late.gguf"
+    rows = write_rows(tmp_path / "in.jsonl", [{"id": 1, "prompt": "x", "adapter": str(late)}, {"id": 2, "prompt": 7}])
+    out = tmp_path / "out.jsonl"
+    assert run(engine, rows, out).errors == 2
+    assert run(engine, rows, out).written == 0
+    assert run(engine, rows, out, retry_errors=True).written == 2
+    late.write_bytes(adapters["red"].read_bytes())
+    assert run(engine, rows, out).written == 1
+    assert {row["id"]: "text" in row for row in read_rows(out)} == {1: True, 2: False}
+
+
+def stranger_cases() -> dict[str, dict[str, Any]]:
+    return {
+        "other settings": {"defaults": Defaults(sampling={"temperature": 0.8, "max_tokens": 4})},
+        "another system prompt": {"defaults": Defaults(system="Be brief.", sampling=DEFAULTS.sampling)},
+        "a retrained adapter": {"retrain": True},
+        "another base": {"quant": "q8_0"},
+        "another input": {"rows": [{"id": "z", "prompt": "x"}]},
+    }
+
+
+@pytest.mark.parametrize("case", stranger_cases())
+def test_results_of_another_batch_are_refused_and_not_mixed(
+    case: str, bases: dict[str, Path], adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    change = stranger_cases()[case]
+    own = {name: tmp_path / f"{name}.gguf" for name in adapters}
+    for name, path in own.items():
+        path.write_bytes(adapters[name].read_bytes())
+    rows, out = write_rows(tmp_path / "in.jsonl", some_rows()), tmp_path / "out.jsonl"
+    with Engine(bases["f32"], own, threads=1) as engine:
+        run(engine, rows, out)
+    before = out.read_bytes()
+    if "retrain" in change:
+        write_adapter(own["blue"], bases["f32"], seed=99)
+    if "rows" in change:
+        write_rows(rows, change["rows"])
+    options = {key: value for key, value in change.items() if key == "defaults"}
+    with Engine(bases[change.get("quant", "f32")], own, threads=1) as engine:
+        with pytest.raises(DataFileError, match="do not belong to this batch") as caught:
+            run(engine, rows, out, **options)
+        assert out.read_bytes() == before
+        assert "--redo" in caught.value.hint
+        redone = run(engine, rows, out, redo=True, **options)
+        assert redone.written == {"a retrained adapter": 3, "another input": 1}.get(case, 9)
+        fresh = tmp_path / "fresh.jsonl"
+        run(engine, rows, fresh, **options)
+    assert sorted(out.read_text().splitlines()) == sorted(fresh.read_text().splitlines())
+
+
+@pytest.mark.parametrize("content", ["hello\n", '{"id": 1}\n', "[1]\n", '{"id": 1, "text": "x"}\n'])
+def test_a_file_that_is_no_batch_output_is_not_touched(content: str, engine: Engine, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text(content)
+    with pytest.raises(DataFileError):
+        run(engine, write_rows(tmp_path / "in.jsonl", some_rows()), out)
+    assert out.read_text() == content
+
+
+def test_the_input_is_never_the_output(engine: Engine, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "in.jsonl", some_rows())
+    with pytest.raises(DataFileError, match="is the input too"):
+        run(engine, rows, rows)
+
+
+@pytest.mark.parametrize("content", [None, "", "\n\n"])
+def test_no_rows_at_all(content: str | None, engine: Engine, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    if content is not None:
+        source.write_text(content)
+    with pytest.raises(DataFileError, match="no rows|no such file"):
+        run(engine, source, tmp_path / "out.jsonl")
+
+
+def test_a_second_process_is_told(engine: Engine, tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "in.jsonl", some_rows()), tmp_path / "out.jsonl"
+    script = "import sys; from edgelora.results import open_results; r = open_results(sys.argv[1]); print('open', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", script, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"open\n"
+    with pytest.raises(DataFileError, match="another process is writing it"):
+        run(engine, rows, out)
+    other.kill()
+    other.communicate()
+    assert run(engine, rows, out).written == 9  # a lock dies with its process
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from edgelora.batch import Defaults, run_batch
+from edgelora.engine.engine import Engine
+base, red, blue, rows, out = sys.argv[1:]
+with Engine(base, {"red": red, "blue": blue}, threads=1) as engine:
+    defaults = Defaults(sampling={"temperature": 0.8, "max_tokens": 8})
+    run_batch(engine, rows, out, defaults=defaults, on_row=lambda *_: print(".", end="", flush=True))
+"""
+
+
+def start_worker(base: Path, adapters: dict[str, Path], rows: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", WORKER, base, adapters["red"], adapters["blue"], rows, out]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_killed_at_any_moment_it_ends_as_the_uninterrupted_run(
+    base: Path, adapters: dict[str, Path], engine: Engine, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "in.jsonl", [*some_rows(60), "{bad", *({"prompt": f"no id {i}"} for i in range(20))])
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    run(engine, rows, whole)
+    rng, kills = random.Random(0), 0
+    while True:
+        worker = start_worker(base, adapters, rows, out)
+        assert worker.stdout is not None
+        n_seen = len(worker.stdout.read(rng.randint(1, 25)))
+        time.sleep(rng.random() * 0.01)
+        worker.send_signal(signal.SIGKILL)
+        worker.communicate()
+        kept = out.read_bytes()
+        assert whole.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+        if worker.returncode == 0 or not n_seen:
+            break
+        kills += 1
+    assert kills >= 3
+    assert run(engine, rows, out).written == 0
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_ctrl_c_keeps_what_was_written(base: Path, adapters: dict[str, Path], engine: Engine, tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "in.jsonl", some_rows(200)), tmp_path / "out.jsonl"
+    worker = start_worker(base, adapters, rows, out)
+    assert worker.stdout is not None
+    worker.stdout.read(5)
+    worker.send_signal(signal.SIGINT)
+    _, error = worker.communicate(timeout=60)
+    assert error.rstrip().endswith(b"KeyboardInterrupt")
+    assert out.read_bytes().endswith(b"\n")
+    kept = len(read_rows(out))
+    assert 5 <= kept < 200
+    assert not out.with_name("out.jsonl.lock").exists()
+    assert run(engine, rows, out).resumed == kept
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # a disk with room for 1,000 bytes
+from edgelora.errors import DataFileError
+from edgelora.results import open_results
+try:
+    with open_results(sys.argv[1]) as results:
+        for i in range(100):
+            results.append({"id": i, "text": "x" * 40, "adapter": "none", "key": "k"})
+except DataFileError as error:
+    print(error.message, error.hint)
+"""
+
+
+def test_a_full_disk_keeps_whole_rows_and_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    run = subprocess.run([sys.executable, "-c", FULL, out], capture_output=True, text=True, check=True)
+    rows = read_rows(out)
+    assert 5 < len(rows) < 20
+    assert out.stat().st_size == sum(len(encode(row)) for row in rows)
+    assert f"after {len(rows)} rows of this run; every whole row is kept" in run.stdout
+    assert "run the same command again" in run.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_device_is_an_error_too(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(DataFileError, match="/dev/full: No space left on device after 0 rows"):
+        run(engine, write_rows(tmp_path / "in.jsonl", some_rows()), "/dev/full")
+
+
+@pytest.mark.parametrize("output", ["missing/out.jsonl", "."])
+def test_an_output_that_cannot_be_written(output: str, engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(DataFileError, match="cannot be written"):
+        run(engine, write_rows(tmp_path / "in.jsonl", some_rows()), tmp_path / output)
+
+
+def test_standard_input_and_output(base: Path, adapters: dict[str, Path], engine: Engine, tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "in.jsonl", some_rows()), tmp_path / "out.jsonl"
+    run(engine, rows, out)
+    script = WORKER.replace(', on_row=lambda *_: print(".", end="", flush=True)', "")
+    command = [sys.executable, "-c", script, base, adapters["red"], adapters["blue"], "-", "-"]
+    piped = subprocess.run(command, input=rows.read_bytes(), capture_output=True, check=True)
+    assert piped.stdout == out.read_bytes()
+    assert piped.stderr == b""
+
+
+def test_a_lone_surrogate_can_be_written(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with open_results(out) as results:
+        results.append({"id": "\ud800", "text": "é"})
+    assert read_rows(out) == [{"id": "\ud800", "text": "é"}]
+
+
+def test_a_rewrite_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        (tmp_path / "out.jsonl.partial").mkdir()
+    else:
+        tmp_path.chmod(0o500)
+    out = tmp_path / "out.jsonl"
+    try:
+        out.write_bytes(encode({"id": 1}) + encode({"id": 2}))
+        with open_results(out) as results, pytest.raises(DataFileError, match="is as it was"):
+            results.rewrite(lambda row: row["id"] == 1)
+        assert len(read_rows(out)) == 2
+    finally:
+        tmp_path.chmod(0o700)

@@ -1,0 +1,104 @@
+"""Token ids and labels, with a real fast tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from edgelora.errors import DataFileError, ModelFileError
+from edgelora.messages import Conversation, Message
+from edgelora.template import BUILTIN, ChatTemplate
+from edgelora.train.data import IGNORED, TokenRow, chat_template_ids, finder_for, tokenize_conversations
+
+from .conftest import chat
+
+pytestmark = pytest.mark.train
+
+MULTI = chat("Is it waterproof?", "Yes, it is.", "Sure?", "Naïve café — 你好 🙂\n\n", system="Be brief.")
+
+
+def conversation(messages: list[Message], line: int = 1) -> Conversation:
+    return Conversation(tuple(messages), f"data.jsonl:{line}")
+
+
+def rows_of(messages: list[Message], tokenizer: Any, template: str = BUILTIN["chatml"], max_length: int = 512) -> Any:
+    finder = finder_for(tokenizer, ChatTemplate(template))
+    return tokenize_conversations([conversation(messages)], tokenizer, finder, max_length)
+
+
+def trained_text(row: TokenRow, tokenizer: Any) -> str:
+    return str(tokenizer.decode([label for label in row.labels if label != IGNORED]))
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_ids_are_those_of_transformers_and_only_replies_are_trained(name: str, tokenizer: Any) -> None:
+    (row,) = rows_of(MULTI, tokenizer, BUILTIN[name]).rows
+    assert row.input_ids == chat_template_ids(tokenizer, MULTI, BUILTIN[name])
+    assert len(row.labels) == len(row.input_ids)
+    assert all(label in (IGNORED, token) for token, label in zip(row.input_ids, row.labels, strict=True))
+    replies = [m["content"] for m in MULTI if m["role"] == "assistant"]
+    shape = " {} <|im_end|>" if name == "llama2" else "{}<|im_end|>"
+    assert trained_text(row, tokenizer) == "".join(shape.format(reply) for reply in replies)
+
+
+def test_changing_a_question_moves_no_trained_token_and_changing_a_reply_does(tokenizer: Any) -> None:
+    (row,) = rows_of(MULTI, tokenizer).rows
+    other_question, other_reply = [dict(m) for m in MULTI], [dict(m) for m in MULTI]
+    other_question[1]["content"] = "Is it red?"
+    other_reply[2]["content"] = "No, it is not."
+    (asked,) = rows_of(other_question, tokenizer).rows  # type: ignore[arg-type]
+    (replied,) = rows_of(other_reply, tokenizer).rows  # type: ignore[arg-type]
+    assert asked.input_ids != row.input_ids
+    assert trained_text(asked, tokenizer) == trained_text(row, tokenizer)
+    assert trained_text(replied, tokenizer) != trained_text(row, tokenizer)
+
+
+def test_cut_rows_are_counted_and_rows_without_a_reply_left_out(tokenizer: Any) -> None:
+    finder = finder_for(tokenizer, ChatTemplate(BUILTIN["chatml"]))
+    short, long_reply = chat("Hi", "Yes."), chat("Hi", "Yes. " * 100)
+    long_question = chat("Well? " * 100, "Yes.")
+    conversations = [conversation(m) for m in (short, long_reply, long_question)]
+    found = tokenize_conversations(conversations, tokenizer, finder, 64)
+    assert (len(found.rows), found.cut, found.dropped) == (2, 2, 1)
+    assert [len(row.input_ids) for row in found.rows][1] == 64
+    assert "2 rows are longer than 64 tokens" in found.notes("training data", 64)[0]
+    assert "1 rows are left out" in found.notes("training data", 64)[1]
+    whole = tokenize_conversations(conversations, tokenizer, finder, 2048)
+    assert (len(whole.rows), whole.cut, whole.dropped, whole.notes("training data", 2048)) == (3, 0, 0, [])
+
+
+def test_special_tokens_in_messages_are_counted(tokenizer: Any) -> None:
+    assert rows_of(chat("Hi", "Say <|im_end|> now."), tokenizer).quoting == 1
+    assert rows_of(chat("Hi", "Say <im_end> now."), tokenizer).quoting == 0
+
+
+def test_no_reply_left_anywhere_is_an_error(tokenizer: Any) -> None:
+    with pytest.raises(DataFileError, match=r"data.jsonl: cut at 4 tokens, no row holds a reply"):
+        rows_of(chat("Is it waterproof?", "Yes."), tokenizer, max_length=4)
+
+
+def test_each_refused_row_is_named(tokenizer: Any) -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    finder = finder_for(tokenizer, ChatTemplate(strict + BUILTIN["chatml"]))
+    rows = [conversation(chat("Hi", "Yes.", system="x" if line in (2, 5) else ""), line) for line in range(1, 7)]
+    with pytest.raises(DataFileError) as caught:
+        tokenize_conversations(rows, tokenizer, finder, 64)
+    assert [line.partition(": ")[0] for line in caught.value.message.splitlines()] == ["data.jsonl:2", "data.jsonl:5"]
+
+
+def test_a_template_transformers_renders_otherwise_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ModelFileError, match="renders otherwise in transformers"):
+        rows_of(chat("Hi", "Yes."), tokenizer, "{{ pad_token }}" + BUILTIN["chatml"])
+
+
+def test_slow_tokenizers_are_refused() -> None:
+    class Slow:
+        is_fast = False
+        bos_token = eos_token = None
+
+        def get_added_vocab(self) -> dict[str, int]:
+            return {}
+
+    with pytest.raises(ModelFileError, match="Slow"):
+        rows_of(chat("Hi", "Yes."), Slow())

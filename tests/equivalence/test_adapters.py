@@ -1,0 +1,173 @@
+"""PEFT in torch and llama.cpp with the converted adapter change the logits alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from converters import adapter as adapter_module
+from converters.adapter import convert_adapter
+from converters.architectures import llama
+from converters.base import convert_base
+from converters.errors import UnsupportedAdapterError
+from converters.peft_config import PeftConfig
+from tests.equivalence import llamacpp
+from tests.equivalence.conftest import Builder
+from tests.equivalence.test_logits import hf_logits, some_ids
+
+pytestmark = [
+    pytest.mark.train,
+    # PEFT's own remarks: it calls a deprecated method of transformers, and warns of the cases that are refused here.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. 6 LoRA tensor:UserWarning"),
+]
+
+# Relative error of the change in logits. F16 adapters measure 4e-4 to 6e-4, F32 ones 1e-6 to 2e-5.
+TOLERANCE = 0.005
+F32_TOLERANCE = 1e-4
+ALL_LINEAR = "all-linear"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 8, "lora_alpha": 16},
+    "rslora": {"r": 16, "lora_alpha": 16, "use_rslora": True},
+    "patterns": {
+        "r": 8,
+        "lora_alpha": 16,
+        "rank_pattern": {"q_proj": 4, r"layers\.1\.mlp\.down_proj": 2},
+        "alpha_pattern": {"k_proj": 64, "^model.layers.0.mlp.up_proj": 3},
+    },
+    "rslora with patterns": {"r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {"v_proj": 16}},
+    "some layers": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
+    "regex": {"r": 4, "lora_alpha": 8, "target_modules": r".*\.(q_proj|down_proj)"},
+    "embeddings": {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "lm_head", "o_proj"]},
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A base, a PEFT folder on it, and what both compute."""
+
+    base: Path
+    base_gguf: Path
+    folder: Path
+    ids: list[int]
+    effect: npt.NDArray[np.float32]
+
+    def error(self, out: Path, **options: Any) -> float:
+        convert_adapter(self.folder, self.base, out, force=True, **options)
+        plain, adapted = llamacpp.logits(self.base_gguf, self.ids), llamacpp.logits(self.base_gguf, self.ids, out)
+        return float(np.linalg.norm(adapted - plain - self.effect) / np.linalg.norm(self.effect))
+
+
+Train = Callable[..., Trained]
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Train:
+    """Give a base a LoRA of random, non-zero weights and save it as PEFT does."""
+
+    def make(base: Path, settings: Mapping[str, Any]) -> Trained:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+        config = LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ALL_LINEAR, **settings})
+        adapted = get_peft_model(model, config).eval()
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        folder, gguf = tmp_path / "adapter", tmp_path / "base.gguf"
+        adapted.save_pretrained(folder)
+        convert_base(base, gguf, quant="f32", force=True)
+        ids = some_ids(base, 60)
+        with torch.no_grad():
+            logits = adapted(torch.tensor([ids])).logits[0].numpy()
+        effect = logits - hf_logits(base, ids)
+        assert np.abs(effect).max() > 0.3, "an adapter that does nothing would prove nothing"
+        return Trained(base, gguf, folder, ids, effect)
+
+    return make
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_change_in_logits_is_equal(settings: str, build_llama: Builder, train: Train, tmp_path: Path) -> None:
+    trained = train(build_llama(tie_word_embeddings=False), SETTINGS[settings])
+    assert trained.error(tmp_path / "adapter.gguf") < TOLERANCE
+    assert trained.error(tmp_path / "adapter.gguf", dtype="f32") < F32_TOLERANCE
+
+
+def test_bf16_adapters_are_coarser_but_right(build_llama: Builder, train: Train, tmp_path: Path) -> None:
+    trained = train(build_llama(), SETTINGS["plain"])
+    assert F32_TOLERANCE < trained.error(tmp_path / "adapter.gguf", dtype="bf16") < 4 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["tiny-base", "tinystories-656k", "stories-260k"])
+def test_adapters_on_trained_models(
+    name: str, real_model: Callable[[str], Path], train: Train, tmp_path: Path
+) -> None:
+    assert train(real_model(name), SETTINGS["patterns"]).error(tmp_path / "adapter.gguf") < TOLERANCE
+
+
+def test_a_gguf_base_of_any_quantization_gives_the_same_file(build_llama: Builder, train: Train, tmp_path: Path) -> None:
+    trained = train(build_llama(tie_word_embeddings=False), SETTINGS["patterns"])
+    quantized, outs = tmp_path / "q8.gguf", [tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "c.gguf"]
+    convert_base(trained.base, quantized, quant="q8_0")
+    for base, out in zip((trained.base, trained.base_gguf, quantized), outs, strict=True):
+        convert_adapter(trained.folder, base, out)
+    assert len({out.read_bytes() for out in outs}) == 1
+
+
+def test_a_wrong_scale_is_seen(
+    build_llama: Builder, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = train(build_llama(), SETTINGS["rslora"])
+    monkeypatch.setattr(PeftConfig, "scale_of", lambda self, module, rank: self.alpha / rank)
+    assert trained.error(tmp_path / "adapter.gguf") > 20 * TOLERANCE
+
+
+def test_rows_in_the_wrong_order_are_seen(
+    build_llama: Builder, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = train(build_llama(), {**SETTINGS["plain"], "target_modules": ["q_proj", "k_proj"]})
+    assert trained.error(tmp_path / "adapter.gguf") < TOLERANCE
+    monkeypatch.setattr(llama, "interleaved_rows", lambda heads, head_dim: np.arange(heads * head_dim))
+    assert trained.error(tmp_path / "adapter.gguf") > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+        ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "ties its embeddings"),
+    ],
+)
+def test_what_peft_saves_and_gguf_cannot_hold_is_refused(
+    settings: dict[str, Any], reason: str, build_llama: Builder, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = build_llama(tie_word_embeddings=True, attention_bias="bias" in settings)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": ["q_proj", "v_proj"], **settings})
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises((UnsupportedAdapterError, adapter_module.BaseMismatchError)) as caught:
+        convert_adapter(tmp_path / "adapter", base, tmp_path / "adapter.gguf")
+    assert reason in caught.value.message
+    assert not (tmp_path / "adapter.gguf").exists()
