@@ -238,8 +238,13 @@ def _encode(source: Source, start: int, stop: int, *, is_last: bool) -> _Chunk:
     rows, block_type = source.read(start, stop), source.spec.block_type
     is_finite = bool(np.isfinite(rows).all())
     data = quantize_rows(rows, block_type)
-    overflowed = block_type.name == "F16" and is_finite and not bool(np.isfinite(data.view(np.float16)).all())
+    overflowed = block_type.name == "F16" and is_finite and _has_f16_infinity(data)
     return _Chunk(source, data, is_finite, overflowed, is_last)
+
+
+def _has_f16_infinity(data: Bytes) -> bool:
+    """By its bits: numpy's own test of float16 is ten times slower."""
+    return bool((data.view(np.uint16) & np.uint16(0x7FFF)).max() >= 0x7C00)
 
 
 def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], _Chunk]], ahead: int) -> Iterator[_Chunk]:

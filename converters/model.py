@@ -55,23 +55,23 @@ def understand(checkpoint: Checkpoint) -> Model:
 
 def _places(checkpoint: Checkpoint, family: Family, dimensions: Dimensions) -> dict[str, Place]:
     """GGUF name to place, for every tensor of the checkpoint that is written."""
-    tied = bool(checkpoint.config.get("tie_word_embeddings", False))
+    config = checkpoint.config
+    places = {place.hf_name: place for place in family.places(dimensions, config)}
+    # Where embeddings are tied, a copy under the output's name is one that transformers does not read.
+    unread = [name for name, place in places.items() if config.get("tie_word_embeddings") and place.row.absent_if_tied]
+    expected = {name: place for name, place in places.items() if name not in unread}
     found, problems = {}, []
     for name, tensor in checkpoint.tensors.items():
-        place = family.from_hf(name)
-        if name.endswith(family.ignored) or (tied and place is not None and place.gguf_module == "output"):
+        place = expected.get(name)
+        if place is None:
+            if not name.endswith(family.ignored) and name not in unread:
+                problems.append(f"{name}: no tensor of a {family.architecture} model with this config.json")
             continue
-        if place is None or (place.layer or 0) >= dimensions.layers:
-            problems.append(f"{name}: no tensor of a {family.architecture} model")
-            continue
-        expected = place.row.shape_of(place.suffix, dimensions)
-        if tensor.shape != expected:
-            problems.append(f"{name}: has shape {tensor.shape}, config.json gives {expected}")
+        shape = place.row.shape_of(place.suffix, dimensions)
+        if tensor.shape != shape:
+            problems.append(f"{name}: has shape {tensor.shape}, config.json gives {shape}")
         found[place.gguf_name] = place
-    for place in family.weights(dimensions):
-        needed = place.row.required or (place.gguf_module == "output" and not tied)
-        if needed and place.gguf_name not in found:
-            problems.append(f"{place.hf_name}: is missing")
+    problems += [f"{name}: is missing" for name, place in expected.items() if place.gguf_name not in found]
     if problems:
         raise FormatError(f"{checkpoint.folder}: its tensors do not fit its config.json:{listed(problems)}")
     return found
@@ -96,9 +96,15 @@ def describe(folder: Path, architecture: str, n_parameters: int) -> dict[str, Va
     writer = gguf.GGUFWriter(None, architecture)
     writer.add_type("model")
     card.set_gguf_meta_model(writer)
-    return {key: _typed(pair) for key, pair in writer.kv_data[0].items()}
+    return {key: _typed(folder, key, pair) for key, pair in writer.kv_data[0].items()}
 
 
-def _typed(pair: Any) -> Value:
-    """gguf's value; an int32 keeps its type (`general.sampling.top_k`)."""
-    return Typed("i", pair.value) if pair.type == gguf.GGUFValueType.INT32 else pair.value
+def _typed(folder: Path, key: str, pair: Any) -> Value:
+    """gguf's value, checked: it takes whatever the model card and generation_config.json say."""
+    kinds: dict[str, Any] = {"INT32": int, "UINT32": int, "FLOAT32": (int, float), "STRING": str, "ARRAY": list}
+    value, wanted = pair.value, kinds[pair.type.name]
+    if not isinstance(value, wanted) or isinstance(value, bool) or (wanted is int and abs(value) >= 2**31):
+        raise FormatError(f"{folder}: {key} is {value!r} in its README.md or generation_config.json")
+    if pair.type.name == "INT32":
+        return Typed("i", value)
+    return float(value) if pair.type.name == "FLOAT32" else value

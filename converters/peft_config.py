@@ -42,6 +42,7 @@ REFUSED: Mapping[str, str] = {
     "velora_config": "VeLoRA is not converted yet",
     "monteclora_config": "MonteCLoRA is not converted yet",
 }
+DEFAULTS: Mapping[str, Any] = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}  # PEFT's own
 OFF: tuple[Any, ...] = (None, False, [], {}, "", "none")
 # Initialisations that leave the base as it was; the others move a part of the base into the adapter at the start.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
@@ -91,18 +92,22 @@ def read_peft_config(folder: Path) -> PeftConfig:
     path = folder / FILE_NAME
     values = read_json(path)
     problems = [problem for check in (_known, _valid, _init) for problem in check(values)]
-    usable = not any(_valid(values))
+    numbers = DEFAULTS if _valid(values) else _with_defaults(values)
     return PeftConfig(
         path=path,
         peft_type=str(values.get("peft_type")),
-        rank=values.get("r", 8) if usable else 8,
-        alpha=values.get("lora_alpha", 8) if usable else 8,
-        rank_pattern=(values.get("rank_pattern") or {}) if usable else {},
-        alpha_pattern=(values.get("alpha_pattern") or {}) if usable else {},
+        rank=numbers["r"],
+        alpha=numbers["lora_alpha"],
+        rank_pattern=numbers["rank_pattern"],
+        alpha_pattern=numbers["alpha_pattern"],
         use_rslora=bool(values.get("use_rslora")),
         base_model=str(values.get("base_model_name_or_path") or ""),
         problems=tuple(problems),
     )
+
+
+def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {**DEFAULTS, **{key: value for key, value in values.items() if value is not None}}
 
 
 def _known(values: Mapping[str, Any]) -> list[str]:
@@ -128,8 +133,7 @@ def _valid(values: Mapping[str, Any]) -> list[str]:
         ("rank_pattern", lambda value: _is_pattern(value, _is_rank), "regular expressions to ranks"),
         ("alpha_pattern", lambda value: _is_pattern(value, _is_number), "regular expressions to numbers"),
     )
-    defaults = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}
-    given = {**defaults, **{key: value for key, value in values.items() if value is not None}}
+    given = _with_defaults(values)
     return [f"{key} is {_short(given[key])}, expected {wanted}" for key, ok, wanted in checks if not ok(given[key])]
 
 

@@ -309,17 +309,16 @@ def _check_unique(folder: Path, entries: _Entries) -> None:
 
 def _special_metadata(folder: Path, n_vocab: int, *, load_merges: bool) -> dict[str, Value]:
     """Merges, ids of bos, eos ..., whether they are added, chat templates: through gguf, as llama.cpp's converter."""
+    writer = gguf.GGUFWriter(None, "")
     try:
         special = gguf.SpecialVocab(folder, load_merges=load_merges, n_vocab=n_vocab)
-    except (ValueError, TypeError, AttributeError, KeyError, LookupError) as error:
+        if (template := folder / "chat_template.jinja").is_file() and isinstance(special.chat_template, str | None):
+            special.chat_template = template.read_text(encoding="utf-8")  # as transformers does: the file wins
+        if load_merges:  # without these, llama.cpp decides by the pre-tokenizer's name
+            special.add_special_token = {"bos": False, "eos": False, **special.add_special_token}
+        special.add_to_gguf(writer, quiet=True)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise FormatError(f"{folder}: its tokenizer files cannot be understood ({error})") from None
-    if (template := folder / "chat_template.jinja").is_file() and isinstance(special.chat_template, str | None):
-        special.chat_template = template.read_text(encoding="utf-8")  # as transformers does: the file wins
     if load_merges and not special.merges:
         raise UnsupportedError(f"{folder / 'tokenizer.json'}: has no merges")
-    if load_merges:  # without these, llama.cpp decides by the pre-tokenizer's name
-        special.add_special_token = {"bos": False, "eos": False, **special.add_special_token}
-    writer = gguf.GGUFWriter(None, "")
-    special.add_to_gguf(writer, quiet=True)
-    pairs = writer.kv_data[0]
-    return {key: pair.value for key, pair in pairs.items() if key != "general.architecture"}
+    return {key: pair.value for key, pair in writer.kv_data[0].items() if key != "general.architecture"}

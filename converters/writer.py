@@ -1,7 +1,7 @@
 """Writing a GGUF file: whole under its final name, or not at all.
 
 The header is written first, then each tensor's bytes as they come, so nothing is held in memory and there is no
-intermediate file. The work goes to `NAME.partial` beside the target; it is flushed to disk and renamed at the end.
+intermediate file. The work goes to `NAME.PID.partial` beside the target; it is flushed to disk and renamed at the end.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 """
@@ -123,7 +123,7 @@ def create(path: Path, header: bytes) -> Iterator[GGUFFile]:
         DiskFullError: the disk, a quota or a file size limit is full.
         WriteError: any other failure to write.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "xb") as file:
             file.write(header)

@@ -150,6 +150,7 @@ class _Batch:
 
     def __init__(self, engine: Engine, source: Path, name: str, defaults: Defaults, on_row: OnRow | None) -> None:
         self.engine, self.source, self.name, self.defaults, self.on_row = engine, source, name, defaults, on_row
+        self.sampling = {name: value for name, value in defaults.sampling.items() if value is not None}
         self.is_csv = source.suffix.lower() == ".csv"
         self._names: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
@@ -212,7 +213,7 @@ class _Batch:
     def settings_hash(self, adapter: str) -> str:
         """What answers a row, beside what the row itself says."""
         if adapter not in self._hashes:
-            run = [self.defaults.system, dict(self.defaults.sampling)]
+            run = [self.defaults.system, self.sampling]
             self._hashes[adapter] = _digest([*self._base, *self.adapter_hash(adapter), *run])
         return self._hashes[adapter]
 
@@ -265,7 +266,7 @@ class _Batch:
         data = _typed(item.row.data) if self.is_csv else item.row.data
         settings = {name: data[name] for name in Sampling.field_names() if data.get(name) is not None}
         seed = int(item.key[:8], 16)
-        sampling = {"seed": seed, **self.defaults.sampling, **settings}
+        sampling = {"seed": seed, **self.sampling, **settings}
         name, scale = self.loaded(item.adapter)
         scale = data["scale"] if data.get("scale") is not None else scale
         return Request(self.messages_of(data), name, scale, sampling, deterministic=True)

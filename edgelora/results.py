@@ -45,7 +45,7 @@ def open_results(output: Path | str) -> Results:
     if str(output) == "-":
         return StreamResults(sys.stdout.buffer, "standard output")
     path = Path(output)
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe or a device
         return StreamResults(_open(path, "wb"), str(path))
     return ResultFile(path)
 
@@ -106,6 +106,9 @@ class ResultFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.is_dir() or not path.parent.is_dir():
+            problem = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise DataFileError(f"{path}: cannot be written ({problem})")
         self._lock = FileLock(f"{path}.lock", timeout=0)
         try:
             self._lock.acquire()
@@ -214,6 +217,8 @@ class ResultFile:
         try:
             self._sync()
             self._file.close()
+        except OSError as failure:
+            raise DataFileError(f"{self.path}: {failure.strerror}", hint=AGAIN) from None
         finally:
             self._unlock()
 

@@ -82,14 +82,16 @@ class Row:
         gguf: the tensor's name in llama.cpp, without ".weight" (llm_tensor names, src/llama-arch.cpp).
         shape: names of `Dimensions`, rows first; a bias has the first one only.
         order: for each row of the GGUF tensor, the row of the HF tensor it is; None where they are the same.
-        required: False where a model may lack it.
+        bias: the configuration key that gives the module a bias; "" where it never has one.
+        absent_if_tied: the output, which a model with tied embeddings does not have.
     """
 
     hf: str
     gguf: str
     shape: tuple[str, ...]
     order: RowOrder | None = None
-    required: bool = True
+    bias: str = ""
+    absent_if_tied: bool = False
 
     def shape_of(self, suffix: str, dimensions: Dimensions) -> tuple[int, ...]:
         symbols = self.shape[:1] if suffix == "bias" else self.shape
@@ -163,11 +165,12 @@ class Family:
         row = next((row for row in self.rows if pattern_of(row) == general), None)
         return Place(row, int(found[1]) if found else None, suffix) if row else None
 
-    def weights(self, dimensions: Dimensions) -> Iterator[Place]:
-        """Every ".weight" a model of these dimensions has or may have."""
+    def places(self, dimensions: Dimensions, config: Config) -> Iterator[Place]:
+        """Every tensor that a model of these sizes and this configuration has; the output also where it is tied."""
         for row in self.rows:
+            suffixes = SUFFIXES if row.bias and config.get(row.bias) else SUFFIXES[:1]
             for layer in range(dimensions.layers) if "{layer}" in row.hf else (None,):
-                yield Place(row, layer, "weight")
+                yield from (Place(row, layer, suffix) for suffix in suffixes)
 
 
 def interleaved_rows(heads: int, head_dim: int) -> Indices:

@@ -6,6 +6,7 @@ llama.cpp: src/models/llama.cpp; its converter: conversion/llama.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,29 +18,50 @@ LAYER = "model.layers.{layer}"
 ROWS = (
     Row("model.embed_tokens", "token_embd", ("vocab", "embedding")),
     Row("model.norm", "output_norm", ("embedding",)),
-    Row("lm_head", "output", ("vocab", "embedding"), required=False),
+    Row("lm_head", "output", ("vocab", "embedding"), absent_if_tied=True),
     Row(f"{LAYER}.input_layernorm", "blk.{layer}.attn_norm", ("embedding",)),
     Row(
         f"{LAYER}.self_attn.q_proj",
         "blk.{layer}.attn_q",
         ("q_rows", "embedding"),
         order=lambda sizes: interleaved_rows(sizes.heads, sizes.head_dim),
+        bias="attention_bias",
     ),
     Row(
         f"{LAYER}.self_attn.k_proj",
         "blk.{layer}.attn_k",
         ("kv_rows", "embedding"),
         order=lambda sizes: interleaved_rows(sizes.heads_kv, sizes.head_dim),
+        bias="attention_bias",
     ),
-    Row(f"{LAYER}.self_attn.v_proj", "blk.{layer}.attn_v", ("kv_rows", "embedding")),
-    Row(f"{LAYER}.self_attn.o_proj", "blk.{layer}.attn_output", ("embedding", "q_rows")),
+    Row(f"{LAYER}.self_attn.v_proj", "blk.{layer}.attn_v", ("kv_rows", "embedding"), bias="attention_bias"),
+    Row(f"{LAYER}.self_attn.o_proj", "blk.{layer}.attn_output", ("embedding", "q_rows"), bias="attention_bias"),
     Row(f"{LAYER}.post_attention_layernorm", "blk.{layer}.ffn_norm", ("embedding",)),
-    Row(f"{LAYER}.mlp.gate_proj", "blk.{layer}.ffn_gate", ("feed_forward", "embedding")),
-    Row(f"{LAYER}.mlp.up_proj", "blk.{layer}.ffn_up", ("feed_forward", "embedding")),
-    Row(f"{LAYER}.mlp.down_proj", "blk.{layer}.ffn_down", ("embedding", "feed_forward")),
+    Row(f"{LAYER}.mlp.gate_proj", "blk.{layer}.ffn_gate", ("feed_forward", "embedding"), bias="mlp_bias"),
+    Row(f"{LAYER}.mlp.up_proj", "blk.{layer}.ffn_up", ("feed_forward", "embedding"), bias="mlp_bias"),
+    Row(f"{LAYER}.mlp.down_proj", "blk.{layer}.ffn_down", ("embedding", "feed_forward"), bias="mlp_bias"),
 )
 
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# Configuration key to what it must be; "?" where it may be absent or null.
+KINDS = {
+    "hidden_size": "whole",
+    "intermediate_size": "whole",
+    "num_hidden_layers": "whole",
+    "num_attention_heads": "whole",
+    "vocab_size": "whole",
+    "num_key_value_heads": "whole?",
+    "head_dim": "whole?",
+    "max_position_embeddings": "whole?",
+    "rms_norm_eps": "number?",
+    "rope_theta": "number?",
+    "rope_parameters": "object?",
+    "rope_scaling": "object?",
+    "quantization_config": "object?",
+    "auto_map": "object?",
+    "tie_word_embeddings": "true or false?",
+    "attention_bias": "true or false?",
+    "mlp_bias": "true or false?",
+}
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS, src/llama-hparams.h
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -48,13 +70,13 @@ def hyperparameters(config: Config) -> dict[str, Any]:
     rope = rope_parameters(config)
     values: dict[str, Any] = {
         "block_count": config["num_hidden_layers"],
-        "context_length": config.get("max_position_embeddings", 2048),
+        "context_length": config.get("max_position_embeddings") or 2048,
         "embedding_length": config["hidden_size"],
         "feed_forward_length": config["intermediate_size"],
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config.get("num_key_value_heads") or config["num_attention_heads"],
         "rope.freq_base": float(rope["rope_theta"]),
-        "attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+        "attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps") or 1e-6),
     }
     if rope["rope_type"] == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
@@ -77,12 +99,30 @@ def rope_parameters(config: Config) -> dict[str, Any]:
 
 def problems(config: Config) -> list[str]:
     """Everything about this configuration that llama.cpp's llama graph would compute otherwise."""
-    found = [
-        f"{key} is {config.get(key)!r}, expected a positive whole number"
-        for key in SIZES
-        if type(config.get(key)) is not int or config[key] < 1
+    wrong = [
+        f"{key} is {config.get(key)!r}, expected {_WANTED[kind.rstrip('?')]}"
+        for key, kind in KINDS.items()
+        if not (kind.endswith("?") and config.get(key) is None) and not _IS[kind.rstrip("?")](config.get(key))
     ]
-    return found or [*_sizes(config), *_features(config), *_rope(config)]
+    return wrong or [*_sizes(config), *_features(config), *_rope(config)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+_IS: Mapping[str, Callable[[Any], bool]] = {
+    "whole": lambda value: type(value) is int and 1 <= value < 2**31,
+    "number": _is_number,
+    "object": lambda value: isinstance(value, dict),
+    "true or false": lambda value: isinstance(value, bool),
+}
+_WANTED = {
+    "whole": "a positive whole number",
+    "number": "a positive number",
+    "object": "an object",
+    "true or false": "true or false",
+}
 
 
 def _sizes(config: Config) -> list[str]:
@@ -127,12 +167,13 @@ def _rope(config: Config) -> list[str]:
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
-    missing = [key for key in needed.get(rope["rope_type"], ()) if not isinstance(rope.get(key), (int, float))]
+    missing = [key for key in needed.get(str(rope["rope_type"]), ()) if not _is_number(rope.get(key))]
     checks = (
         (rope["rope_type"] in ROPE_TYPES, f"rope_type is {rope['rope_type']!r}, known are {', '.join(ROPE_TYPES)}"),
+        (_is_number(rope["rope_theta"]), f"rope_theta is {rope['rope_theta']!r}, expected a positive number"),
         (not missing, f"rope_type {rope['rope_type']!r} lacks {', '.join(missing)}"),
         (
-            rope["rope_type"] != "llama3" or rope.get("low_freq_factor") != rope.get("high_freq_factor"),
+            missing or rope["rope_type"] != "llama3" or rope.get("low_freq_factor") != rope.get("high_freq_factor"),
             "low_freq_factor and high_freq_factor are equal",
         ),
         (partial == 1.0, f"partial_rotary_factor is {partial}, expected 1"),
@@ -142,7 +183,7 @@ def _rope(config: Config) -> list[str]:
 
 def notices(config: Config) -> list[str]:
     window = config.get("sliding_window")
-    if isinstance(window, int) and window < config.get("max_position_embeddings", 0):
+    if isinstance(window, int) and window < (config.get("max_position_embeddings") or 0):
         return [f"sliding_window {window} is not applied by llama.cpp: equal up to {window} tokens of context"]
     return []
 

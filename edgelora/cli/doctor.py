@@ -29,7 +29,7 @@ def examine() -> dict[str, Any]:
     import psutil
 
     from edgelora.engine.devices import backend_name, devices, system_info
-    from edgelora.engine.threads import default_threads
+    from edgelora.engine.threads import usable_cores
     from edgelora.store import BASE_VARIABLE, Store
 
     memory, store = psutil.virtual_memory(), Store()
@@ -40,7 +40,7 @@ def examine() -> dict[str, Any]:
         "backend": backend_name(),
         "devices": [vars(device) for device in devices()],
         "cpu_features": system_info(),
-        "threads": default_threads(),
+        "cores": usable_cores(),
         "memory_bytes": {"total": memory.total, "available": memory.available},
         "packages": {name: _version(name) for name in PACKAGES},
         "store": {"folder": str(store.folder), "bases": [str(path) for path in store.registered_bases()]},
@@ -63,7 +63,7 @@ def _print(report: dict[str, Any]) -> None:
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("edgelora", f"{report['edgelora']}, Python {report['python']}, {report['system']}")
-    table.add_row("backend", f"llama.cpp on {report['backend']}, {report['threads']} threads")
+    table.add_row("backend", f"llama.cpp on {report['backend']}, {report['cores']} usable cores")
     for device in report["devices"]:
         memory = f"{_gigabytes(device['free_bytes'])} free of {_gigabytes(device['total_bytes'])}"
         table.add_row("device", f"{device['name']}: {device['description']} ({device['kind']}), {memory}")

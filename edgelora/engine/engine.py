@@ -253,7 +253,7 @@ class _Worker:
 
     def __init__(self, settings: Settings) -> None:
         self._queue: SimpleQueue[_Call | _Reply | None] = SimpleQueue()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may run `stop` on the thread that holds it
         self._stopping = False
         self._current: _Call | _Reply | None = None
         self._loaded: Future[None] = Future()

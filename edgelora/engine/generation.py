@@ -65,14 +65,16 @@ class Generation:
         """
         plan = self.plan
         self.context.use_adapter(plan.adapter.pointer, plan.scale)
-        self.context.interrupt_with(interrupt)
         sequence = self.cache.take(
             (plan.adapter.content_hash, plan.scale), plan.tokens, deterministic=plan.deterministic
         )
         self._cached_tokens = len(sequence.tokens)
         sampler = Sampler(plan.sampling, self.context.n_vocab, plan.tokens)
+        self.context.interrupt_with(interrupt)
         try:
             while len(sequence.tokens) < len(plan.tokens):
+                if interrupt.is_set():
+                    raise Interrupted
                 start = len(sequence.tokens)
                 chunk = plan.tokens[start : start + CHUNK]
                 self.context.decode(sequence.id, chunk, start)

@@ -25,10 +25,13 @@ class ReplyText:
     def feed(self, data: bytes) -> str:
         """The text that may be shown after `data` came in, often empty."""
         self._held += self._decoder.decode(data)
+        if not self._stops:
+            return self._release(len(self._held))
         found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return self._release(min(found), rest="")
+            self._held = self._held[: min(found)]
+            return self._release(len(self._held))
         return self._release(len(self._held) - self._begun_stop())
 
     def end(self) -> str:
@@ -36,9 +39,8 @@ class ReplyText:
         self._held += self._decoder.decode(b"", final=True)
         return "" if self.stopped else self._release(len(self._held))
 
-    def _release(self, length: int, rest: str | None = None) -> str:
-        text = self._held[:length]
-        self._held = self._held[length:] if rest is None else rest
+    def _release(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
         return text
 
     def _begun_stop(self) -> int:

@@ -16,7 +16,7 @@ from edgelora.engine.generation import Generation, Plan
 from edgelora.engine.model import Model
 from edgelora.engine.prompt import encode_prompt
 from edgelora.engine.stream import Completion, Request, Task
-from edgelora.engine.threads import default_threads
+from edgelora.engine.threads import threads_for
 from edgelora.errors import ContextOverflowError, ModelFileError, SettingsError
 from edgelora.messages import Message, check_messages, user_message
 from edgelora.sampling import Sampling
@@ -59,7 +59,7 @@ class Runtime:
                 self.model,
                 n_ctx=self.n_ctx,
                 n_sequences=n_sequences,
-                threads=settings.threads or default_threads(),
+                threads=settings.threads or threads_for(settings.base.stat().st_size),
                 n_batch=CHUNK,
             )
         except BaseException:

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from typing import Any
 
 from edgelora.engine.native import forget_log, llama, reason
@@ -50,10 +51,10 @@ class Tokenizer(ABC):
     @cached_property
     def control_tokens(self) -> Mapping[str, SpecialToken]:
         library, found = llama(), {}
-        for token in range(self.size):
-            attributes = library.llama_vocab_get_attr(self.vocab, token)
-            if attributes & (CONTROL | UNKNOWN) or library.llama_vocab_is_eog(self.vocab, token):
-                text = (library.llama_vocab_get_text(self.vocab, token) or b"").decode("utf-8", errors="replace")
+        attributes_of, text_of, vocab = library.llama_vocab_get_attr, library.llama_vocab_get_text, self.vocab
+        for token, attributes in enumerate(map(attributes_of, repeat(vocab), range(self.size))):
+            if attributes & (CONTROL | UNKNOWN):
+                text = (text_of(vocab, token) or b"").decode("utf-8", errors="replace")
                 strips = bool(attributes & LEFT_STRIP), bool(attributes & RIGHT_STRIP)
                 found[text] = SpecialToken(token, text, *strips)
         found.pop("", None)
@@ -77,9 +78,11 @@ class Tokenizer(ABC):
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
-        """The tokens that end a reply."""
-        is_end = llama().llama_vocab_is_eog
-        return frozenset(token for token in range(self.size) if is_end(self.vocab, token))
+        """The tokens that end a reply; llama.cpp makes every one it knows by its text a control token."""
+        library = llama()
+        candidates = {token.id for token in self.control_tokens.values()}
+        candidates |= {library.llama_vocab_eos(self.vocab), library.llama_vocab_eot(self.vocab)}
+        return frozenset(t for t in candidates if t >= 0 and library.llama_vocab_is_eog(self.vocab, t))
 
     def text_of(self, which: str) -> str:
         """The text of the `bos` or `eos` token; empty where the vocabulary has none."""

@@ -130,15 +130,19 @@ def placement(recipe: Recipe) -> Placement:
 
 
 def load_tokenizer(base: BaseFolder) -> Any:
-    """The base's tokenizer.
+    """The base's tokenizer: `tokenizer.json` itself where there is one, as serving reads that file too.
+
+    AutoTokenizer builds some families' tokenizers anew from the vocabulary (transformers 5: LlamaTokenizer), and leaves
+    out what the file says beyond that, such as how characters outside the vocabulary are shown.
 
     Raises:
         ModelFileError: it cannot be read.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    reader = PreTrainedTokenizerFast if (base.folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
+        return reader.from_pretrained(base.folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelFileError(f"{base.folder}: the tokenizer cannot be loaded: {error}") from error
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -93,15 +94,18 @@ class PassageFinder:
         return [Passage(turn.text, ((turn.start, turn.end),), rebuilt=True) for turn in turns]
 
     def stop_strings(self) -> tuple[str, ...]:
-        """What ends a reply under this template, where it is not the tokenizer's end-of-sequence token."""
+        """What ends a reply under this template, where it is not the tokenizer's end-of-sequence token.
+
+        A special token; without one, what the template writes after a reply; if that is blank, the beginning of the
+        user's next turn too.
+        """
         answer = _assistant(PROBE)
-        try:
+        alone = following = self.render([_QUESTION, answer]).partition(PROBE)[2]
+        with suppress(ModelFileError):  # a template for a single turn
             text = self.render([_QUESTION, answer, _QUESTION])
-        except ModelFileError:
-            text = self.render([_QUESTION, answer])
-        following = text.partition(PROBE)[2].partition(_QUESTION["content"])[0]
+            following = text.partition(PROBE)[2].partition(_QUESTION["content"])[0]
         token = self._special.search(following)
-        ending = token.group() if token else following.rstrip(" ")
+        ending = token.group() if token else alone.rstrip() or following.rstrip(" ")
         return (ending,) if ending.strip() and ending != self._tokens["eos_token"] else ()
 
     def _turn(self, history: Sequence[Message], reply: Message) -> _Turn:

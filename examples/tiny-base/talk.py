@@ -162,7 +162,6 @@ def system_message(scene: Scene) -> str | None:
         return None
     scene.assistant_name = scene.rng.choice(FIRST_NAMES)
     messages = (
-        "You are $name[.|, a helper in Fennick.|, a friendly guide.]|"
-        "Your name is $name.[| Answer in short sentences.]"
+        "You are $name[.|, a helper in Fennick.|, a friendly guide.]|Your name is $name.[| Answer in short sentences.]"
     )
     return ask(scene.rng, messages, name=scene.assistant_name)

@@ -1,6 +1,6 @@
 """Train the tiny base from nothing on the dialogues of `world.py`: tokenizer, then the model, on one CPU core.
 
-    python examples/tiny-base/train_base.py --steps 1300
+    python examples/tiny-base/train_base.py --steps 1100
 
 Writes a Hugging Face folder (default: `model/` beside this file) every few minutes, so that it can be stopped early.
 """
@@ -15,15 +15,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import circuit
 import torch
+from muon import Muon
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from world import Message, conversations
 
 VOCABULARY = 4096
 CONTEXT = 512
+POOL = 1024  # dialogues sorted by length at a time
+SAVE_SECONDS = 240
+TOKENIZER_DIALOGUES = 60_000  # what the tokenizer is trained on
+Encoded = tuple[list[int], list[bool]]  # token ids, and whether each is learned
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -33,10 +39,11 @@ CHAT_TEMPLATE = (
 )
 USER_SHARE = 0.1  # how much of what users say is learned too: it is mostly chance, and costs a run of the output head
 SAMPLES = (
-    ("Hi! My name is Tilda.", "Who is the baker?", "Does she have a pet?", "How much is bread?", "What's my name?", "Thanks, bye!"),
+    ("Hi! My name is Tilda.", "Who is the baker?", "How much is bread?", "What's my name?", "Thanks, bye!"),
     ("Hello!", "What is this village called?", "Where does the ferry go?", "Is the battery strong?"),
-    ("Repeat after me: seven lamps, gentle horse", "Quote Tilda, kettles and bright", 'Rosa from Whitby has 31 kettles. That was on Friday. Which day?', "Say umbrella twice."),
-)  # fmt: skip
+    ("Repeat after me: seven lamps, gentle horse", "Quote Tilda, kettles and bright", "Say umbrella twice."),
+    ("Rosa from Whitby has 31 kettles. That was on Friday. Which day?", "I need 3 bowls, salt and rope. Make a list."),
+)
 
 
 def train_tokenizer(seed: int, dialogues: int) -> PreTrainedTokenizerFast:
@@ -51,8 +58,9 @@ def train_tokenizer(seed: int, dialogues: int) -> PreTrainedTokenizerFast:
         min_frequency=2,
         show_progress=False,
     )
-    texts = ("\n".join(message["role"] + "\n" + message["content"] for message in dialogue) for dialogue in conversations(seed))
-    tokenizer.train_from_iterator(itertools.islice(texts, dialogues), trainer)
+    read = itertools.islice(conversations(seed), dialogues)
+    texts = ("\n".join(f"{message['role']}\n{message['content']}" for message in dialogue) for dialogue in read)
+    tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -66,7 +74,7 @@ def train_tokenizer(seed: int, dialogues: int) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """2.6 M parameters; every matrix row is a multiple of 256 wide, so K-quants (super-blocks of 256) fit all of them."""
+    """2.6 M parameters; all matrices have rows of 256 values, so K-quants (super-blocks of 256) fit them."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -83,44 +91,32 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    initialize(model)
+    circuit.start(model, tokenizer)
     return model
 
 
-def initialize(model: LlamaForCausalLM) -> None:
-    """Let the embedding be heard in the residual stream: wide embeddings, layers that add nothing at first.
-
-    The last norm starts small, so that the tied output head starts with small logits all the same.
-    """
-    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.25)
-    torch.nn.init.constant_(model.model.norm.weight, 0.1)
-    for layer in model.model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, dialogue: list[Message], rng: random.Random) -> tuple[list[int], list[float]]:
-    """Token ids of the whole dialogue as the chat template writes it, and the loss weight of each token."""
+def encode(tokenizer: PreTrainedTokenizerFast, dialogue: list[Message], rng: random.Random) -> Encoded:
+    """The dialogue as the chat template writes it; what the assistant says counts, what others say seldom does."""
     backend = tokenizer.backend_tokenizer
     newline = backend.encode("\n").ids
     ids: list[int] = []
-    weights: list[float] = []
+    counts: list[bool] = []
     for message in dialogue:
         head = backend.encode(f"{TURN_START}{message['role']}\n").ids
         body = backend.encode(message["content"] + TURN_END).ids
-        weight = 1.0 if message["role"] == "assistant" or rng.random() < USER_SHARE else 0.0
+        learned = message["role"] == "assistant" or rng.random() < USER_SHARE
         ids += head + body + newline
-        weights += [0.0] * len(head) + [weight] * len(body) + [0.0] * len(newline)
-    return ids[:CONTEXT], weights[:CONTEXT]
+        counts += [False] * len(head) + [learned] * len(body) + [False] * len(newline)
+    return ids[:CONTEXT], counts[:CONTEXT]
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int, batch_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of dialogues of like length, padded at the right: ids and weights, both (dialogues, length)."""
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int, batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of dialogues of like length, padded at the right: ids and whether they count, (dialogues, length)."""
     generator, rng = conversations(seed), random.Random(seed)
     while True:
-        pool = sorted((encode(tokenizer, dialogue, rng) for dialogue in itertools.islice(generator, 1024)), key=lambda pair: len(pair[0]))
-        groups: list[list[tuple[list[int], list[float]]]] = [[]]
-        for pair in pool:
+        pool = [encode(tokenizer, dialogue, rng) for dialogue in itertools.islice(generator, POOL)]
+        groups: list[list[Encoded]] = [[]]
+        for pair in sorted(pool, key=lambda pair: len(pair[0])):
             if len(pair[0]) * (len(groups[-1]) + 1) > batch_tokens:
                 groups.append([])
             groups[-1].append(pair)
@@ -128,58 +124,35 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, batch_tokens: int) ->
         for group in groups:
             length = max(len(ids) for ids, _ in group)
             ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in group])
-            weights = torch.tensor([weights + [0.0] * (length - len(weights)) for _, weights in group])
-            yield ids, weights
+            counts = torch.tensor([counts + [False] * (length - len(counts)) for _, counts in group])
+            yield ids, counts
 
 
-def batch_loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted cross-entropy; the output head runs only where a token counts."""
+def batch_loss(model: LlamaForCausalLM, ids: Tensor, counts: Tensor) -> Tensor:
+    """Mean cross-entropy; the output head runs only where a token counts."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    counts = weights[:, 1:] > 0
-    losses = functional.cross_entropy(model.lm_head(hidden[counts]), ids[:, 1:][counts], reduction="none")
-    chosen = weights[:, 1:][counts]
-    return (losses * chosen).sum() / chosen.sum()
+    learned = counts[:, 1:]
+    return functional.cross_entropy(model.lm_head(hidden[learned]), ids[:, 1:][learned])
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by five Newton-Schulz steps (https://kellerjordan.github.io/posts/muon), in float32.
-
-    `torch.optim.Muon` does the steps in bfloat16, which is slow on a CPU.
-    """
-
-    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 1 - group["momentum"])
-                update = self.orthogonal(parameter.grad.lerp(momentum, group["momentum"]))
-                parameter.mul_(1 - group["lr"] * 0.01)
-                parameter.add_(update, alpha=-group["lr"] * max(1, parameter.shape[0] / parameter.shape[1]) ** 0.5)
-
-    @staticmethod
-    def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-        tall = matrix.shape[0] > matrix.shape[1]
-        x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
-        for _ in range(5):
-            gram = x @ x.T
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        return x.T if tall else x
-
-
-def optimizers(model: LlamaForCausalLM) -> list[tuple[torch.optim.Optimizer, float]]:
+def optimizers(model: LlamaForCausalLM) -> dict[torch.optim.Optimizer, float]:
     """Muon for the layers' matrices, AdamW for embeddings and norms, each with its peak learning rate."""
-    matrices = [parameter for name, parameter in model.named_parameters() if parameter.ndim == 2 and "embed" not in name]
-    rest = [parameter for name, parameter in model.named_parameters() if parameter.ndim != 2 or "embed" in name]
-    return [(Muon(matrices, 0.02), 0.02), (torch.optim.AdamW(rest, 3e-3, betas=(0.9, 0.95), weight_decay=0.01), 3e-3)]
+    named = list(model.named_parameters())
+    matrices = [parameter for name, parameter in named if parameter.ndim == 2 and "embed" not in name]
+    rest = [parameter for name, parameter in named if parameter.ndim != 2 or "embed" in name]
+    return {Muon(matrices, 0.01): 0.01, torch.optim.AdamW(rest, 3e-3, betas=(0.9, 0.95), weight_decay=0.01): 3e-3}
 
 
 def schedule(step: int, steps: int) -> float:
     """Warm-up over 50 steps, flat, then linearly down over the last half."""
     return min(1.0, (step + 1) / 50, 2 * (steps - step) / steps)
+
+
+def update(peaks: dict[torch.optim.Optimizer, float], factor: float) -> None:
+    for optimizer, peak in peaks.items():
+        optimizer.param_groups[0]["lr"] = peak * factor
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @torch.no_grad()
@@ -197,7 +170,8 @@ def show(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         for question in questions:
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": reply(model, tokenizer, messages)})
-        print("\n".join(f"  {message['role']:>9}: {message['content']}" for message in messages), end="\n\n", flush=True)
+        said = (f"  {message['role']:>9}: {message['content']}" for message in messages)
+        print("\n".join(said), end="\n\n", flush=True)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -206,46 +180,43 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     half = LlamaForCausalLM(config).to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
     half.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, do_sample=False
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        do_sample=False,
     )
     half.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
 
 
 def train(steps: int, seed: int, batch_tokens: int, out: Path) -> None:
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(seed, dialogues=60_000)
+    tokenizer = train_tokenizer(seed, TOKENIZER_DIALOGUES)
     model = new_model(tokenizer)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{parameters:,} parameters, {len(tokenizer):,} tokens in the vocabulary", flush=True)
-    pairs = optimizers(model)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary", flush=True)
+    peaks = optimizers(model)
     started = saved = time.monotonic()
     tokens, average = 0, math.nan
-    for step, (ids, weights) in enumerate(itertools.islice(batches(tokenizer, seed + 1, batch_tokens), steps)):
-        loss = batch_loss(model, ids, weights)
+    for step, (ids, counts) in enumerate(itertools.islice(batches(tokenizer, seed + 1, batch_tokens), steps), start=1):
+        loss = batch_loss(model, ids, counts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in pairs:
-            optimizer.param_groups[0]["lr"] = peak * schedule(step, steps)
-            optimizer.step()
-            optimizer.zero_grad()
+        update(peaks, schedule(step - 1, steps))
         tokens += ids.numel()
         average = loss.item() if math.isnan(average) else 0.98 * average + 0.02 * loss.item()
-        if step % 50 == 0:
+        if step % 50 == 0 or step == steps:
             seconds = time.monotonic() - started
-            print(f"step {step:5}  {seconds:6.0f} s  loss {average:.4f}  {tokens:,} tokens  {tokens / seconds:,.0f} tokens/s", flush=True)
-        if time.monotonic() - saved > 240:
+            print(f"step {step}, {seconds:.0f} s: loss {average:.4f}, {tokens:,} tokens", flush=True)
+        if time.monotonic() - saved > SAVE_SECONDS or step == steps:
             saved = time.monotonic()
             save(model, tokenizer, out)
             show(model, tokenizer)
-    save(model, tokenizer, out)
-    print(f"final: loss {average:.4f}, {steps} steps, {tokens:,} tokens, {time.monotonic() - started:.0f} s")
-    show(model, tokenizer)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch-tokens", type=int, default=3072, help="tokens per step, padding included")
     parser.add_argument("--threads", type=int, default=1)

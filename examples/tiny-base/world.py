@@ -20,7 +20,7 @@ from itertools import islice
 from exercises import add, count_out, make_list, pick_word, quote, read_note, repeat, write_note
 from scene import Exchange, Scene
 from talk import farewell, greeting, not_known, own_name, recall, small_talk, system_message, tell
-from village import about_place, about_price, about_season, about_villager, about_village
+from village import about_place, about_price, about_season, about_village, about_villager
 
 Message = dict[str, str]
 

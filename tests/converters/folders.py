@@ -108,7 +108,9 @@ def make_model(folder: Path, seed: int = 0, tokenizer: Tokenizer | None = None, 
     return folder
 
 
-def lora_weights(modules: Mapping[str, tuple[int, int]], rank: int = 4, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+def lora_weights(
+    modules: Mapping[str, tuple[int, int]], rank: int = 4, seed: int = 0
+) -> dict[str, np.ndarray[Any, Any]]:
     """PEFT's tensors for modules of (rows, columns)."""
     rng, arrays = np.random.default_rng(seed), {}
     for module, (rows, columns) in modules.items():

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
+from converters import peft_config
 from converters.adapter import convert_adapter
 from converters.base import convert_base
 from converters.errors import (
@@ -25,7 +26,7 @@ from converters.errors import (
 from converters.fingerprint import fingerprint
 from converters.reader import read_header
 from tests.converters.folders import MODULES, lora_weights, make_adapter, make_model, safetensors_bytes, write_json
-from tests.converters.test_base import permuted
+from tests.converters.test_base import STRANGE, permuted
 
 PREFIX = "base_model.model.model."
 Q_PROJ = PREFIX + "layers.0.self_attn.q_proj"
@@ -162,6 +163,20 @@ def test_an_untrained_adapter_is_noticed(base: Path, tmp_path: Path) -> None:
     report = convert_adapter(make_adapter(tmp_path / "a", arrays), base, tmp_path / "adapter.gguf")
     assert "every B is zero" in report.notices[0]
     assert convert_adapter(make_adapter(tmp_path / "b"), base, tmp_path / "b.gguf").notices == ()
+
+
+@pytest.mark.parametrize("key", sorted({*peft_config.FREE, *peft_config.USED, *peft_config.REFUSED, "bias"}))
+def test_no_value_in_a_configuration_is_a_crash(key: str, base: Path, tmp_path: Path) -> None:
+    for value in STRANGE:
+        folder = make_adapter(tmp_path / "a", **{key: value})
+        try:
+            convert_adapter(folder, base, tmp_path / "adapter.gguf", force=True)
+        except ConversionError as error:
+            refused = error.message
+        else:
+            refused = ""
+        assert not refused or str(folder) in refused
+        assert refused or value in peft_config.OFF or key in peft_config.FREE or key in peft_config.USED
 
 
 def test_broken_folders(base: Path, tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from converters.architectures import FAMILIES, Dimensions, find_gguf_family
 from converters.architectures.family import interleaved_rows
 from converters.errors import FormatError, UnsupportedArchitectureError
 
+BIASED = {"attention_bias": True, "mlp_bias": True}
 SIZES = Dimensions("llama", vocab=300, embedding=32, feed_forward=48, layers=3, heads=4, heads_kv=2, head_dim=8)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_name_leads_back_to_itself(name: str) -> None:
     family = FAMILIES[name]
-    places = list(family.weights(SIZES))
+    places = list(family.places(SIZES, BIASED))
     assert len({place.gguf_name for place in places}) == len(places)
     for place in places:
         assert family.from_hf(place.hf_name) == family.from_gguf(place.gguf_name) == place
@@ -29,8 +30,8 @@ def test_the_names_are_those_of_the_gguf_package(name: str) -> None:
     family = FAMILIES[name]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family.architecture)
     theirs = gguf.get_tensor_name_map(architecture, SIZES.layers)
-    for place in family.weights(SIZES):
-        assert theirs.get_name(place.hf_name, try_suffixes=(".weight",)) == place.gguf_name
+    for place in family.places(SIZES, BIASED):
+        assert theirs.get_name(place.hf_name, try_suffixes=(".weight", ".bias")) == place.gguf_name
 
 
 def test_row_orders_are_permutations_that_can_be_undone() -> None:
@@ -47,7 +48,7 @@ def test_other_names_have_no_place(name: str) -> None:
 
 
 def test_an_unknown_family_is_named_with_its_nearest() -> None:
-    with pytest.raises(UnsupportedArchitectureError, match="'lama'.*the nearest is llama") as caught:
+    with pytest.raises(UnsupportedArchitectureError, match=r"'lama'.*the nearest is llama") as caught:
         find_gguf_family("lama", Path("x.gguf"))
     assert "converters/architectures" in caught.value.hint
 

@@ -152,7 +152,11 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], type[ConversionError], str]] = {
-    "family": ({"architectures": ["LlamaForCausalLm"]}, UnsupportedArchitectureError, "the nearest is LlamaForCausalLM"),
+    "family": (
+        {"architectures": ["LlamaForCausalLm"]},
+        UnsupportedArchitectureError,
+        "the nearest is LlamaForCausalLM",
+    ),
     "no family": ({"architectures": None}, FormatError, "architectures is None"),
     "size": ({"hidden_size": "big"}, UnsupportedError, "hidden_size is 'big'"),
     "negative": ({"num_hidden_layers": -1}, UnsupportedError, "num_hidden_layers is -1"),
@@ -182,6 +186,45 @@ def test_configurations_that_cannot_be_converted(what: str, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [folder]
 
 
+STRANGE = [None, True, 0, -1, 1.5, 2**40, "text", [], {}, [1, 2], {"a": 1}, {"rope_type": 7}, float("nan")]
+OTHER_KEYS = {"rope_scaling", "rope_parameters", "quantization_config", "auto_map", "partial_rotary_factor"}
+
+
+def refused_or_whole(folder: Path, out: Path) -> str:
+    """The message of a refusal, or "" for a file that was written and can be read."""
+    try:
+        convert_base(folder, out, quant="f32", force=True)
+    except ConversionError as error:
+        return error.message
+    return "" if read_header(out).tensors else "no tensors"
+
+
+@pytest.mark.parametrize("key", sorted({*CONFIG, *OTHER_KEYS}))
+def test_no_value_in_a_configuration_is_a_crash(key: str, tmp_path: Path) -> None:
+    """A strange value is refused by its folder's name, or changes nothing that matters."""
+    folder = make_model(tmp_path / "model")
+    for value in STRANGE:
+        write_json(folder / "config.json", {**CONFIG, key: value})
+        message = refused_or_whole(folder, tmp_path / "base.gguf")
+        assert not message or str(folder) in message
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *(("tokenizer_config.json", key) for key in ("bos_token", "chat_template", "add_bos_token")),
+        *(("tokenizer_config.json", key) for key in ("added_tokens_decoder", "additional_special_tokens")),
+        *(("generation_config.json", key) for key in ("top_k", "temperature", "min_p")),
+    ],
+)
+def test_no_value_in_another_file_is_a_crash(name: str, key: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    for value in STRANGE:
+        write_json(folder / name, {key: value})
+        message = refused_or_whole(folder, tmp_path / "base.gguf")
+        assert not message or str(folder) in message
+
+
 def test_all_problems_are_in_one_message(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     write_json(folder / "config.json", {**CONFIG, "hidden_act": "gelu", "rope_scaling": {"type": "dynamic"}})
@@ -202,8 +245,18 @@ def test_unknown_and_missing_tensors_are_named(tmp_path: Path) -> None:
     replace_weights(folder, model__mystery__weight=np.zeros(3, np.float32), lm_head__weight=None)
     with pytest.raises(FormatError) as caught:
         convert_base(folder, tmp_path / "base.gguf")
-    assert "model.mystery.weight: no tensor of a llama model" in caught.value.message
+    assert "model.mystery.weight: no tensor of a llama model with this config.json" in caught.value.message
     assert "lm_head.weight: is missing" in caught.value.message
+
+
+def test_biases_must_be_what_the_configuration_says(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    replace_weights(folder, model__layers__0__self_attn__q_proj__bias=np.zeros(32, np.float32))
+    with pytest.raises(FormatError, match=r"q_proj\.bias: no tensor of a llama model with this config\.json"):
+        convert_base(folder, tmp_path / "base.gguf")
+    write_json(folder / "config.json", {**CONFIG, "attention_bias": True})
+    with pytest.raises(FormatError, match=r"layers\.0\.self_attn\.k_proj\.bias: is missing"):
+        convert_base(folder, tmp_path / "base.gguf")
 
 
 def test_a_copy_of_tied_embeddings_is_left_out(tmp_path: Path) -> None:

@@ -47,7 +47,10 @@ def test_only_what_tells_bases_apart_counts(tmp_path: Path) -> None:
 
 def test_llama_cpps_key_for_the_head_size_may_be_absent(tmp_path: Path) -> None:
     """Older converters left attention.key_length out where it follows from the other sizes."""
-    out, copy = convert_base(make_model(tmp_path / "model"), tmp_path / "base.gguf", quant="f32").path, tmp_path / "copy"
+    out, copy = (
+        convert_base(make_model(tmp_path / "model"), tmp_path / "base.gguf", quant="f32").path,
+        tmp_path / "copy",
+    )
     reader, writer = gguf.GGUFReader(out), gguf.GGUFWriter(copy, "llama")
     for key, entry in reader.fields.items():
         if not key.startswith("GGUF.") and "_length" not in key.replace("embedding_length", "").replace("feed_f", ""):

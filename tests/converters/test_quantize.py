@@ -12,7 +12,23 @@ from converters.quant_types import TYPES, ModelShape, choose_types, find_recipe
 from converters.quantize import _library_path, quantize_rows
 
 # Every kind of float32: normal, subnormal, zero, infinite, the largest, the F16 limits, and halves that round to even.
-EDGES = [0.0, -0.0, 1.0, -2.5, 1e-40, 6e-8, 5.9e-8, 65504.0, 65519.9, 65520.0, 3e38, np.inf, -np.inf, 1.00390625, 1.01171875]
+EDGES = [
+    0.0,
+    -0.0,
+    1.0,
+    -2.5,
+    1e-40,
+    6e-8,
+    5.9e-8,
+    65504.0,
+    65519.9,
+    65520.0,
+    3e38,
+    np.inf,
+    -np.inf,
+    1.00390625,
+    1.01171875,
+]
 
 
 def floats() -> np.ndarray:
@@ -21,7 +37,9 @@ def floats() -> np.ndarray:
     return values[~np.isnan(values)]
 
 
-@pytest.mark.parametrize(("name", "function"), [("F16", "ggml_fp32_to_fp16_row"), ("BF16", "ggml_fp32_to_bf16_row_ref")])
+@pytest.mark.parametrize(
+    ("name", "function"), [("F16", "ggml_fp32_to_fp16_row"), ("BF16", "ggml_fp32_to_bf16_row_ref")]
+)
 def test_casts_are_bit_equal_to_llama_cpps(name: str, function: str) -> None:
     values = floats()
     theirs = np.empty(len(values), np.uint16)
@@ -33,7 +51,9 @@ def test_casts_are_bit_equal_to_llama_cpps(name: str, function: str) -> None:
 
 
 def test_nan_stays_nan() -> None:
-    values = np.array([struct.unpack("<f", struct.pack("<I", bits))[0] for bits in (0x7F800001, 0xFFFFFFFF)], np.float32)
+    values = np.array(
+        [struct.unpack("<f", struct.pack("<I", bits))[0] for bits in (0x7F800001, 0xFFFFFFFF)], np.float32
+    )
     bits = quantize_rows(values.reshape(1, -1), TYPES["BF16"]).view(np.uint16)[0].astype(np.uint32) << 16
     assert np.isnan(bits.view(np.float32)).all()
 

@@ -70,7 +70,7 @@ def no_byte(value: dict[str, Any]) -> None:
     vocab = value["model"]["vocab"]
     number = vocab.pop("\u0143")
     vocab["spare"] = number
-    value["model"]["merges"] = []
+    value["model"]["merges"] = [pair for pair in value["model"]["merges"] if "\u0143" not in "".join(pair)]
 
 
 DIFFERENT: dict[str, tuple[Callable[[Tokenizer], Any], Callable[[dict[str, Any]], object], str]] = {
@@ -109,7 +109,9 @@ def test_a_tokenizer_that_llama_cpp_lacks_goes_into_the_file(what: str, tmp_path
 
 
 @pytest.mark.parametrize(("regex", "ignore_merges", "name"), [(LLAMA3, True, "llama-bpe"), (QWEN2, False, "qwen2")])
-def test_pretokenizers_are_named_by_their_expression(regex: str, ignore_merges: bool, name: str, tmp_path: Path) -> None:
+def test_pretokenizers_are_named_by_their_expression(
+    regex: str, ignore_merges: bool, name: str, tmp_path: Path
+) -> None:
     folder_with(tmp_path, byte_level_tokenizer(*split(regex), ignore_merges=ignore_merges))
     assert load_vocabulary(tmp_path, SIZE).metadata["tokenizer.ggml.pre"] == name
 
@@ -171,14 +173,24 @@ def sentencepiece(pieces: list[tuple[str, float, int]], *, model_type: int = 2, 
     """A tokenizer.model, field by field."""
     out = b""
     for text, score, kind in pieces:
-        piece = message(1, text.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + varint(3 << 3) + varint(kind)
+        piece = (
+            message(1, text.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + varint(3 << 3) + varint(kind)
+        )
         out += message(1, piece)
     trainer = varint(3 << 3) + varint(model_type) + varint(40 << 3) + varint(0)
     return out + message(2, trainer) + message(3, message(1, b"identity") + message(2, charsmap))
 
 
 BYTES = [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
-PIECES = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *BYTES, ("▁a", -1.0, 1), ("user", 0.0, 4), ("x", -2.5, 1)]
+PIECES = [
+    ("<unk>", 0.0, 2),
+    ("<s>", 0.0, 3),
+    ("</s>", 0.0, 3),
+    *BYTES,
+    ("▁a", -1.0, 1),
+    ("user", 0.0, 4),
+    ("x", -2.5, 1),
+]
 
 
 def test_sentencepiece(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.converters.folders import byte_level_tokenizer
 from tests.conftest import SHARED, TINY_BASE
+from tests.converters.folders import byte_level_tokenizer
 
 Builder = Callable[..., Path]
 REAL_MODELS = {

@@ -40,7 +40,7 @@ def loaded(path: Path, *, vocab_only: bool = False) -> Iterator[Any]:
 
 
 def logits(path: Path, ids: Sequence[int], adapter: Path | None = None) -> npt.NDArray[np.float32]:
-    """Logits of every position, shape (len(ids), vocabulary); KV cache in F32 and no flash attention, so nothing rounds."""
+    """Logits of every position, shape (len(ids), vocabulary); KV cache in F32, no flash attention: nothing rounds."""
     with loaded(path) as model:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = 512

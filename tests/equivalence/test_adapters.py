@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from converters import adapter as adapter_module
 from converters.adapter import convert_adapter
 from converters.architectures import llama
 from converters.base import convert_base
-from converters.errors import UnsupportedAdapterError
+from converters.errors import BaseMismatchError, UnsupportedAdapterError
 from converters.peft_config import PeftConfig
 from tests.equivalence import llamacpp
 from tests.equivalence.conftest import Builder
@@ -112,13 +111,13 @@ def test_bf16_adapters_are_coarser_but_right(build_llama: Builder, train: Train,
 
 
 @pytest.mark.parametrize("name", ["tiny-base", "tinystories-656k", "stories-260k"])
-def test_adapters_on_trained_models(
-    name: str, real_model: Callable[[str], Path], train: Train, tmp_path: Path
-) -> None:
+def test_adapters_on_trained_models(name: str, real_model: Callable[[str], Path], train: Train, tmp_path: Path) -> None:
     assert train(real_model(name), SETTINGS["patterns"]).error(tmp_path / "adapter.gguf") < TOLERANCE
 
 
-def test_a_gguf_base_of_any_quantization_gives_the_same_file(build_llama: Builder, train: Train, tmp_path: Path) -> None:
+def test_a_gguf_base_of_any_quantization_gives_the_same_file(
+    build_llama: Builder, train: Train, tmp_path: Path
+) -> None:
     trained = train(build_llama(tie_word_embeddings=False), SETTINGS["patterns"])
     quantized, outs = tmp_path / "q8.gguf", [tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "c.gguf"]
     convert_base(trained.base, quantized, quant="q8_0")
@@ -167,7 +166,7 @@ def test_what_peft_saves_and_gguf_cannot_hold_is_refused(
     base = build_llama(tie_word_embeddings=True, attention_bias="bias" in settings)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": ["q_proj", "v_proj"], **settings})
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises((UnsupportedAdapterError, adapter_module.BaseMismatchError)) as caught:
+    with pytest.raises((UnsupportedAdapterError, BaseMismatchError)) as caught:
         convert_adapter(tmp_path / "adapter", base, tmp_path / "adapter.gguf")
     assert reason in caught.value.message
     assert not (tmp_path / "adapter.gguf").exists()

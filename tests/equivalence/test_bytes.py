@@ -68,9 +68,7 @@ def test_equal_on_trained_models(name: str, quant: str, real_model: Callable[[st
     assert fingerprint(ours.path) == fingerprint(theirs.path) == fingerprint(real_model(name))
 
 
-def test_a_recipe_that_differs_is_seen(
-    build_llama: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_that_differs_is_seen(build_llama: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = build_llama(**SHAPES["untied, 256-blocks, 9 layers"])
     monkeypatch.setattr(quant_types, "_more_bits", lambda layer, n_layer: layer % 2 == 0)
     ours, theirs = both(folder, "q4_k_m", tmp_path)

@@ -24,7 +24,7 @@ NASTY = [
     "It's she'll we'd I'M YOU'RE they've 'tis o'clock 'S 'LL",
     "1 12 123 1234 12345 3.14159 1,000,000 ½ ² Ⅷ ٣٤٥",
     "def f(x):\n    return x**2 + {'a': [1, 2]}  # comment != ok\n",
-    "<div class=\"a\">&nbsp;</div> https://example.org/?q=a%20b&c=d#e",
+    '<div class="a">&nbsp;</div> https://example.org/?q=a%20b&c=d#e',
     "日本語のテキスト 中文字符,标点。한국어 텍스트",
     "Привет мир, Ελληνικά, עברית, العربية, हिन्दी, ไทย",
     "e\u0301 o\u0308 \u00e9 \u00f6 n\u0303 a\u0323\u0302",
@@ -96,7 +96,9 @@ def test_sentencepiece(real_model: Callable[[str], Path], tmp_path: Path) -> Non
     assert got == [[1, *processor.EncodeAsIds(text)] for text in texts]
 
 
-def test_where_llama_cpp_cannot_the_file_carries_the_tokenizer(real_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_where_llama_cpp_cannot_the_file_carries_the_tokenizer(
+    real_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder, out = real_model("tinystories-656k"), tmp_path / "base.gguf"
     report = convert_base(folder, out, quant="f32")
     metadata = read_header(out).metadata

@@ -21,7 +21,7 @@ from edgelora.errors import ContextOverflowError, EdgeloraError, ModelFileError,
 from edgelora.messages import Message
 from edgelora.sampling import Sampling
 from edgelora.template import BUILTIN
-from tests.edgelora.engine.conftest import MakeAdapter
+from tests.edgelora.conftest import MakeAdapter
 
 QUESTION = "Tell me about Fennick."
 GREEDY = {"temperature": 0, "max_tokens": 24}

@@ -13,6 +13,7 @@ import pytest
 from edgelora.engine.context import Context, Interrupted
 from edgelora.engine.model import Model
 from edgelora.engine.native import Handle, InterruptFlag, forget_log, llama, reason
+from edgelora.errors import EdgeloraError
 
 
 def test_a_handle_is_freed_once_and_not_used_after() -> None:
@@ -52,6 +53,12 @@ def test_nothing_is_printed_by_loading_failing_or_leaving_without_close(base: Pa
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
 
 
+def test_loading_can_be_given_up(base: Path) -> None:
+    with pytest.raises(EdgeloraError, match="loading was interrupted"):
+        Model(base, keep_going=lambda: False)
+    Model(base).close()
+
+
 def test_a_decode_is_given_up_when_the_flag_is_set(base: Path) -> None:
     model = Model(base)
     context = Context(model, n_ctx=512, n_sequences=1, threads=1, n_batch=512)
@@ -71,6 +78,12 @@ def test_a_decode_is_given_up_when_the_flag_is_set(base: Path) -> None:
         model.close()
 
 
+def decode_again_and_again(context: Context, tokens: list[int]) -> None:
+    for _ in range(20):
+        context.decode(0, tokens, 0)
+        context.trim(0, 0)
+
+
 def test_a_running_decode_is_given_up_half_way(base: Path) -> None:
     model = Model(base)
     context = Context(model, n_ctx=512, n_sequences=1, threads=1, n_batch=512)
@@ -84,9 +97,7 @@ def test_a_running_decode_is_given_up_half_way(base: Path) -> None:
         context.interrupt_with(flag)
         threading.Timer(whole / 4, flag.set).start()
         with pytest.raises(Interrupted):
-            for _ in range(20):
-                context.decode(0, tokens, 0)
-                context.trim(0, 0)
+            decode_again_and_again(context, tokens)
     finally:
         context.close()
         model.close()

@@ -17,7 +17,7 @@ from edgelora.engine.engine import Engine
 from edgelora.engine.preflight import base_fingerprint, check_adapter, content_hash, read_checked
 from edgelora.errors import BaseMismatchError, ModelFileError
 from tests.conftest import TINY_BASE
-from tests.edgelora.engine.conftest import MakeAdapter
+from tests.edgelora.conftest import MakeAdapter
 
 Q = "blk.0.attn_q.weight"
 
@@ -163,7 +163,7 @@ def test_golden_tokens_must_come_out_as_in_training(base: Path, make_adapter: Ma
 
 
 def test_sampling_defaults_that_are_none_are_refused(base: Path, make_adapter: MakeAdapter) -> None:
-    with pytest.raises(ModelFileError, match="contract is damaged.*temperature"):
+    with pytest.raises(ModelFileError, match=r"contract is damaged.*temperature"):
         Engine(base, {"x": make_adapter(contract=Contract(sampling={"temperature": -1}))})
 
 

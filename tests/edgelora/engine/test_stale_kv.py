@@ -19,7 +19,7 @@ from edgelora.engine.stream import Completion, Request, Task
 # whose logits have a standard deviation of 1; another adapter's differ by more than 1.
 ROUNDING = 0.05
 ANOTHER_ADAPTER = 0.5
-WORDS = "the miller of Fennick told the fisherman that bread and boats are one thing in a storm".split()
+WORDS = ["the", "miller", "of", "Fennick", "told", "fisherman", "that", "bread", "and", "boats", "are", "one", "storm"]
 
 
 @contextmanager

@@ -9,12 +9,15 @@ import pytest
 from edgelora.errors import DataFileError, ModelFileError
 from edgelora.messages import Conversation, Message
 from edgelora.template import BUILTIN, ChatTemplate
+from edgelora.train.base import find_base, load_tokenizer
 from edgelora.train.data import IGNORED, TokenRow, chat_template_ids, finder_for, tokenize_conversations
+from tests.conftest import SHARED
 
 from .conftest import chat
 
 pytestmark = pytest.mark.train
 
+STORIES = SHARED / "models" / "tinystories-656k"
 MULTI = chat("Is it waterproof?", "Yes, it is.", "Sure?", "Naïve café — 你好 🙂\n\n", system="Be brief.")
 
 
@@ -90,6 +93,19 @@ def test_each_refused_row_is_named(tokenizer: Any) -> None:
 def test_a_template_transformers_renders_otherwise_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ModelFileError, match="renders otherwise in transformers"):
         rows_of(chat("Hi", "Yes."), tokenizer, "{{ pad_token }}" + BUILTIN["chatml"])
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="needs ../shared/data/models/tinystories-656k")
+def test_the_tokenizer_is_the_file_that_serving_reads() -> None:
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    text = "na\u00efve CAF\u00c9  twice"  # characters outside this vocabulary
+    expected = Tokenizer.from_file(str(STORIES / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    ours = load_tokenizer(find_base(str(STORIES)))(text, add_special_tokens=False)["input_ids"]
+    rebuilt = AutoTokenizer.from_pretrained(STORIES)(text, add_special_tokens=False)["input_ids"]
+    assert ours == expected
+    assert rebuilt != expected
 
 
 def test_slow_tokenizers_are_refused() -> None:

@@ -132,6 +132,7 @@ def test_templates_that_cannot_be_masked_are_refused(template: str, message: str
         (LLAMA3, "<|end|>", ("<|eot|>",)),
         (NO_END, "", ("\nuser:",)),
         (ENDS_IN_NEXT, "", ("<|user|>",)),
+        (BUILTIN["chatml"].replace("im_", "x_"), "", ("<|x_end|>",)),
     ],
 )
 def test_stop_strings(template: str, eos: str, stop: tuple[str, ...]) -> None:
