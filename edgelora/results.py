@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from edgelora.errors import DataFileError
 
 SYNC_SECONDS = 5.0
+ROW_STARTS = (b'{"id": ', b'{"line": ')  # every row begins with what names it
 AGAIN = "Free some space and run the same command again: it goes on where this one ended."
 
 
@@ -120,12 +121,31 @@ class ResultFile:
             raise DataFileError(f"{path}: cannot be written ({error.strerror})") from None
         try:
             self._file = _open(path, "ab+")
+        except BaseException:
+            self._unlock()
+            raise
+        try:
+            self._refuse_foreign()
             self._size = self._drop_torn_line()
         except BaseException:
+            self._file.close()
             self._unlock()
             raise
         self._written = 0
         self._synced = time.monotonic()
+
+    def _refuse_foreign(self) -> None:
+        """Nothing is cut off a file that no batch began, also where it has no whole line."""
+        self._file.seek(0)
+        start = self._file.read(len(ROW_STARTS[-1]))
+        if not any(start.startswith(row[: len(start)]) for row in ROW_STARTS):
+            raise self._foreign(1)
+
+    def _foreign(self, line: int) -> DataFileError:
+        return DataFileError(
+            f"{self.path}:{line}: not a row of a batch output; it is left as it is",
+            hint="Name another output with -o.",
+        )
 
     def _drop_torn_line(self) -> int:
         """Cut off what follows the last newline; the size of what is left."""
@@ -153,10 +173,7 @@ class ResultFile:
                 except (ValueError, RecursionError):
                     row = None
                 if not isinstance(row, dict):
-                    raise DataFileError(
-                        f"{self.path}:{line}: not a row of a batch output; it is left as it is",
-                        hint="Name another output with -o.",
-                    )
+                    raise self._foreign(line)
                 yield row
 
     def rewrite(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,19 @@ def own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("EDGELORA_HOME", str(folder))
     monkeypatch.delenv("EDGELORA_BASE", raising=False)
     return folder
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    missing = [name for name in ("torch", "transformers", "peft", "trl") if find_spec(name) is None]
+    if item.get_closest_marker("train") and missing:
+        pytest.skip(f"needs the extra `train` ({', '.join(missing)} not installed)")
+    if item.get_closest_marker("gpu") and not _has_cuda(missing):
+        pytest.skip("needs a CUDA device")
+
+
+def _has_cuda(missing: list[str]) -> bool:
+    if missing:
+        return False
+    import torch
+
+    return torch.cuda.is_available()

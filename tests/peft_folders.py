@@ -17,7 +17,12 @@ def linear_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     hidden, wide = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
-    attention = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries)}
+    attention = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+    }
     return {
         **{f"self_attn.{name}": shape for name, shape in attention.items()},
         **{f"mlp.{name}": (wide, hidden) for name in ("gate_proj", "up_proj")},

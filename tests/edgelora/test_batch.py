@@ -245,7 +245,19 @@ def test_results_of_another_batch_are_refused_and_not_mixed(
     assert sorted(out.read_text().splitlines()) == sorted(fresh.read_text().splitlines())
 
 
-@pytest.mark.parametrize("content", ["hello\n", '{"id": 1}\n', "[1]\n", '{"id": 1, "text": "x"}\n'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "hello\n",
+        '{"id": 1}\n',
+        "[1]\n",
+        '{"id": 1, "text": "x"}\n',
+        "my notes",
+        "notes\nand a last line",
+        '{"a": 1}\n{"b',
+        "\x00",
+    ],
+)
 def test_a_file_that_is_no_batch_output_is_not_touched(content: str, engine: Engine, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text(content)

@@ -223,6 +223,16 @@ def test_the_same_seed_gives_the_same_adapter_and_another_does_not(
     assert largest_difference(weights(finished.folder), weights(tmp_path / "other")) > MOVED
 
 
+def test_epochs_and_checkpointed_activations(
+    finished: Finished, base: Path, data: Path, settings: Recipe, tmp_path: Path
+) -> None:
+    half = replace(settings, max_steps=None, epochs=0.5, gradient_checkpointing=True)
+    assert train(data, str(base), tmp_path / "half", half).steps == 3  # 24 rows, 4 at a step
+    whole = replace(settings, gradient_checkpointing=True)
+    train(data, str(base), tmp_path / "whole", whole)
+    assert largest_difference(weights(finished.folder), weights(tmp_path / "whole")) < SAME_RUN
+
+
 class TestResume:
     def stop_after(self, step: int) -> Callable[[TrainStatus], None]:
         def update(status: TrainStatus) -> None:
