@@ -54,7 +54,8 @@ def main() -> int:
     OUT.mkdir(parents=True)
     tasks = [read_task(EXAMPLES / "data", name) for name in ("support", "extract")]
     for task in tasks:
-        edgelora("train", task.train_file, "--base", BASE, "-o", OUT / f"{task.name}-peft", "--config", task.recipe_file)
+        folder = OUT / f"{task.name}-peft"
+        edgelora("train", task.train_file, "--base", BASE, "-o", folder, "--config", task.recipe_file)
     edgelora("convert", BASE, "--quant", "q8_0", "-o", OUT / "base-q8_0.gguf")
     for task in tasks:
         edgelora("convert", OUT / f"{task.name}-peft", "-o", OUT / f"{task.name}.gguf")
@@ -62,7 +63,8 @@ def main() -> int:
     run_batch(tasks)
     results = measure(tasks)
     show_results(results)
-    console.print(f"\nDone in {time.perf_counter() - started:.0f} s. Talk to it: edgelora chat --adapter {shown(OUT / 'support.gguf')}")
+    seconds = time.perf_counter() - started
+    console.print(f"\nDone in {seconds:.0f} s. Talk to it: edgelora chat --adapter {shown(OUT / 'support.gguf')}")
     return 0 if all(result.passed for result in results) else 1
 
 
@@ -103,7 +105,8 @@ def run_batch(tasks: list[Task]) -> None:
     rows.append({"id": "plain", "prompt": "Hello!", "adapter": "none"})
     path = OUT / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    edgelora("batch", path, "-o", OUT / "replies.jsonl", *adapter_options(tasks), "--temperature", "0", "--max-tokens", "80")
+    options = [*adapter_options(tasks), "--temperature", "0", "--max-tokens", "80"]
+    edgelora("batch", path, "-o", OUT / "replies.jsonl", *options)
 
 
 GREEDY = {"temperature": 0.0, "max_tokens": 80}

@@ -56,6 +56,7 @@ def ask_torch(base: Path, adapter: Path, prompts: Sequence[str], *, max_new_toke
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     texts = [
         tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
         for p in prompts
@@ -64,6 +65,6 @@ def ask_torch(base: Path, adapter: Path, prompts: Sequence[str], *, max_new_toke
     for start in range(0, len(texts), 50):
         batch = tokenizer(texts[start : start + 50], return_tensors="pt", padding=True, add_special_tokens=False)
         with torch.inference_mode():
-            output = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+            output = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
         replies += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return replies

@@ -163,6 +163,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
         try:
             self._tokenizer = HFTokenizer.from_str(tokenizer_json)
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
         except Exception as error:  # the package raises bare Exception
             raise ModelFileError(f"{HUGGINGFACE_JSON} in this base is not a tokenizer: {error}") from None
 

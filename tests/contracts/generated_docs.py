@@ -50,9 +50,9 @@ def quantizations() -> Iterator[str]:
 
 
 def families() -> Iterator[str]:
-    from converters.architectures import known_model_types
+    from converters.architectures import FAMILIES
 
-    yield ", ".join(f"`{name}`" for name in known_model_types())
+    yield ", ".join(f"`{name}`" for name in FAMILIES)
 
 
 def methods() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Bad input on the real command line: the message says what is wrong and what to do, and the exit code which kind it is."""
+"""Bad input on the real command line: what is wrong and what to do is said, and the exit code tells the kind."""
 
 from __future__ import annotations
 
