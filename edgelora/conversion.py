@@ -6,7 +6,6 @@ The bytes are the work of `converters`; this module adds what only edgelora know
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +50,7 @@ class ConvertOptions:
 
 def convert(
     source: Path,
-    out: Path | None = None,
+    out: Path | str | None = None,
     options: ConvertOptions | None = None,
     *,
     store: Store | None = None,
@@ -60,7 +59,7 @@ def convert(
     """Convert an HF base or a PEFT adapter to GGUF, whichever `source` is.
 
     Args:
-        out: a file, or a folder to put it in; None is the current folder. The default name of a base is
+        out: a file, or a folder to put it in (text that ends in `/` is a folder); None is the current folder. The default name of a base is
             `NAME-QUANT.gguf`, that of an adapter `NAME.gguf`.
 
     Raises:
@@ -82,7 +81,7 @@ def convert(
 
 
 def _convert_base(
-    source: Path, out: Path | None, options: ConvertOptions, store: Store, progress: Progress | None
+    source: Path, out: Path | str | None, options: ConvertOptions, store: Store, progress: Progress | None
 ) -> BaseReport:
     from converters.base import convert_base
 
@@ -101,7 +100,7 @@ def _convert_base(
 
 
 def _convert_adapter(
-    source: Path, out: Path | None, options: ConvertOptions, store: Store, progress: Progress | None
+    source: Path, out: Path | str | None, options: ConvertOptions, store: Store, progress: Progress | None
 ) -> AdapterReport:
     from converters.adapter import convert_adapter
 
@@ -232,11 +231,11 @@ def _token_text(value: Any) -> str:
     return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
 
 
-def _target(out: Path | None, name: str) -> Path:
+def _target(out: Path | str | None, name: str) -> Path:
     if out is None:
         return Path(name)
-    if out.is_dir() or str(out).endswith(os.sep):
-        if not out.is_dir():
-            raise ModelFileError(f"{out}: no such folder", hint=f"Make it first: mkdir -p {out}")
-        return out / name
-    return out
+    if Path(out).is_dir():
+        return Path(out) / name
+    if str(out).endswith("/"):
+        raise ModelFileError(f"{out}: no such folder", hint=f"Make it first: mkdir -p {out}")
+    return Path(out)

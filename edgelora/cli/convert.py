@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @click.command("convert")
 @click.argument("source", type=FILE)
-@click.option("-o", "--out", type=FILE, help="File or folder to write.  [default: NAME-QUANT.gguf or NAME.gguf, here]")
+@click.option(
+    "-o", "--out", type=click.Path(), help="File or folder to write.  [default: NAME-QUANT.gguf or NAME.gguf, here]"
+)
 @click.option(
     "--quant",
     type=click.Choice([*RECIPES], case_sensitive=False),
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 @config_option
 def command(
     source: Path,
-    out: Path | None,
+    out: str | None,
     quant: str | None,
     base: Path | None,
     chat_template: str | None,
