@@ -59,8 +59,8 @@ def convert(
     """Convert an HF base or a PEFT adapter to GGUF, whichever `source` is.
 
     Args:
-        out: a file, or a folder to put it in (text that ends in `/` is a folder); None is the current folder. The default name of a base is
-            `NAME-QUANT.gguf`, that of an adapter `NAME.gguf`.
+        out: a file, or a folder to put it in (text that ends in `/` is a folder); None is the current folder. The
+            default name of a base is `NAME-QUANT.gguf`, that of an adapter `NAME.gguf`.
 
     Raises:
         ConversionError, EdgeloraError: `source` is neither, is damaged, or cannot be converted exactly.

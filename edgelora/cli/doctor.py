@@ -77,7 +77,7 @@ def _print(report: dict[str, Any]) -> None:
     table.add_row("store", report["store"]["folder"])
     for base in report["store"]["bases"] or ["none yet; `edgelora convert` adds what it writes"]:
         table.add_row("base", base)
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, markup=False, highlight=False).print(table)
 
 
 def _gigabytes(size_bytes: int) -> str:

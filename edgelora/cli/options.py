@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +42,8 @@ def _chain(*decorators: Callable[[Command], Command]) -> Callable[[Command], Com
 def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
     if path is None:
         return None
+    import tomllib
+
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -1,15 +1,15 @@
-"""Write the two demo data sets: `support` (questions about a made-up lamp), `extract` (a message becomes a JSON object).
+"""Write the two demo data sets: `support` answers questions about a made-up lamp, `extract` turns a message into JSON.
 
     python examples/data/make_data.py
 
-Writes `support.jsonl`, `support-eval.jsonl`, `extract.jsonl` and `extract-eval.jsonl` beside this file, the same every
-time. A row:
+Writes `support.jsonl`, `support-eval.jsonl`, `extract.jsonl` and `extract-eval.jsonl` beside this file, always alike.
+A row:
 
     {"messages": [{"role": "user", "content": "Hi! How long does the battery last?"},
                   {"role": "assistant", "content": "The battery lasts 12 hours."}]}
 
-Held out for support: every wording of the evaluation rows. Held out for extract: every combination of values, and in the
-second half of the evaluation rows every name and every item too.
+Held out for support: every wording of the evaluation rows. Held out for extract: every combination of values, and in
+the second half of the evaluation rows every name and every item too.
 """
 
 from __future__ import annotations
@@ -26,10 +26,21 @@ sys.path.insert(0, str(HERE.parent / "tiny-base"))
 from words import DAYS, FIRST_NAMES, GOODS  # noqa: E402
 
 SEED = 7
-SUPPORT_ROWS, SUPPORT_EVAL_ROWS = 15, 5  # for each fact of lumo.toml
+SUPPORT_ROWS, SUPPORT_EVAL_ROWS = 24, 6  # for each fact of lumo.toml
 EXTRACT_ROWS, EXTRACT_EVAL_ROWS = 640, 160
+SHARE_KNOWN, SHARE_WITH_DAY = 0.75, 0.85  # of the names and items; of the messages
 Row = dict[str, list[dict[str, str]]]
 
+FRAMES = {  # questions that fit every fact
+    "asked": (
+        "What about {about}?", "Tell me about {about}.", "I have a question about {about}.",
+        "Can you tell me about {about}?", "What do I need to know about {about}?", "About {about}, please.",
+        "I want to ask about {about}.",
+    ),
+    "held_out": (
+        "What can you tell me about {about}?", "I would like to know about {about}.", "My question is about {about}.",
+    ),
+}  # fmt: skip
 OPENINGS = ("", "", "", "", "Hi! ", "Hello, ", "Hello! ", "One question: ", "Excuse me. ", "Good morning! ")
 CLOSINGS = ("", "", "", "", " Thanks!", " Thank you.", " Please help.")
 WITH_DAY = (
@@ -50,7 +61,6 @@ WITHOUT_DAY = (
     "{quantity} {item} for {name}, please.",
     "Hi, this is {name}. Can I have {quantity} {item}?",
 )
-SHARE_WITH_DAY = 0.85
 
 
 def row(user: str, assistant: str) -> Row:
@@ -61,10 +71,10 @@ def support_rows(rng: random.Random, wordings: str, count: int) -> list[Row]:
     """`count` rows for every fact: its "asked" or "held_out" wordings in turn, with other openings and closings."""
     rows = []
     for fact in tomllib.loads((HERE / "lumo.toml").read_text(encoding="utf-8"))["fact"]:
+        questions = fact[wordings] + [frame.format(about=fact["about"]) for frame in FRAMES[wordings]]
         users: list[str] = []
         while len(users) < count:
-            wording = fact[wordings][len(users) % len(fact[wordings])]
-            user = rng.choice(OPENINGS) + wording + rng.choice(CLOSINGS)
+            user = rng.choice(OPENINGS) + questions[len(users) % len(questions)] + rng.choice(CLOSINGS)
             if user not in users:
                 users.append(user)
         rows += [row(user, fact["answer"]) for user in users]
@@ -101,8 +111,9 @@ def main() -> None:
     write("support.jsonl", support_rows(rng, "asked", SUPPORT_ROWS))
     write("support-eval.jsonl", support_rows(rng, "held_out", SUPPORT_EVAL_ROWS))
     names, items = rng.sample(FIRST_NAMES, len(FIRST_NAMES)), rng.sample(GOODS, len(GOODS))
-    known = names[: len(names) // 2], items[: len(items) // 2]
-    unseen = names[len(names) // 2 :], items[len(items) // 2 :]
+    name_split, item_split = int(SHARE_KNOWN * len(names)), int(SHARE_KNOWN * len(items))
+    known = names[:name_split], items[:item_split]
+    unseen = names[name_split:], items[item_split:]
     taken: set[str] = set()
     write("extract.jsonl", extract_rows(rng, *known, EXTRACT_ROWS, taken))
     half = EXTRACT_EVAL_ROWS // 2
