@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -26,7 +27,7 @@ sys.path.insert(0, str(HERE.parent / "tiny-base"))
 from words import DAYS, FIRST_NAMES, GOODS  # noqa: E402
 
 SEED = 7
-SUPPORT_ROWS, SUPPORT_EVAL_ROWS = 24, 6  # for each fact of lumo.toml
+SUPPORT_ROWS, SUPPORT_EVAL_ROWS = 28, 6  # for each fact of lumo.toml
 EXTRACT_ROWS, EXTRACT_EVAL_ROWS = 640, 160
 SHARE_KNOWN, SHARE_WITH_DAY = 0.75, 0.85  # of the names and items; of the messages
 Row = dict[str, list[dict[str, str]]]
@@ -41,8 +42,9 @@ FRAMES = {  # questions that fit every fact
         "What can you tell me about {about}?", "I would like to know about {about}.", "My question is about {about}.",
     ),
 }  # fmt: skip
-OPENINGS = ("", "", "", "", "Hi! ", "Hello, ", "Hello! ", "One question: ", "Excuse me. ", "Good morning! ")
-CLOSINGS = ("", "", "", "", " Thanks!", " Thank you.", " Please help.")
+KEYWORD_FRAMES = ("{word}?", "lamp {word}", "It is about: {word}.", "Question: {word}?")  # trained only
+OPENINGS = ("", "", "", "", "Hi! ", "Hello, ")
+CLOSINGS = ("", "", "", "", " Thanks!")
 WITH_DAY = (
     "{name} here. I need {quantity} {item} by {day}.",
     "Please send {quantity} {item} to {name} on {day}.",
@@ -67,14 +69,26 @@ def row(user: str, assistant: str) -> Row:
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
 
 
+def reworded(rng: random.Random, question: str, held_out: list[str]) -> str:
+    """The question with "it" for "the lamp" or the other way round, unless that makes a held-out one."""
+    lamp = rng.choice(("it", "the lamp", "the lamp", "my lamp", "the Lumo lamp"))
+    other = re.sub(r"(?<= )(it|(the|my) lamp)(?=[ ?.])", lamp, question)
+    return question if other in held_out else other
+
+
 def support_rows(rng: random.Random, wordings: str, count: int) -> list[Row]:
     """`count` rows for every fact: its "asked" or "held_out" wordings in turn, with other openings and closings."""
     rows = []
     for fact in tomllib.loads((HERE / "lumo.toml").read_text(encoding="utf-8"))["fact"]:
         questions = fact[wordings] + [frame.format(about=fact["about"]) for frame in FRAMES[wordings]]
+        if wordings == "asked":
+            questions += [rng.choice(KEYWORD_FRAMES).format(word=word) for word in fact["keywords"] for _ in range(2)]
         users: list[str] = []
         while len(users) < count:
-            user = rng.choice(OPENINGS) + questions[len(users) % len(questions)] + rng.choice(CLOSINGS)
+            question = questions[len(users) % len(questions)]
+            if wordings == "asked":
+                question = reworded(rng, question, fact["held_out"])
+            user = rng.choice(OPENINGS) + question + rng.choice(CLOSINGS)
             if user not in users:
                 users.append(user)
         rows += [row(user, fact["answer"]) for user in users]
