@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 
 from converters.architectures import Dimensions, Family, Place, find_family
-from converters.checkpoint import Checkpoint, Floats
+from converters.checkpoint import READABLE, Checkpoint, Floats
 from converters.errors import FormatError, UnsupportedError, listed
 from converters.tokenizer import Vocabulary, load_vocabulary
 from converters.writer import Typed, Value
@@ -19,6 +20,13 @@ from converters.writer import Typed, Value
 # gguf's remarks about model cards and post-processors go to whoever configured logging, not to the terminal.
 for _logger in ("gguf", "metadata"):
     logging.getLogger(_logger).addHandler(logging.NullHandler())
+
+EMBEDDING = "model.embed_tokens.weight"
+COMPARED_BYTES = 4 << 20
+UNTIED = (
+    "config.json ties the output to the embeddings, but lm_head.weight differs from them: it is kept as an output of "
+    "its own, as transformers does"
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ def understand(checkpoint: Checkpoint) -> Model:
     dimensions = Dimensions.from_metadata(named, config["vocab_size"])
     places = _places(checkpoint, family, dimensions)
     vocabulary = load_vocabulary(folder, config["vocab_size"])
-    notices = (*family.notices(config), *vocabulary.notices)
+    untied = config.get("tie_word_embeddings") and any(place.row.absent_if_tied for place in places.values())
+    notices = (*family.notices(config), *([UNTIED] if untied else []), *vocabulary.notices)
     return Model(family, dimensions, hyperparameters, vocabulary, places, notices)
 
 
@@ -57,8 +66,7 @@ def _places(checkpoint: Checkpoint, family: Family, dimensions: Dimensions) -> d
     """GGUF name to place, for every tensor of the checkpoint that is written."""
     config = checkpoint.config
     places = {place.hf_name: place for place in family.places(dimensions, config)}
-    # Where embeddings are tied, a copy under the output's name is one that transformers does not read.
-    unread = [name for name, place in places.items() if config.get("tie_word_embeddings") and place.row.absent_if_tied]
+    unread = _unread(checkpoint, places)
     expected = {name: place for name, place in places.items() if name not in unread}
     found, problems = {}, []
     for name, tensor in checkpoint.tensors.items():
@@ -75,6 +83,33 @@ def _places(checkpoint: Checkpoint, family: Family, dimensions: Dimensions) -> d
     if problems:
         raise FormatError(f"{checkpoint.folder}: its tensors do not fit its config.json:{listed(problems)}")
     return found
+
+
+def _unread(checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[str]:
+    """The outputs that tied embeddings stand for: those that are absent, or copies of them bit by bit.
+
+    An output that differs is a weight of its own, whatever config.json says: transformers does not tie it either
+    (`tie_weights`, modeling_utils.py).
+    """
+    if not checkpoint.config.get("tie_word_embeddings"):
+        return []
+    outputs = [name for name, place in places.items() if place.row.absent_if_tied]
+    return [name for name in outputs if name not in checkpoint.tensors or _is_copy(checkpoint, name, EMBEDDING)]
+
+
+def _is_copy(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    one, two = checkpoint.tensors[name], checkpoint.tensors.get(other)
+    if two is None or one.shape != two.shape or one.dtype not in READABLE or two.dtype not in READABLE:
+        return two is None  # the embedding is missed by its own name
+    rows = one.shape[0] if one.shape else 0
+    step = max(1, COMPARED_BYTES // (4 * max(1, one.shape[-1] if one.shape else 1)))
+    return all(
+        np.array_equal(
+            checkpoint.rows(name, start, min(rows, start + step)).view(np.uint32),
+            checkpoint.rows(other, start, min(rows, start + step)).view(np.uint32),
+        )
+        for start in range(0, rows, step)
+    )
 
 
 def norms(checkpoint: Checkpoint, places: Mapping[str, Place]) -> Iterator[tuple[str, Floats]]:

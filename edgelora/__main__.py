@@ -1,16 +1,30 @@
 """The `edgelora` script, and `python -m edgelora` for checkouts."""
 
+import os
+import signal
 import sys
+from types import FrameType
+from typing import NoReturn
+
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 
 
 def main() -> None:
     """Run the command line; Ctrl-C ends it with 130 also while it is still being imported."""
     try:
+        signal.signal(signal.SIGTERM, _terminate)
+        if sys.stdout is None:  # closed by whoever started us (`>&-`)
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
         from edgelora.cli import cli
 
         cli(prog_name="edgelora")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """Leave as an exception does, so that locks and temporary files go."""
+    sys.exit(EXIT_TERMINATED)
 
 
 if __name__ == "__main__":

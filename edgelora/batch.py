@@ -9,14 +9,7 @@ sampling settings, and `metadata`, which is copied to the output. In CSV, the co
 cannot be answered becomes an output row with `error` in the place of `text`, and the work goes on.
 
 Resuming. Every output row has a `key` of two halves: what the row said, and what answered it (base, adapter content,
-the run's settings). A row's identity is its `id`, or its line where it has none. When a batch is run again,
-
-- a row whose identity and key are in the output is done, and so is an error row: the same row would fail the same way
-  (`retry_errors` does those again);
-- a row that was edited since is done again, and its old result dropped;
-- an error row that another adapter or setting would answer now is done again;
-- anything else that does not match (results of another base, of a retrained adapter, of other settings, of rows that
-  are not in the input) is refused rather than mixed, unless `redo` says to drop and redo it.
+the run's settings). What is in the output already is not done again; `edgelora.resumption` has the rules.
 
 Results are reproducible: rows without a seed get one from their content, and no row depends on what ran before it
 (`Request.deterministic`). So an interrupted and resumed batch ends as the uninterrupted one, byte for byte.
@@ -35,14 +28,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from edgelora.adapter_ref import BASE_NAMES, AdapterRef
 from edgelora.engine.engine import BATCH_WINDOW, Completion, Engine, Request, Stream
 from edgelora.engine.preflight import content_hash
 from edgelora.errors import ContextOverflowError, DataFileError, ModelFileError, SettingsError
 from edgelora.messages import Message, Row, check_messages, read_rows, user_message
-from edgelora.results import Results, open_results
+from edgelora.results import open_results
+from edgelora.resumption import Identities, reconcile
 from edgelora.sampling import Sampling
 
 ROW_FIELDS = ("id", "prompt", "messages", "adapter", "scale", "system", "metadata")
@@ -115,22 +109,41 @@ def run_batch(
         if str(output) != "-" and Path(output).exists() and Path(output).samefile(source):
             raise DataFileError(f"{output}: is the input too", hint="Name another output with -o.")
         batch = _Batch(engine, source, str(input), defaults or Defaults(), on_row)
-        return batch.run(output, redo, retry_errors)
+        try:
+            return batch.run(output, redo, retry_errors)
+        except KeyboardInterrupt:
+            where = "were written" if str(output) == "-" else f"are in {output}; run the same command to go on"
+            raise KeyboardInterrupt(f"{batch.n_done} rows {where}") from None
 
 
 @contextmanager
 def _rereadable(input: Path | str) -> Iterator[Path]:
-    """The input as a file: it is read twice, first for what there is to do."""
-    if str(input) != "-":
-        if not Path(input).is_file():
-            reason = "a folder" if Path(input).is_dir() else "no such file"
-            raise DataFileError(f"{input}: {reason}", hint="Give a JSONL or CSV file with one row for each request.")
-        yield Path(input)
+    """The input as a file that can be read twice: first for what there is to do. Pipes are spooled."""
+    path = Path(input)
+    if str(input) != "-" and (path.is_dir() or not path.exists()):
+        reason = "a folder" if path.is_dir() else "no such file"
+        raise DataFileError(f"{input}: {reason}", hint="Give a JSONL or CSV file with one row for each request.")
+    if str(input) != "-" and path.is_file():
+        yield path
         return
-    with tempfile.NamedTemporaryFile(suffix=".jsonl") as spool:
-        shutil.copyfileobj(sys.stdin.buffer, spool)
+    with tempfile.NamedTemporaryFile(suffix=path.suffix) as spool:
+        with _piped(path) as pipe:
+            shutil.copyfileobj(pipe, spool)
         spool.flush()
         yield Path(spool.name)
+
+
+@contextmanager
+def _piped(path: Path) -> Iterator[IO[bytes]]:
+    if str(path) == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        pipe = open(path, "rb")  # noqa: SIM115 - a separate try keeps errors of the body out of this one
+    except OSError as error:
+        raise DataFileError(f"{path}: {error.strerror}") from None
+    with pipe:
+        yield pipe
 
 
 @dataclass(frozen=True)
@@ -151,6 +164,7 @@ class _Batch:
     def __init__(self, engine: Engine, source: Path, name: str, defaults: Defaults, on_row: OnRow | None) -> None:
         self.engine, self.source, self.name, self.defaults, self.on_row = engine, source, name, defaults, on_row
         self.sampling = {name: value for name, value in defaults.sampling.items() if value is not None}
+        self.n_done = 0
         self.is_csv = source.suffix.lower() == ".csv"
         self._names: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
@@ -158,19 +172,21 @@ class _Batch:
 
     def run(self, output: Path | str, redo: bool, retry_errors: bool) -> BatchSummary:
         start = time.perf_counter()
-        wanted = {item.identity: item.key for item in self.items()}
-        if not wanted:
-            raise DataFileError(f"{self.name}: no rows", hint="Each line is a JSON object with `prompt` or `messages`.")
+        wanted = self.wanted()
         counts: Counter[str] = Counter()
         by_adapter: Counter[str] = Counter()
         with open_results(output) as results:
-            done = _reconcile(results, wanted, output, redo=redo, retry_errors=retry_errors)
+            resumed = reconcile(results.rows(), wanted, output, redo=redo, retry_errors=retry_errors)
+            done, self.n_done = resumed.done, len(resumed.done)
             for item, result in self.answers(item for item in self.items() if item.identity not in done):
                 results.append(result)
+                self.n_done += 1
                 counts.update(written=1, errors="error" in result, **result.get("usage", {}))
                 by_adapter[item.adapter] += 1
                 if self.on_row:
-                    self.on_row(result, len(done) + counts["written"], len(wanted))
+                    self.on_row(result, self.n_done, len(wanted))
+            if resumed.replaced:
+                results.drop(resumed.replaced)
         return BatchSummary(
             rows=len(wanted),
             resumed=len(done),
@@ -183,22 +199,42 @@ class _Batch:
             by_adapter=dict(by_adapter),
         )
 
+    def wanted(self) -> dict[str, str]:
+        """Every row's identity and key.
+
+        Raises:
+            DataFileError: no rows, or none that can be read as one.
+        """
+        wanted, unreadable = dict[str, str](), list[Row]()
+        for item in self.items():
+            wanted[item.identity] = item.key
+            if item.row.problem and len(unreadable) < len(wanted):
+                unreadable.append(item.row)
+        hint = "Each line is a JSON object with `prompt` or `messages`."
+        if not wanted:
+            raise DataFileError(f"{self.name}: no rows", hint=hint)
+        if len(unreadable) == len(wanted):
+            first = unreadable[0]
+            raise DataFileError(f"{self.name}: no line is a row; line {first.line} is {first.problem}", hint=hint)
+        return wanted
+
     def items(self) -> Iterator[_Item]:
-        """The input's rows; the second of two rows with one id is an error row, known by its line."""
+        """The input's rows; the second of two rows with one id is an error row."""
         first_lines: dict[str, int] = {}
+        identities = Identities()
         for row in read_rows(self.source):
             labels: dict[str, Any] = {"id": row.data["id"]} if row.data.get("id") is not None else {"line": row.line}
-            identity, problem = json.dumps(labels, sort_keys=True), row.problem
-            if not problem and first_lines.setdefault(identity, row.line) != row.line:
-                problem = f"the id {labels['id']!r} was used on line {first_lines[identity]} already"
-                labels = {**labels, "line": row.line}
-                identity = json.dumps(labels, sort_keys=True)
-            problem = problem or self.problem_of(row.data)
+            problem = row.problem
+            if "id" in labels:
+                first = first_lines.setdefault(json.dumps(labels["id"], sort_keys=True), row.line)
+                if first != row.line:
+                    problem = f"the id {labels['id']!r} was used on line {first} already"
+                    labels["line"] = row.line
             adapter = row.data.get("adapter") or self.defaults.adapter or "none"
             adapter = adapter if isinstance(adapter, str) else "none"
-            said = _digest([row.problem or dict(row.data)])
-            key = f"{said}.{self.settings_hash(adapter)}"
-            yield _Item(row, identity, labels, key, adapter, problem)
+            key = f"{_digest([row.problem or dict(row.data)])}.{self.settings_hash(adapter)}"
+            problem = problem or self.problem_of(row.data)
+            yield _Item(row, identities.name(labels, key), labels, key, adapter, problem)
 
     def problem_of(self, data: Mapping[str, Any]) -> str:
         """What is wrong with a row's fields, before anything is computed; empty if nothing is."""
@@ -323,60 +359,3 @@ def _typed(data: Mapping[str, str]) -> dict[str, Any]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:HASH_DIGITS]
-
-
-def _reconcile(
-    results: Results, wanted: Mapping[str, str], output: Path | str, *, redo: bool, retry_errors: bool
-) -> dict[str, bool]:
-    """Compare the output with what is wanted; drop what is to be done again. Done identities, True for error rows.
-
-    Raises:
-        DataFileError: results that belong to another batch, and `redo` was not given.
-    """
-    done: dict[str, bool] = {}
-    strangers: list[str] = []
-    n_dropped = 0
-    for row in results.rows():
-        verdict = _verdict(row, wanted, retry_errors)
-        if verdict == "done" and _identity(row) not in done:
-            done[_identity(row)] = "error" in row
-            continue
-        n_dropped += 1
-        if verdict not in ("again", "done"):
-            strangers.append(verdict)
-    if strangers and not redo:
-        raise DataFileError(
-            f"{output}: {len(strangers)} of its rows do not belong to this batch, for example {strangers[0]}",
-            hint="Name another output with -o, or drop and redo those rows with --redo.",
-        )
-    if n_dropped:
-        kept: set[str] = set()
-        results.rewrite(lambda row: _keep_once(row, wanted, retry_errors, kept))
-    return done
-
-
-def _keep_once(row: Mapping[str, Any], wanted: Mapping[str, str], retry_errors: bool, kept: set[str]) -> bool:
-    identity = _identity(row)
-    keep = _verdict(row, wanted, retry_errors) == "done" and identity not in kept
-    kept.add(identity)
-    return keep
-
-
-def _verdict(row: Mapping[str, Any], wanted: Mapping[str, str], retry_errors: bool) -> str:
-    """ "done", "again" (to be dropped and redone), or what makes it a stranger."""
-    identity, key = _identity(row), str(row.get("key", ""))
-    if "key" not in row or "adapter" not in row:
-        return f"a row without a key ({identity}): not written by `edgelora batch`"
-    if identity not in wanted:
-        return f"{identity}, which is not in the input"
-    if key == wanted[identity]:
-        return "again" if retry_errors and "error" in row else "done"
-    said, _, answered_by = key.partition(".")
-    wanted_said, _, wanted_by = wanted[identity].partition(".")
-    if said != wanted_said or ("error" in row and answered_by != wanted_by):
-        return "again"
-    return f"{identity}, which another base, another content of adapter {row['adapter']} or other settings answered"
-
-
-def _identity(row: Mapping[str, Any]) -> str:
-    return json.dumps({name: row[name] for name in ("id", "line") if name in row}, sort_keys=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError
 from edgelora.messages import Message
 from edgelora.store import Store
 from edgelora.template import ChatTemplate, resolve
+from edgelora.version import __version__
 
 if TYPE_CHECKING:
     from converters.adapter import AdapterReport
@@ -91,11 +92,19 @@ def _convert_base(
     metadata: dict[str, Value] = {}
     if options.chat_template:
         metadata["tokenizer.chat_template"] = _checked_template(options.chat_template)
-    target = _target(out, f"{source.resolve().name}-{quant}.gguf")
+    target = _target(out, f"{source_name(source)}-{quant}.gguf")
     report = convert_base(
         source, target, quant=quant, threads=options.threads, metadata=metadata, progress=progress, force=options.force
     )
-    store.register(report.path)
+    return _registered(report, store)
+
+
+def _registered(report: BaseReport, store: Store) -> BaseReport:
+    """Tell the store; the file is written and good, whatever the store says."""
+    try:
+        store.register(report.path)
+    except ModelFileError as error:
+        return replace(report, notices=(*report.notices, f"not remembered for later: {error.message}"))
     return report
 
 
@@ -108,26 +117,32 @@ def _convert_adapter(
         raise SettingsError(f"--quant goes with a base, and {source} is an adapter")
     base = find_base(source, options.base, store)
     contract = contract_for(source, base, store, chat_template=options.chat_template, force=options.force)
-    target = _target(out, f"{source.resolve().name}.gguf")
+    target = _target(out, f"{source_name(source)}.gguf")
     return convert_adapter(
         source, base, target, metadata=contract.to_metadata(), progress=progress, force=options.force
     )
 
 
-def adapter_from_folder(folder: Path, base: Path, store: Store) -> Path:
-    """The GGUF of a PEFT folder, made once for each content and kept in the store."""
+def adapter_from_folder(folder: Path, base: Path, store: Store, *, force: bool = False) -> Path:
+    """The GGUF of a PEFT folder, made once for each content and kept in the store.
+
+    With `force`, a folder that was trained on another base is converted all the same.
+
+    Raises:
+        ConversionError, ModelFileError: the folder cannot be converted, or the store cannot be written.
+    """
     from converters.adapter import convert_adapter
 
     target = store.adapter_path(_content_hash(folder, store.fingerprint(base)))
     if not target.is_file():
-        contract = contract_for(folder, base, store)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        contract = contract_for(folder, base, store, force=force)
+        store.make_adapter_folder()
         convert_adapter(folder, base, target, metadata=contract.to_metadata(), force=True)
     return target
 
 
 def _content_hash(folder: Path, base_fingerprint: str) -> str:
-    digest = hashlib.sha256(base_fingerprint.encode())
+    digest = hashlib.sha256(f"{__version__}\0{base_fingerprint}".encode())  # another version may convert otherwise
     for name in ("adapter_config.json", "adapter_model.safetensors", FILE_NAME):
         path = folder / name
         digest.update(f"\0{name}\0".encode())
@@ -141,15 +156,21 @@ def find_base(folder: Path, given: Path | None, store: Store) -> Path:
     """The base a PEFT folder is converted against: the one given, the folder it names, or the store's."""
     if given:
         return given
-    named = Path(_base_named_by(folder))
-    if named.is_dir() and (named / "config.json").is_file():
-        return named
+    named = _base_named_by(folder)
+    if named and (Path(named) / "config.json").is_file() and _is_base_of(Path(named), folder, store):
+        return Path(named)
     try:
         return store.find_base(Contract.load(folder), folder).path
     except BaseNotFoundError as error:
         raise BaseNotFoundError(
             error.message, hint="Name it with --base: its Hugging Face folder, or a GGUF of it."
         ) from None
+
+
+def _is_base_of(named: Path, folder: Path, store: Store) -> bool:
+    """Whether the folder an adapter names is still what it was trained on; without a contract, it is believed."""
+    contract = Contract.load(folder)
+    return contract is None or not contract.base_fingerprint or store.fingerprint(named) == contract.base_fingerprint
 
 
 def _base_named_by(folder: Path) -> str:
@@ -224,14 +245,27 @@ def golden_tokens(base: Path, template: str, messages: tuple[Message, ...]) -> t
         bos_token=_token_text(names.get("bos_token")),
         eos_token=_token_text(names.get("eos_token")),
     )
-    return tuple(Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids)
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def _token_text(value: Any) -> str:
     return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
 
 
+def source_name(folder: Path) -> str:
+    """What people call a folder: its name, or the model's where it is a snapshot in the Hugging Face cache."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1].name.rpartition("--")[2]
+    return folder.name
+
+
 def _target(out: Path | str | None, name: str) -> Path:
+    if str(out) == "-":
+        raise SettingsError("a GGUF file cannot go to standard output", hint="Name a file with -o.")
     if out is None:
         return Path(name)
     if Path(out).is_dir():

@@ -22,7 +22,9 @@ class ResolvedFiles:
     base_note: str
 
 
-def resolve_files(adapters: Sequence[AdapterRef], base: Path | None, store: Store | None = None) -> ResolvedFiles:
+def resolve_files(
+    adapters: Sequence[AdapterRef], base: Path | None, store: Store | None = None, *, force: bool = False
+) -> ResolvedFiles:
     """Find the base (the first adapter's, where none is named) and convert PEFT folders into the store.
 
     Raises:
@@ -47,7 +49,9 @@ def resolve_files(adapters: Sequence[AdapterRef], base: Path | None, store: Stor
         base, note = found.path, f"Base: {found.path} ({found.how})."
     _require_base(base)
     ready = tuple(
-        replace(a, path=adapter_from_folder(a.path, base, store)) if kinds[a.path] is SourceKind.PEFT_ADAPTER else a
+        replace(a, path=adapter_from_folder(a.path, base, store, force=force))
+        if kinds[a.path] is SourceKind.PEFT_ADAPTER
+        else a
         for a in adapters
     )
     return ResolvedFiles(base, ready, note)

@@ -1,17 +1,19 @@
 """The output of a batch: a JSONL file that only grows, by whole rows, and survives kill -9 at any moment.
 
-A row is one `write` of a line. A line that a crash cut off has no newline and is dropped when the file is opened again;
-rows before it are never touched. The file is synced to disk every few seconds and at the end. A lock beside it keeps a
-second process out while the first is alive.
+A row is one `write` of a line. A line that a crash cut off has no newline and is dropped by the first row that is
+written after it; whole rows are never touched, and nothing is in a file that was not asked to be written. The file is
+synced to disk every few seconds and at the end. A lock beside it keeps a second process out while the first is alive.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
@@ -21,7 +23,8 @@ from filelock import FileLock, Timeout
 from edgelora.errors import DataFileError
 
 SYNC_SECONDS = 5.0
-ROW_STARTS = (b'{"id": ', b'{"line": ')  # every row begins with what names it
+_LABEL = re.compile(rb'\{"(?:id|line)": ')  # every row begins with what names it ...
+_BODY = (b', "text": "', b', "error": "', b', "line": ')  # ... and goes on with what was answered
 AGAIN = "Free some space and run the same command again: it goes on where this one ended."
 
 
@@ -29,7 +32,7 @@ class Results(Protocol):
     """Where result rows go."""
 
     def rows(self) -> Iterator[Mapping[str, Any]]: ...
-    def rewrite(self, keep: Callable[[Mapping[str, Any]], bool]) -> None: ...
+    def drop(self, places: Container[int]) -> None: ...
     def append(self, row: Mapping[str, Any]) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -75,7 +78,7 @@ class StreamResults:
     def rows(self) -> Iterator[Mapping[str, Any]]:
         return iter(())
 
-    def rewrite(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+    def drop(self, places: Container[int]) -> None:
         """Nothing was written before."""
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -106,11 +109,11 @@ class ResultFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        if path.is_dir() or not path.parent.is_dir():
-            problem = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        if path.is_dir() or not path.resolve().parent.is_dir():
+            problem = "it is a folder" if path.is_dir() else f"there is no folder {path.resolve().parent}"
             raise DataFileError(f"{path}: cannot be written ({problem})")
-        self._lock = FileLock(f"{path}.lock", timeout=0)
+        self.path = path.resolve()  # a link and its file are one output: one lock, and the link survives a rewrite
+        self._lock = FileLock(f"{self.path}.lock", timeout=0)
         try:
             self._lock.acquire()
         except Timeout:
@@ -120,35 +123,16 @@ class ResultFile:
         except OSError as error:
             raise DataFileError(f"{path}: cannot be written ({error.strerror})") from None
         try:
-            self._file = _open(path, "ab+")
+            self._file = _open(self.path, "ab+")
         except BaseException:
             self._unlock()
             raise
-        try:
-            self._refuse_foreign()
-            self._size = self._drop_torn_line()
-        except BaseException:
-            self._file.close()
-            self._unlock()
-            raise
+        self._size = self._whole_lines()
         self._written = 0
         self._synced = time.monotonic()
 
-    def _refuse_foreign(self) -> None:
-        """Nothing is cut off a file that no batch began, also where it has no whole line."""
-        self._file.seek(0)
-        start = self._file.read(len(ROW_STARTS[-1]))
-        if not any(start.startswith(row[: len(start)]) for row in ROW_STARTS):
-            raise self._foreign(1)
-
-    def _foreign(self, line: int) -> DataFileError:
-        return DataFileError(
-            f"{self.path}:{line}: not a row of a batch output; it is left as it is",
-            hint="Name another output with -o.",
-        )
-
-    def _drop_torn_line(self) -> int:
-        """Cut off what follows the last newline; the size of what is left."""
+    def _whole_lines(self) -> int:
+        """The size of the file without what follows its last newline."""
         position = self._file.seek(0, os.SEEK_END)
         while position > 0:
             start = max(0, position - 65536)
@@ -157,35 +141,54 @@ class ResultFile:
             position = start + newline + 1
             if newline >= 0:
                 break
-        self._file.truncate(position)
         return position
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        """What the file holds.
+        """The whole rows that the file holds.
 
         Raises:
-            DataFileError: a line that is no JSON object: this is not a batch output.
+            DataFileError: a line that no batch wrote: it is left as it is, whatever was asked for.
         """
+        line = 0
         with _open(self.path, "rb") as file:
-            for line, raw in enumerate(_lines(file), start=1):
-                try:
-                    row = json.loads(raw)
-                except (ValueError, RecursionError):
-                    row = None
-                if not isinstance(row, dict):
-                    raise self._foreign(line)
-                yield row
+            for line, raw in enumerate(_lines(file, self._size), start=1):
+                yield self._row(raw, line)
+            torn = file.read(1 << 20)
+        if torn and line == 0 and not _begins_row(torn):
+            raise self._foreign(1)
+        try:
+            json.loads(torn)
+        except (ValueError, RecursionError):
+            return
+        self._row(torn, line + 1)  # not torn, only without its newline
 
-    def rewrite(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Drop the rows that are not kept. The file is replaced whole, or not at all."""
+    def _row(self, raw: bytes, line: int) -> Mapping[str, Any]:
+        try:
+            row = json.loads(raw)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("key"), str) or "adapter" not in row:
+            raise self._foreign(line)
+        return row
+
+    def _foreign(self, line: int) -> DataFileError:
+        return DataFileError(
+            f"{self.path}:{line}: not a row of a batch output; the file is left as it is",
+            hint="Name another output with -o.",
+        )
+
+    def drop(self, places: Container[int]) -> None:
+        """Drop the rows at these 0-based places. The file is replaced whole, or not at all; its mode stays."""
         partial = self.path.with_name(self.path.name + ".partial")
         try:
-            with open(partial, "wb") as file:
-                for row in self.rows():
-                    if keep(row):
-                        file.write(encode(row))
+            partial.unlink(missing_ok=True)
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                with _open(self.path, "rb") as old:
+                    kept = (raw for place, raw in enumerate(_lines(old, self._size)) if place not in places)
+                    file.writelines(raw + b"\n" for raw in kept)
                 file.flush()
                 os.fsync(file.fileno())
+            shutil.copymode(self.path, partial)
             os.replace(partial, self.path)
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -202,6 +205,8 @@ class ResultFile:
         """
         data = encode(row)
         try:
+            if not self._written:
+                self._file.truncate(self._size)
             written = 0
             while written < len(data):
                 written += self._file.write(data[written:]) or 0
@@ -240,11 +245,24 @@ class ResultFile:
             self._unlock()
 
 
-def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Lines of an unbuffered file."""
+def _begins_row(torn: bytes) -> bool:
+    """Whether this is how a row of a batch output begins."""
+    label = _LABEL.match(torn)
+    if not label:
+        return any(start.startswith(torn) for start in (b'{"id": ', b'{"line": '))
+    text = torn[label.end() :].decode("utf-8", errors="replace")
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return True  # cut off inside its id
+    rest = text[end:].encode()
+    return any(body.startswith(rest) or rest.startswith(body) for body in _BODY)
+
+
+def _lines(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """The lines in the first `size` bytes of an unbuffered file; they end with a newline."""
     rest = b""
-    while data := file.read(1 << 20):
+    while data := file.read(min(1 << 20, size)):
+        size -= len(data)
         *lines, rest = (rest + data).split(b"\n")
         yield from lines
-    if rest:
-        yield rest

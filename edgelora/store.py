@@ -61,6 +61,13 @@ class Store:
         """Where the GGUF made from a PEFT folder with this content belongs."""
         return self.folder / "adapters" / f"{content_hash}.gguf"
 
+    def make_adapter_folder(self) -> None:
+        """Raises ModelFileError where it cannot be made."""
+        try:
+            (self.folder / "adapters").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from None
+
     def register(self, path: Path) -> str:
         """Remember a GGUF base; its fingerprint is returned."""
         fingerprint = self.fingerprint(path)
@@ -70,7 +77,15 @@ class Store:
         return fingerprint
 
     def registered_bases(self) -> list[Path]:
-        """The remembered bases that are still there, the newest file first."""
+        """The remembered bases that are still there, the newest file first; none where the index cannot be read.
+
+        The index is a cache: what is lost with it is found again by the next `convert`.
+        """
+        with suppress(ModelFileError):
+            return self._registered_bases()
+        return []
+
+    def _registered_bases(self) -> list[Path]:
         with self._reading() as connection:
             rows = connection.execute("SELECT path FROM bases WHERE registered = 1 ORDER BY mtime_ns DESC").fetchall()
         return [path for (text,) in rows if (path := Path(text)).is_file()]
@@ -87,9 +102,9 @@ class Store:
         if path.is_dir():
             return fingerprint(path)
         stat = path.stat()
-        known = self._lookup(path, stat)
-        if known:
-            return known
+        with suppress(ModelFileError):
+            if known := self._lookup(path, stat):
+                return known
         computed = fingerprint(path)
         with suppress(ModelFileError):  # a store that cannot be written only costs the next start some time
             self._remember(path, stat, computed)
@@ -122,13 +137,13 @@ class Store:
         Raises:
             BaseNotFoundError: nothing fits; the message says what is wanted, what was looked at and what to run.
         """
-        looked: list[str] = []
+        looked = _unusable_variable()
         candidates = list(self._candidates(adapter))
         if contract is None or not contract.base_fingerprint:
             trusted = [c for c in candidates if c.how != _HOW_STORE]
             if len(trusted) == 1 or (trusted and trusted[0].how == _HOW_VARIABLE):
                 return trusted[0]
-            looked = [str(c.path) for c in trusted]
+            looked += [str(c.path) for c in trusted]
         else:
             for candidate in candidates:
                 fits, note = self._fits(candidate.path, contract.base_fingerprint)
@@ -194,6 +209,10 @@ class Store:
 _HOW_VARIABLE = f"named by {BASE_VARIABLE}"
 _HOW_BESIDE = "found beside the adapter"
 _HOW_STORE = "known from an earlier convert"
+
+
+def _unusable_variable() -> list[str]:
+    return [f"{path}, {_HOW_VARIABLE} (not a GGUF base)" for path in _from_variable() if not _is_base(path)]
 
 
 def _from_variable() -> list[Path]:

@@ -62,10 +62,12 @@ def _take(session: Session, line: str, stats: bool) -> None:
     except KeyboardInterrupt:
         stream.cancel()
         click.echo()
-        raise
-    finally:
         if written:
             session.keep(line, "".join(written))
+        raise
+    session.keep(line, "".join(written))
+    if stream.completion.finish_reason == "length":
+        _note("(cut off: the token limit or the end of the context window; /reset starts again)")
     if stats:
         _note(describe(stream.completion))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from edgelora.errors import EdgeloraError
 from edgelora.version import __version__
 
 EXIT_MODEL_FILE = 3
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EBADF, errno.EIO, errno.EDQUOT)
 EXIT_INTERRUPTED = 130
 
 
@@ -27,6 +29,11 @@ class ErrorBoundary(click.Group):
         except ConversionError as error:
             _report(error.message, error.hint)
             ctx.exit(EXIT_MODEL_FILE)
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError) and error.errno in _OUTPUT_ERRORS:
+                _report(f"standard output cannot be written: {error.strerror}", "")
+                ctx.exit(1)
+            raise
         except KeyboardInterrupt as interrupt:
             click.echo(f"\nInterrupted. {interrupt}".rstrip(), err=True)
             ctx.exit(EXIT_INTERRUPTED)

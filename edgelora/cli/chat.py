@@ -79,9 +79,11 @@ def _question(prompt: str | None) -> str | None:
     With PROMPT, stdin is not read: under cron or in a script it may be a pipe that never ends.
     """
     if prompt is None or prompt == "-":
-        if sys.stdin is None or (sys.stdin.isatty() and prompt is None):
+        if sys.stdin is None:
+            raise click.UsageError("nothing was asked: stdin is closed, and there is no PROMPT argument")
+        if sys.stdin.isatty() and prompt is None:
             return None
-        prompt = sys.stdin.read().strip("\n")
+        prompt = sys.stdin.buffer.read().decode("utf-8", errors="replace").strip("\n")
     if not prompt.strip():
         raise click.UsageError("nothing was asked: give a PROMPT argument or pipe text in")
     return prompt

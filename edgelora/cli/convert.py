@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,8 @@ def _print(report: BaseReport | AdapterReport) -> None:
         _note(f"  adapter for {report.base_name}, {report.n_tensors} tensors")
     for notice in report.notices:
         click.secho(f"  {notice}", err=True, fg="yellow")
-    _note(f"Next: edgelora chat {'--base' if isinstance(report, BaseReport) else '--adapter'} {report.path}")
+    option = "--base" if isinstance(report, BaseReport) else "--adapter"
+    _note(f"Next: edgelora chat {option} {shlex.quote(str(report.path))}")
 
 
 def _note(text: str) -> None:

@@ -30,7 +30,7 @@ def open_engine(
     from edgelora.engine.engine import Engine
     from edgelora.resolution import resolve_files
 
-    files = resolve_files(adapters, base)
+    files = resolve_files(adapters, base, force=force)
     if files.base_note:
         click.secho(files.base_note, err=True, dim=True)
     with Engine(

@@ -50,14 +50,29 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
         raise click.BadParameter(f"{path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise click.BadParameter(f"{path}: not TOML ({error})") from None
+    options = {option[2:]: p for p in ctx.command.params for option in p.opts if option.startswith("--")}
+    options = {name.replace("-", "_"): option for name, option in options.items() if name not in ("config", "help")}
     values = {name.replace("-", "_"): value for name, value in values.items()}
-    names = {option.lstrip("-").replace("-", "_"): str(p.name) for p in ctx.command.params for option in p.opts}
-    unknown = sorted(set(values) - set(names) | ({"config"} & set(values)))
-    if unknown:
-        known = ", ".join(sorted(name for name in names if len(name) > 1 and name != "config"))
+    if unknown := sorted(set(values) - set(options)):
+        known = ", ".join(sorted(options))
         raise click.BadParameter(f"{path}: unknown settings: {', '.join(unknown)} (known: {known})")
-    ctx.default_map = {**(ctx.default_map or {}), **{names[name]: value for name, value in values.items()}}
+    given = {str(options[name].name): _as_typed(path, name, value, options[name]) for name, value in values.items()}
+    ctx.default_map = {**(ctx.default_map or {}), **given}
     return path
+
+
+def _as_typed(path: Path, name: str, value: Any, option: click.Parameter) -> Any:
+    """A TOML value as the text that would be typed for it, so that the option's own check has the last word."""
+    is_flag = getattr(option, "is_flag", False)
+    if is_flag or isinstance(value, bool):
+        if is_flag and isinstance(value, bool):
+            return value
+        raise click.BadParameter(f"{path}: {name} is {value!r}, expected {'true or false' if is_flag else 'a value'}")
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, (str, int, float)) for item in items) or (len(items) != 1 and not option.multiple):
+        expected = "a list of values" if option.multiple else "one value"
+        raise click.BadParameter(f"{path}: {name} is {value!r}, expected {expected}")
+    return [str(item) for item in items] if option.multiple else str(items[0])
 
 
 config_option = click.option(
@@ -92,7 +107,7 @@ engine_options = _chain(
         help="Context window in tokens.  [default: the model's, at most 4096]",
     ),
     click.option(
-        "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the cores this process may use]"
+        "--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: by the base's size, at most the cores]"
     ),
     click.option(
         "--gpu-layers",

@@ -21,9 +21,9 @@ def bytes_bar(title: str) -> Iterator[ByteProgress]:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[what]}"),
+        TextColumn("{task.fields[what]}", markup=False),
     )
-    with _bar(TextColumn("{task.description}"), *columns) as progress:
+    with _bar(TextColumn("{task.description}", markup=False), *columns) as progress:
         yield ByteProgress(progress, title)
 
 
@@ -41,8 +41,13 @@ def count_bar(title: str, unit: str) -> Iterator[CountProgress]:
     """A bar for work measured in steps or rows, with a rate and a field for notes (loss, errors)."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with _bar(TextColumn("{task.description}"), *columns) as progress:
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    with _bar(TextColumn("{task.description}", markup=False), *columns) as progress:
         yield CountProgress(progress, title, unit)
 
 

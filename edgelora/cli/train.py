@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -87,4 +88,4 @@ def command(data: Path, base: str, output: Path, eval_data: Path | None, resume:
         f"{report.trained_parameters:,} of {report.total_parameters:,} parameters trained",
         err=True,
     )
-    click.echo(f"Next: edgelora convert {report.output}", err=True)
+    click.echo(f"Next: edgelora convert {shlex.quote(str(report.output))}", err=True)

@@ -137,9 +137,14 @@ def load_tokenizer(base: BaseFolder) -> Any:
 
     Raises:
         ModelFileError: it cannot be read.
+        ConversionError: a bare tokenizer.model that llama.cpp cannot stand for.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    from edgelora.train.sentencepiece import load_sentencepiece
+
+    if (base.folder / "tokenizer.model").is_file() and not (base.folder / "tokenizer.json").is_file():
+        return load_sentencepiece(base.folder)
     reader = PreTrainedTokenizerFast if (base.folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
         return reader.from_pretrained(base.folder, local_files_only=True)

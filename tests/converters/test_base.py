@@ -262,8 +262,33 @@ def test_biases_must_be_what_the_configuration_says(tmp_path: Path) -> None:
 def test_a_copy_of_tied_embeddings_is_left_out(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     write_json(folder / "config.json", {**CONFIG, "tie_word_embeddings": True})
-    convert_base(folder, tmp_path / "base.gguf")
+    replace_weights(folder, lm_head__weight=weights(CONFIG)["model.embed_tokens.weight"])
+    report = convert_base(folder, tmp_path / "base.gguf")
     assert "output.weight" not in read_header(tmp_path / "base.gguf").tensors
+    assert report.notices == ()
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 128])
+def test_an_output_that_differs_from_tied_embeddings_is_kept(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("converters.model.COMPARED_BYTES", chunk)
+    folder, output = make_model(tmp_path / "model"), weights(CONFIG)["model.embed_tokens.weight"]
+    write_json(folder / "config.json", {**CONFIG, "tie_word_embeddings": True})
+    output[299, 31] += np.float32(1e-6)
+    replace_weights(folder, lm_head__weight=output)
+    report = convert_base(folder, tmp_path / "base.gguf", quant="f32")
+    read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "base.gguf").tensors}
+    np.testing.assert_array_equal(read["output.weight"], output)
+    assert "lm_head.weight differs" in report.notices[0]
+
+
+def test_an_output_without_its_embeddings_is_refused_by_name(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    write_json(folder / "config.json", {**CONFIG, "tie_word_embeddings": True})
+    replace_weights(folder, model__embed_tokens__weight=None)
+    with pytest.raises(FormatError, match=r"model\.embed_tokens\.weight: is missing"):
+        convert_base(folder, tmp_path / "base.gguf")
 
 
 @pytest.mark.parametrize(("value", "quant", "message"), [(np.nan, "f32", "NaN"), (1e6, "f16", "too large for F16")])

@@ -180,16 +180,71 @@ def test_rows_that_are_missing_are_done_and_no_other(engine: Engine, tmp_path: P
     assert [row["id"] for row in read_rows(out)] == list(range(9))
 
 
-def test_an_edited_row_is_done_again_and_its_old_result_dropped(engine: Engine, tmp_path: Path) -> None:
-    rows, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    run(engine, write_rows(rows, some_rows()), out)
-    before = {row["id"]: row for row in read_rows(out)}
-    edited = some_rows()
-    edited[4]["prompt"] = "Something else."
-    assert run(engine, write_rows(rows, edited), out).written == 1
-    after = {row["id"]: row for row in read_rows(out)}
+@pytest.mark.parametrize("with_id", [True, False])
+def test_an_edited_row_is_refused_and_done_again_with_redo(with_id: bool, engine: Engine, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [row if with_id else {**row, "id": None} for row in some_rows()]
+    run(engine, write_rows(source, rows), out)
+    before = out.read_bytes()
+    rows[4] = {**rows[4], "prompt": "Something else."}
+    with pytest.raises(DataFileError, match=r"1 of its rows do not belong.*edited"):
+        run(engine, write_rows(source, rows), out)
+    assert out.read_bytes() == before
+    assert run(engine, source, out, redo=True).written == 1
+    old = before.splitlines(keepends=True)
+    assert out.read_bytes().startswith(b"".join(old[:4] + old[5:]))
     assert len(read_rows(out)) == 9
-    assert {i for i in before if before[i] != after[i]} == {4}
+
+
+def test_the_results_of_another_input_are_not_dropped(engine: Engine, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    run(engine, write_rows(tmp_path / "a.jsonl", some_rows()), out)
+    before = out.read_bytes()
+    other = write_rows(tmp_path / "b.jsonl", [{"id": i, "prompt": f"Other {i}."} for i in range(9)])
+    with pytest.raises(DataFileError, match="9 of its rows do not belong"):
+        run(engine, other, out)
+    assert out.read_bytes() == before
+
+
+def test_a_line_inserted_above_rows_without_id_costs_nothing(engine: Engine, tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}]
+    out = tmp_path / "out.jsonl"
+    run(engine, write_rows(tmp_path / "in.jsonl", rows), out)
+    before = out.read_bytes()
+    summary = run(engine, write_rows(tmp_path / "in.jsonl", [{"prompt": "new"}, *rows, {"prompt": "a"}]), out)
+    assert (summary.resumed, summary.written) == (3, 2)
+    assert out.read_bytes().startswith(before)
+    assert [row["line"] for row in read_rows(out)] == [1, 2, 3, 1, 5]
+
+
+def test_what_is_redone_is_kept_until_it_is_replaced(engine: Engine, tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "in.jsonl", some_rows()), tmp_path / "out.jsonl"
+    run(engine, rows, out)
+    before = out.read_bytes()
+
+    def stop(_row: Any, done: int, _total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    cold = {"redo": True, "defaults": Defaults(sampling={"temperature": 0, "max_tokens": 4})}
+    with pytest.raises(KeyboardInterrupt, match="3 rows are in .*; run the same command to go on"):
+        run(engine, rows, out, on_row=stop, **cold)
+    assert out.read_bytes().startswith(before)
+    summary = run(engine, rows, out, **cold)
+    assert (summary.resumed, summary.written) == (3, 6)
+    run(engine, rows, tmp_path / "fresh.jsonl", **cold)
+    assert out.read_bytes() == (tmp_path / "fresh.jsonl").read_bytes()
+
+
+def test_an_error_and_the_later_result_of_a_row_without_id(engine: Engine, tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}]), tmp_path / "out.jsonl"
+    run(engine, rows, out)
+    good = out.read_bytes()
+    bad = encode({"line": 1, "error": "it failed", **{k: read_rows(out)[0][k] for k in ("adapter", "key")}})
+    for mixed in (bad + good, good + bad):
+        out.write_bytes(mixed)
+        assert run(engine, rows, out).written == 0
+        assert out.read_bytes() == good
 
 
 def test_errors_are_kept_unless_asked_or_answerable_now(
@@ -252,6 +307,9 @@ def test_results_of_another_batch_are_refused_and_not_mixed(
         '{"id": 1}\n',
         "[1]\n",
         '{"id": 1, "text": "x"}\n',
+        '{"id": 1, "prompt": "x"}',
+        '{"id": 1, "prompt": "x',
+        '{"id": 1, "prompt": "x"}\n{"id": 2, "prompt": "y"}',
         "my notes",
         "notes\nand a last line",
         '{"a": 1}\n{"b',
@@ -261,9 +319,34 @@ def test_results_of_another_batch_are_refused_and_not_mixed(
 def test_a_file_that_is_no_batch_output_is_not_touched(content: str, engine: Engine, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text(content)
-    with pytest.raises(DataFileError):
-        run(engine, write_rows(tmp_path / "in.jsonl", some_rows()), out)
-    assert out.read_text() == content
+    for redo in (False, True):
+        with pytest.raises(DataFileError) as caught:
+            run(engine, write_rows(tmp_path / "in.jsonl", some_rows()), out, redo=redo)
+        assert "--redo" not in caught.value.hint
+        assert out.read_text() == content
+
+
+def test_a_refused_run_does_not_cut_a_torn_line(engine: Engine, tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "in.jsonl", some_rows()), tmp_path / "out.jsonl"
+    run(engine, rows, out)
+    torn = out.read_bytes()[:-7]
+    out.write_bytes(torn)
+    with pytest.raises(DataFileError, match="do not belong"):
+        run(engine, write_rows(rows, [{"id": "z", "prompt": "x"}]), out)
+    assert out.read_bytes() == torn
+
+
+def test_a_link_to_the_output_is_the_same_output(engine: Engine, tmp_path: Path) -> None:
+    rows, out, link = write_rows(tmp_path / "in.jsonl", some_rows()), tmp_path / "out.jsonl", tmp_path / "link.jsonl"
+    run(engine, rows, out)
+    out.chmod(0o640)
+    link.symlink_to(out)
+    with open_results(out), pytest.raises(DataFileError, match="another process is writing it"):
+        open_results(link)
+    run(engine, rows, link, redo=True, defaults=Defaults(sampling={"temperature": 0, "max_tokens": 2}))
+    assert link.is_symlink()
+    assert out.stat().st_mode & 0o777 == 0o640
+    assert len(read_rows(out)) == 9
 
 
 def test_the_input_is_never_the_output(engine: Engine, tmp_path: Path) -> None:
@@ -345,7 +428,7 @@ def test_ctrl_c_keeps_what_was_written(base: Path, adapters: dict[str, Path], en
     worker.stdout.read(5)
     worker.send_signal(signal.SIGINT)
     _, error = worker.communicate(timeout=60)
-    assert error.rstrip().endswith(b"KeyboardInterrupt")
+    assert error.rstrip().endswith(b"run the same command to go on")
     assert out.read_bytes().endswith(b"\n")
     kept = len(read_rows(out))
     assert 5 <= kept < 200
@@ -415,7 +498,7 @@ from edgelora.results import open_results
 with open_results(sys.argv[1]) as results:
     resource.setrlimit(resource.RLIMIT_FSIZE, (5, 5))
     try:
-        results.rewrite(lambda row: row["id"] == 1)
+        results.drop({1})
     except DataFileError as error:
         print(error.message)
 """

@@ -14,7 +14,7 @@ from converters.reader import read_header
 from edgelora.adapter_ref import AdapterRef
 from edgelora.contract import GOLDEN_MESSAGES, Contract
 from edgelora.conversion import ConvertOptions, adapter_from_folder, convert
-from edgelora.errors import BaseMismatchError, ModelFileError, SettingsError
+from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError, SettingsError
 from edgelora.resolution import contract_of, resolve_files
 from edgelora.store import Store
 from edgelora.template import BUILTIN
@@ -100,10 +100,12 @@ def test_what_training_wrote_down_wins(folder: Path, tmp_path: Path, store: Stor
 
 def test_trained_on_another_base(folder: Path, tmp_path: Path) -> None:
     Contract(base_name="elsewhere", base_fingerprint="0" * 64, chat_template="{{ 1 }}").save(folder)
-    with pytest.raises(BaseMismatchError, match="was trained on elsewhere"):
+    with pytest.raises(BaseNotFoundError, match="was made for elsewhere"):  # the folder it names is no longer that base
         convert(folder, tmp_path / "a.gguf")
+    with pytest.raises(BaseMismatchError, match="was trained on elsewhere"):
+        convert(folder, tmp_path / "a.gguf", ConvertOptions(base=TINY_BASE))
     assert not (tmp_path / "a.gguf").exists()
-    assert convert(folder, tmp_path / "a.gguf", ConvertOptions(force=True)).path.exists()
+    assert convert(folder, tmp_path / "a.gguf", ConvertOptions(base=TINY_BASE, force=True)).path.exists()
 
 
 def test_options_that_do_not_belong(folder: Path, gguf_base: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from converters.architectures import llama
 from converters.base import convert_base
+from tests.converters.folders import CONFIG, make_model, safetensors_bytes, weights
 from tests.equivalence import llamacpp
 from tests.equivalence.conftest import REAL_MODELS, Builder
 
@@ -57,9 +58,9 @@ def some_ids(folder: Path, count: int = 200) -> list[int]:
     return np.random.default_rng(0).integers(3, vocab, count).tolist()
 
 
-def difference(folder: Path, out: Path) -> float:
+def difference(folder: Path, out: Path, count: int = 200) -> float:
     """The largest difference of a logit; the file is converted to F32 first."""
-    ids = some_ids(folder)
+    ids = some_ids(folder, count)
     convert_base(folder, out, quant="f32", force=True)
     expected = hf_logits(folder, ids)
     assert expected.std() > 0.1, "logits that are all alike would prove nothing"
@@ -76,6 +77,18 @@ def test_every_variant_of_the_family(variant: str, build_llama: Builder, tmp_pat
     folder = build_llama(**VARIANTS[variant])
     assert len(list(folder.glob("*.safetensors"))) > 1 or variant != "sharded"
     assert difference(folder, tmp_path / "base.gguf") < TOLERANCE
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_an_output_beside_tied_embeddings(copied: bool, tmp_path: Path) -> None:
+    """transformers ties what is a copy, and only that."""
+    pytest.importorskip("torch")
+    arrays = weights({**CONFIG, "tie_word_embeddings": copied})
+    if copied:
+        arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
+    folder = make_model(tmp_path / "model", tie_word_embeddings=True)
+    (folder / "model.safetensors").write_bytes(safetensors_bytes(arrays))
+    assert difference(folder, tmp_path / "base.gguf", count=100) < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", ["untied", "biases"])
