@@ -19,7 +19,7 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 # field numbers
 PIECES, TRAINER, NORMALIZER = 1, 2, 3
 PIECE_TEXT, PIECE_SCORE, PIECE_TYPE = 1, 2, 3
-TRAINER_MODEL_TYPE = 3
+TRAINER_MODEL_TYPE, TRAINER_SUFFIX = 3, 24
 NORMALIZER_CHARSMAP, NORMALIZER_DUMMY_PREFIX = 2, 3
 
 
@@ -38,12 +38,14 @@ class SentencePieceModel:
         model_type: "bpe", "unigram", "word" or "char".
         normalizes: text is rewritten by a character map before it is cut (the `nmt_nfkc` rules, for example).
         adds_prefix: a space is put before the text.
+        space_is_suffix: a word ends in its space instead of beginning with it.
     """
 
     pieces: tuple[Piece, ...]
     model_type: str
     normalizes: bool
     adds_prefix: bool
+    space_is_suffix: bool = False
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
@@ -67,17 +69,19 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
 
 
 def _model(data: bytes) -> SentencePieceModel:
-    pieces, model_type, normalizes, adds_prefix = [], "unigram", False, True
+    pieces, model_type, normalizes, adds_prefix, is_suffix = [], "unigram", False, True, False
     for field, value in _fields(data):
         if field == PIECES and isinstance(value, bytes):
             pieces.append(_piece(value))
         elif field == TRAINER and isinstance(value, bytes):
-            model_type = MODEL_TYPES[int(dict(_fields(value)).get(TRAINER_MODEL_TYPE, 1))]
+            fields = dict(_fields(value))
+            model_type = MODEL_TYPES[int(fields.get(TRAINER_MODEL_TYPE, 1))]
+            is_suffix = bool(fields.get(TRAINER_SUFFIX, 0))
         elif field == NORMALIZER and isinstance(value, bytes):
             fields = dict(_fields(value))
             normalizes = bool(fields.get(NORMALIZER_CHARSMAP))
             adds_prefix = bool(fields.get(NORMALIZER_DUMMY_PREFIX, 1))
-    return SentencePieceModel(tuple(pieces), model_type, normalizes, adds_prefix)
+    return SentencePieceModel(tuple(pieces), model_type, normalizes, adds_prefix, is_suffix)
 
 
 def _piece(data: bytes) -> Piece:

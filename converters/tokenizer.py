@@ -25,12 +25,14 @@ from tokenizers import AddedToken, Tokenizer
 from converters.checkpoint import read_json
 from converters.errors import FormatError, MissingFileError, UnsupportedError
 from converters.pretokenizers import pretokenizer_name
+from converters.sentencepiece_json import sentencepiece_json
 from converters.sentencepiece_model import SentencePieceModel, read_sentencepiece
 from converters.writer import Value
 
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NO_SPACE_AFTER_SPECIAL = "it puts no space after a special token, as llama.cpp does"
 NATIVE, HUGGINGFACE = "llama.cpp", "huggingface"
 
 
@@ -172,7 +174,7 @@ def _from_byte_level(folder: Path, tokenizer: _HuggingFace, vocab_size: int) -> 
             entries.set(number, token, TokenType.NORMAL)
     # Unknown to llama.cpp means that it refuses to load: a file with its own tokenizer takes the plainest name.
     pre = pretokenizer_name(tokenizer.json) or "gpt-2"
-    return _finish(folder, entries, "gpt2", pre, tokenizer, tokenizer.differences(), with_scores=False)
+    return _finish(folder, entries, "gpt2", pre, tokenizer.text, tokenizer.differences(), with_scores=False)
 
 
 def _from_byte_fallback(
@@ -190,7 +192,7 @@ def _from_byte_fallback(
             kind = TokenType.USER_DEFINED
         entries.set(number, token, kind)
     reason = "it is SentencePiece-like and has no tokenizer.model with scores"
-    return _finish(folder, entries, "llama", "default", tokenizer, [reason], with_scores=True)
+    return _finish(folder, entries, "llama", "default", tokenizer.text, [reason], with_scores=True)
 
 
 def _from_sentencepiece(folder: Path, config: Mapping[str, Any], vocab_size: int) -> Vocabulary:
@@ -200,25 +202,75 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any], vocab_size: int
         raise FormatError(f"{path}: holds {len(model.pieces)} pieces, config.json says vocab_size {vocab_size}")
     entries = _Entries(vocab_size, UNUSED_SCORE)
     for number, piece in enumerate(model.pieces):
-        # A user-defined piece is ordinary to llama.cpp's converter unless tokenizer_config.json names it.
-        kind = TokenType.NORMAL if piece.type == TokenType.USER_DEFINED else piece.type
-        entries.set(number, piece.text, kind, piece.score)
+        entries.set(number, piece.text, piece.type, piece.score)
     for token, number in _added_tokens(folder, config, vocab_size).items():
         entries.set(number, token, TokenType.USER_DEFINED)
-    for number, token, is_special in _decoder_tokens(config, vocab_size):
-        _set_added(entries, number, token, special=is_special)
+    for number, token in _decoder_tokens(config, vocab_size).items():
+        _set_added(entries, number, token.content, special=token.special)
+    prefix = bool(config.get("add_prefix_space", model.adds_prefix))
     reasons = _sentencepiece_differences(model)
-    tokenizer = _HuggingFace(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
-    if reasons and tokenizer is None:
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = _HuggingFace(folder / "tokenizer.json")
+        reasons += _set_others(entries, model, tokenizer, vocab_size) + _spaces_differ(tokenizer, prefix)
+        carried = tokenizer.text
+    elif reasons:
         raise UnsupportedError(
             f"{path}: llama.cpp cannot tokenize as it does: {'; '.join(reasons)}",
             hint="Save a tokenizer.json beside it: AutoTokenizer.from_pretrained(folder).save_pretrained(folder).",
         )
-    vocabulary = _finish(folder, entries, "llama", "default", tokenizer, reasons, with_scores=True)
-    if config.get("add_prefix_space", model.adds_prefix):
+    else:
+        carried, reasons = _made_json(folder, model, config, vocab_size), [NO_SPACE_AFTER_SPECIAL]
+    vocabulary = _finish(folder, entries, "llama", "default", carried, reasons, with_scores=True)
+    if prefix:
         return vocabulary  # llama.cpp's default
     metadata = {**vocabulary.metadata, "tokenizer.ggml.add_space_prefix": False}
     return replace(vocabulary, metadata=metadata)
+
+
+def _made_json(folder: Path, model: SentencePieceModel, config: Mapping[str, Any], vocab_size: int) -> str:
+    extra = _added_tokens(folder, config, vocab_size).items()
+    added = {number: AddedToken(token, normalized=False) for token, number in extra}
+    added |= _decoder_tokens(config, vocab_size)
+    first = _content(config.get("bos_token", "<s>")) if config.get("add_bos_token", True) else ""
+    last = _content(config.get("eos_token", "</s>")) if config.get("add_eos_token") else ""
+    text = sentencepiece_json(model, added, config, (first, last))
+    try:
+        Tokenizer.from_str(text)
+    except Exception as error:  # the package raises bare Exception
+        raise UnsupportedError(f"{folder}: its tokenizer cannot be made from tokenizer.model ({error})") from None
+    return text
+
+
+def _content(value: Any) -> str:
+    return str(value.get("content") if isinstance(value, Mapping) else value or "")
+
+
+def _set_others(
+    entries: _Entries, model: SentencePieceModel, tokenizer: _HuggingFace, vocab_size: int
+) -> list[str]:
+    """Take the tokens that only tokenizer.json has; returns what it has under other ids than tokenizer.model."""
+    tokenizer.entries(vocab_size, UNUSED_SCORE)  # its ids fit
+    others = []
+    for token, number in tokenizer.vocab.items():
+        if number < len(model.pieces):
+            known = number in tokenizer.added or token == model.pieces[number].text
+            others += [] if known else [f"{token!r} is {number}"]
+        elif entries.types[number] == TokenType.UNUSED:
+            _set_added(entries, number, token, special=number in tokenizer.added and tokenizer.added[number].special)
+    return [f"its tokenizer.json has other tokens than its tokenizer.model ({others[0]})"] if others else []
+
+
+def _spaces_differ(tokenizer: _HuggingFace, prefix: bool) -> list[str]:
+    """What llama.cpp's SentencePiece does otherwise: it puts a space before the text and after each special token."""
+    normalizer, cut = tokenizer.json.get("normalizer") or {}, tokenizer.json.get("pre_tokenizer") or {}
+    parts = normalizer.get("normalizers", []) if normalizer.get("type") == "Sequence" else [normalizer]
+    kinds = [part.get("type") for part in parts if part]
+    prepends = (["Prepend", "Replace"], None), (["Replace"], None), ([], "never")
+    found = (kinds, cut.get("prepend_scheme") if cut.get("type") == "Metaspace" else cut.get("type"))
+    if cut.get("split") or found not in (prepends[:1] if prefix else prepends[1:]):
+        return [NO_SPACE_AFTER_SPECIAL]
+    flags = [token.content for token in tokenizer.added.values() if token.lstrip or token.rstrip or token.single_word]
+    return [f"the added token {flags[0]!r} takes the spaces around it"] if flags else []
 
 
 def _sentencepiece_differences(model: SentencePieceModel) -> list[str]:
@@ -226,6 +278,7 @@ def _sentencepiece_differences(model: SentencePieceModel) -> list[str]:
     checks = (
         (model.model_type == "bpe", f"its model type is {model.model_type}, not bpe"),
         (not model.normalizes, "it normalizes text with a character map"),
+        (not model.space_is_suffix, "it puts the space after a word"),
         (bytes_known == 256, f"{256 - bytes_known} of 256 byte tokens are missing"),
     )
     return [reason for ok, reason in checks if not ok]
@@ -261,14 +314,15 @@ def _added_tokens(folder: Path, config: Mapping[str, Any], vocab_size: int) -> d
     return tokens
 
 
-def _decoder_tokens(config: Mapping[str, Any], vocab_size: int) -> list[tuple[int, str, bool]]:
-    found = []
+def _decoder_tokens(config: Mapping[str, Any], vocab_size: int) -> dict[int, AddedToken]:
+    found = {}
     for key, entry in (config.get("added_tokens_decoder") or {}).items():
         number = int(key) if str(key).isdecimal() else -1
         if not 0 <= number < vocab_size or not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
             problem = f"added_tokens_decoder has {key!r}, the vocabulary has {vocab_size}"
             raise FormatError(f"tokenizer_config.json: {problem}")
-        found.append((number, entry["content"], bool(entry.get("special"))))
+        flags = {name: bool(entry.get(name)) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}
+        found[number] = AddedToken(entry["content"], **flags)
     return found
 
 
@@ -277,7 +331,7 @@ def _finish(
     entries: _Entries,
     model: str,
     pre: str,
-    tokenizer: _HuggingFace | None,
+    carried: str,
     reasons: Sequence[str],
     *,
     with_scores: bool,
@@ -291,10 +345,10 @@ def _finish(
     metadata |= _special_metadata(folder, len(entries.tokens), load_merges=model == "gpt2")
     metadata["edgelora.tokenizer"] = HUGGINGFACE if reasons else NATIVE
     notices = []
-    if reasons and tokenizer:
-        metadata["tokenizer.huggingface.json"] = tokenizer.text
+    if reasons:
+        metadata["tokenizer.huggingface.json"] = carried
         notices = [
-            f"tokenizer: {'; '.join(reasons)}. Its tokenizer.json is kept in the file and edgelora uses it; "
+            f"tokenizer: {'; '.join(reasons)}. A tokenizer.json is kept in the file and edgelora uses it; "
             "other llama.cpp programs would cut some text otherwise"
         ]
     return Vocabulary(tuple(entries.tokens), metadata, tuple(notices))

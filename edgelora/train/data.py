@@ -2,11 +2,14 @@
 
 A label is the token's own id where it is trained, and -100 (torch's `ignore_index`, which TRL's collator also pads
 with) elsewhere.
+
+Serving tokenizes the prompt alone, and the model goes on from those ids. Where the whole text is cut otherwise (a token
+that begins in the prompt and ends in the reply), prompt and reply are tokenized apart here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,8 @@ from edgelora.train.passages import Passage, PassageFinder
 
 IGNORED = -100
 ROWS_COMPARED = 3
+# Texts that few tokens join with what follows: the first that leaves a boundary is put before a reply.
+CONTINUED = ("\n", "!", "0", "a")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class TokenRows:
         dropped: rows left out because no trained token was left.
         split: conversations trained one reply at a time, or on another text than the template gives for the whole.
         quoting: conversations whose messages hold the text of special tokens.
+        apart: `FILE:LINE` of conversations in which a token would reach from a prompt into its reply.
     """
 
     rows: list[TokenRow]
@@ -42,6 +48,7 @@ class TokenRows:
     dropped: int
     split: int
     quoting: int
+    apart: tuple[str, ...] = ()
 
     def columns(self) -> dict[str, list[list[int]]]:
         return {"input_ids": [r.input_ids for r in self.rows], "labels": [r.labels for r in self.rows]}
@@ -57,7 +64,13 @@ class TokenRows:
             ),
             (self.quoting, "conversations hold special tokens as text; training sees tokens, serving will see text"),
         )
-        return [f"{name}: {count} {text}" for count, text in said if count]
+        notes = [f"{name}: {count} {text}" for count, text in said if count]
+        if self.apart:
+            notes.append(
+                f"{name}: {len(self.apart)} conversations have a reply that continues the prompt's last word; there, "
+                f"prompt and reply are tokenized apart, as serving does (the first: {self.apart[0]})"
+            )
+        return notes
 
 
 def finder_for(tokenizer: Any, template: Any) -> PassageFinder:
@@ -89,8 +102,9 @@ def tokenize_conversations(
         )
     found = _find_passages(conversations, finder)
     _compare_with_transformers(conversations, found, tokenizer, finder)
-    passages = [passage for group in found for passage in group]
-    rows = [_cut(row, max_length) for row in tokenize_passages(passages, tokenizer)]
+    made = list(tokenize_passages([passage for group in found for passage in group], tokenizer))
+    sources = [c.source for c, group in zip(conversations, found, strict=True) for _ in group]
+    rows = [_cut(row, max_length) for tokenized in made for row in tokenized.rows]
     kept = [row for row, _ in rows if any(label != IGNORED for label in row.labels)]
     if not kept:
         raise DataFileError(
@@ -103,6 +117,7 @@ def tokenize_conversations(
         dropped=len(rows) - len(kept),
         split=sum(group[0].rebuilt for group in found),
         quoting=sum(_quotes(conversation, tokenizer) for conversation in conversations),
+        apart=tuple(dict.fromkeys(source for source, tokenized in zip(sources, made, strict=True) if tokenized.apart)),
     )
 
 
@@ -131,8 +146,16 @@ def _find_passages(conversations: Sequence[Conversation], finder: PassageFinder)
     return found
 
 
-def tokenize_passages(passages: Sequence[Passage], tokenizer: Any) -> Iterable[TokenRow]:
-    """Ids and labels: a token is trained if a character of it is."""
+@dataclass(frozen=True)
+class TokenizedPassage:
+    """The rows of a passage: one, or where its prompts have to be tokenized apart, one for each reply."""
+
+    rows: tuple[TokenRow, ...]
+    apart: bool = False
+
+
+def tokenize_passages(passages: Sequence[Passage], tokenizer: Any) -> Iterator[TokenizedPassage]:
+    """Ids and labels: a token is trained if a character of it is, and follows the ids of its prompt alone."""
     encoded = tokenizer(
         [passage.text for passage in passages],
         add_special_tokens=False,
@@ -141,7 +164,31 @@ def tokenize_passages(passages: Sequence[Passage], tokenizer: Any) -> Iterable[T
         verbose=False,
     )
     for passage, ids, offsets in zip(passages, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        yield TokenRow(ids, _labels(passage, ids, offsets))
+        heads = [_ids(passage.text[:start], tokenizer) for start, _ in passage.spans]
+        if all(ids[: len(head)] == head for head in heads):
+            yield TokenizedPassage((TokenRow(ids, _labels(passage, ids, offsets)),))
+        else:
+            replies = [_continuation(passage.text[start:end], tokenizer) for start, end in passage.spans]
+            yield TokenizedPassage(tuple(map(_row_of_parts, heads, replies)), apart=True)
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+
+
+def _row_of_parts(head: list[int], reply: list[int]) -> TokenRow:
+    return TokenRow(head + reply, [IGNORED] * len(head) + reply)
+
+
+def _continuation(text: str, tokenizer: Any) -> list[int]:
+    """Ids of a text that stands after another: without the space that some tokenizers put before a text's beginning."""
+    for before in CONTINUED:
+        encoded = tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        at = next((i for i, (start, _) in enumerate(offsets) if start >= len(before)), len(ids))
+        if at and offsets[at - 1][1] <= len(before):
+            return list(ids[at:])
+    return _ids(text, tokenizer)
 
 
 def _labels(passage: Passage, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[int]:

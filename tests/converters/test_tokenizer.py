@@ -169,7 +169,7 @@ def message(field: int, data: bytes) -> bytes:
     return varint(field << 3 | 2) + varint(len(data)) + data
 
 
-def sentencepiece(pieces: list[tuple[str, float, int]], *, model_type: int = 2, charsmap: bytes = b"") -> bytes:
+def sentencepiece(pieces: list[tuple[str, float, int]], *, model_type: int = 2, charsmap: bytes = b"", suffix: bool = False) -> bytes:
     """A tokenizer.model, field by field."""
     out = b""
     for text, score, kind in pieces:
@@ -177,7 +177,7 @@ def sentencepiece(pieces: list[tuple[str, float, int]], *, model_type: int = 2, 
             message(1, text.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + varint(3 << 3) + varint(kind)
         )
         out += message(1, piece)
-    trainer = varint(3 << 3) + varint(model_type) + varint(40 << 3) + varint(0)
+    trainer = varint(3 << 3) + varint(model_type) + varint(24 << 3) + varint(suffix) + varint(40 << 3) + varint(0)
     return out + message(2, trainer) + message(3, message(1, b"identity") + message(2, charsmap))
 
 
@@ -202,14 +202,77 @@ def test_sentencepiece(tmp_path: Path) -> None:
     assert metadata["tokenizer.ggml.model"] == "llama"
     assert vocabulary.tokens[258:264] == ("<0xFF>", "▁a", "user", "x", "<|im_start|>", " hi")
     assert types[:4] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE]
-    expected = [TokenType.NORMAL] * 3 + [TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED]
-    assert types[259:265] == expected
+    expected = [TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.NORMAL]
+    assert types[259:265] == [*expected, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED]
     assert metadata["tokenizer.ggml.scores"][259:265] == [-1.0, 0.0, -2.5, -1000.0, -1000.0, -10000.0]
-    assert metadata["edgelora.tokenizer"] == "llama.cpp"
     assert metadata["tokenizer.ggml.add_bos_token"] is True
 
 
+LEGACY_NORMALIZER = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ],
+}
+SPACES: dict[str, tuple[dict[str, Any], str]] = {
+    "as llama.cpp": ({"normalizer": LEGACY_NORMALIZER, "pre_tokenizer": None}, "llama.cpp"),
+    "first": ({}, "huggingface"),
+    "always": ({"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}}, "huggingface"),
+    "normalizing": ({"normalizer": {"type": "NFC"}, "pre_tokenizer": None}, "huggingface"),
+}
+
+
+@pytest.mark.parametrize("what", SPACES)
+def test_a_space_in_other_places_is_not_llama_cpps(what: str, tmp_path: Path) -> None:
+    change, expected = SPACES[what]
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece(PIECES))
+    made = load_vocabulary(tmp_path, 270).metadata["tokenizer.huggingface.json"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**json.loads(made), **change}))
+    vocabulary = load_vocabulary(tmp_path, 270)
+    assert vocabulary.metadata["edgelora.tokenizer"] == expected
+    assert any("puts no space after a special token" in notice for notice in vocabulary.notices) == (
+        expected == "huggingface"
+    )
+
+
+def test_sentencepiece_alone_gets_the_tokenizer_json_of_transformers(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece(PIECES))
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": "<s>"})
+    vocabulary = load_vocabulary(tmp_path, 270)
+    assert vocabulary.metadata["edgelora.tokenizer"] == "huggingface"
+    assert "puts no space after a special token" in vocabulary.notices[0]
+    carried = Tokenizer.from_str(vocabulary.metadata["tokenizer.huggingface.json"])
+    assert carried.encode("user", add_special_tokens=False).tokens == ["user"]
+    assert carried.encode("<s>x</s>x user").tokens[:4] == ["<s>", "<s>", "x", "</s>"]
+
+
+def test_tokens_of_tokenizer_json_alone_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece(PIECES))
+    tokenizer = Tokenizer.from_str(load_vocabulary(tmp_path, 270).metadata["tokenizer.huggingface.json"])
+    tokenizer.add_special_tokens(["[CALL]"])
+    tokenizer.add_tokens(["▁word"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    vocabulary = load_vocabulary(tmp_path, 270)
+    assert vocabulary.tokens[262:265] == ("[CALL]", " word", "[PAD264]")
+    types = vocabulary.metadata["tokenizer.ggml.token_type"]
+    assert types[262:265] == [TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED]
+    with pytest.raises(FormatError, match="token ids go up to 263"):
+        load_vocabulary(tmp_path, 263)
+
+
+def test_two_vocabularies_that_disagree_are_noticed(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece(PIECES))
+    made = json.loads(load_vocabulary(tmp_path, 270).metadata["tokenizer.huggingface.json"])
+    made["model"]["vocab"]["y"] = made["model"]["vocab"].pop("x")
+    write_json(tmp_path / "tokenizer.json", {**made, "normalizer": LEGACY_NORMALIZER, "pre_tokenizer": None})
+    vocabulary = load_vocabulary(tmp_path, 270)
+    assert vocabulary.metadata["edgelora.tokenizer"] == "huggingface"
+    assert "'y' is 261" in vocabulary.notices[0]
+
+
 UNFIT = {
+    "spaces after words": (sentencepiece(PIECES, suffix=True), "it puts the space after a word"),
     "unigram": (sentencepiece(PIECES, model_type=1), "its model type is unigram"),
     "a character map": (sentencepiece(PIECES, charsmap=b"map"), "it normalizes text"),
     "no bytes": (sentencepiece(PIECES[:3]), "256 of 256 byte tokens are missing"),

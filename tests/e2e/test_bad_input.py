@@ -148,8 +148,61 @@ def test_config_file(tmp_path: Path, tiny_q8: Path) -> None:
     refused(run("chat", "--config", config, "--base", tiny_q8, "hi"), 2, "temprature", "temperature")
     config.write_text("temperature = ")
     refused(run("chat", "--config", config, "--base", tiny_q8, "hi"), 2, "not TOML")
-    config.write_text("temperature = -3\n")
-    refused(run("chat", "--config", config, "--base", tiny_q8, "hi"), 2, "temperature")
+    for text, told in (
+        ("temperature = -3", "temperature"),
+        ("[temperature]", "temperature is {}, expected one value"),
+        ("base = true", "base is True"),
+        ("stats = 1", "stats is 1, expected true or false"),
+        ("stop = [[1]]", "expected a list of values"),
+        ("b = 1", "unknown settings: b"),
+    ):
+        config.write_text(text)
+        refused(run("chat", "--config", config, "--base", tiny_q8, "hi"), 2, told)
+    config.write_text(f'base = "{tiny_q8}"\nstop = "e"\ntemperature = 0\nstats = true\n')
+    result = run("chat", "--config", config, "Hello!")
+    assert result.returncode == 0
+    assert "e" not in result.stdout
+    assert "tokens/s" in result.stderr
+
+
+def shell(command: str, **variables: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "EDGELORA": EDGELORA, **{name: str(value) for name, value in variables.items()}}
+    return subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, env=environment)
+
+
+def test_streams_that_are_closed_or_full(tiny_q8: Path) -> None:
+    full = shell('"$EDGELORA" chat --base "$BASE" Hello! > /dev/full', BASE=tiny_q8)
+    refused(full, 1, "standard output cannot be written: No space left")
+    refused(shell('"$EDGELORA" chat --base "$BASE" <&-', BASE=tiny_q8), 2, "stdin is closed")
+    closed = shell('"$EDGELORA" chat --base "$BASE" Hello! >&-', BASE=tiny_q8)
+    assert (closed.returncode, "Traceback" in closed.stderr) == (0, False)
+    broken = shell('"$EDGELORA" chat --base "$BASE" Hello! | true', BASE=tiny_q8)
+    assert "Traceback" not in broken.stderr
+
+
+def test_input_that_is_no_text_is_read_as_far_as_it_goes(tiny_q8: Path) -> None:
+    result = shell(
+        'printf \'Hello\\377!\' | PYTHONIOENCODING=utf-8:strict "$EDGELORA" chat --base "$BASE"', BASE=tiny_q8
+    )
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False)
+
+
+def test_sigterm_ends_as_an_exception_does(tiny_q8: Path, tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text("".join(json.dumps({"id": n, "prompt": "Hello!"}) + "\n" for n in range(20_000)))
+    process = subprocess.Popen(
+        [EDGELORA, "batch", str(rows), "-o", str(out), "--base", str(tiny_q8)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not out.exists() or not out.stat().st_size:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
+    assert out.read_bytes().endswith(b"\n")
 
 
 def test_ctrl_c_in_convert_leaves_nothing(folder: Path, tmp_path: Path) -> None:

@@ -84,16 +84,37 @@ def test_another_pretokenizer_is_seen(tmp_path: Path) -> None:
     assert llamacpp.tokenize(out, NASTY, special=False) != expected
 
 
+SPECIAL_TEXTS = ["<s>Once upon</s>a time <s> there", "</s>a", "</s> a", "<s>\nOnce", "a</s>"]
+
+
 def test_sentencepiece(real_model: Callable[[str], Path], tmp_path: Path) -> None:
     processor = pytest.importorskip("sentencepiece").SentencePieceProcessor()
     folder, out = real_model("stories-260k"), tmp_path / "base.gguf"
     processor.Load(str(folder / "tokenizer.model"))
     convert_base(folder, out, quant="f32")
-    assert read_header(out).metadata["edgelora.tokenizer"] == "llama.cpp"
     # The model says remove_extra_whitespaces, which neither transformers nor llama.cpp does: compared without.
     texts = [text for text in NASTY if "  " not in text and text == text.strip()]
-    got = llamacpp.tokenize(out, texts, special=True)
-    assert got == [[1, *processor.EncodeAsIds(text)] for text in texts]
+    expected = [[1, *processor.EncodeAsIds(text)] for text in texts]
+    assert llamacpp.tokenize(out, texts, special=True) == expected
+    carried = Tokenizer.from_str(read_header(out).metadata["tokenizer.huggingface.json"])
+    assert [carried.encode(text).ids for text in texts] == expected
+
+
+@pytest.mark.train
+def test_sentencepiece_alone_is_tokenized_as_in_training(real_model: Callable[[str], Path], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder, out = real_model("stories-260k"), tmp_path / "base.gguf"
+    convert_base(folder, out, quant="f32")
+    metadata = read_header(out).metadata
+    assert metadata["edgelora.tokenizer"] == "huggingface"
+    carried = Tokenizer.from_str(metadata["tokenizer.huggingface.json"])
+    trained = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [*NASTY, *SPECIAL_TEXTS]
+    assert [carried.encode(text).ids for text in texts] == [trained(text)["input_ids"] for text in texts]
+    plain = [trained(text, add_special_tokens=False)["input_ids"] for text in SPECIAL_TEXTS[:4]]
+    assert all(one != other for one, other in zip(llamacpp.tokenize(out, SPECIAL_TEXTS, special=False), plain)), (
+        "then it need not be carried"
+    )
 
 
 def test_where_llama_cpp_cannot_the_file_carries_the_tokenizer(
@@ -103,7 +124,7 @@ def test_where_llama_cpp_cannot_the_file_carries_the_tokenizer(
     report = convert_base(folder, out, quant="f32")
     metadata = read_header(out).metadata
     assert metadata["edgelora.tokenizer"] == "huggingface"
-    assert "tokenizer.json is kept" in report.notices[0]
+    assert "A tokenizer.json is kept" in report.notices[0]
     carried = Tokenizer.from_str(metadata["tokenizer.huggingface.json"])
     original = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert [carried.encode(text).ids for text in NASTY] == [original.encode(text).ids for text in NASTY]

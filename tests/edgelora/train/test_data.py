@@ -71,6 +71,28 @@ def test_cut_rows_are_counted_and_rows_without_a_reply_left_out(tokenizer: Any) 
     assert (len(whole.rows), whole.cut, whole.dropped, whole.notes("training data", 2048)) == (3, 0, 0, [])
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [chat("Is it the Pebble la", "mp, yes."), chat("Is it wat", "erproof? Yes.", " And the batt", "ery lasts.")],
+    ids=["one reply", "two replies"],
+)
+def test_a_reply_that_goes_on_in_a_word_follows_the_ids_of_its_prompt(messages: list[Message], tokenizer: Any) -> None:
+    finder = finder_for(tokenizer, ChatTemplate(BUILTIN["plain"]))
+    talks = [conversation(chat("Hi.", "!Yes."), 1), conversation(messages, 2)]
+    found = tokenize_conversations(talks, tokenizer, finder, 512)
+    assert found.apart == ("data.jsonl:2",)
+    assert "1 conversations have a reply that continues" in found.notes("training data", 512)[-1]
+    assert "data.jsonl:2" in found.notes("training data", 512)[-1]
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(found.rows) == 1 + len(replies)
+    for row, reply in zip(found.rows[1:], replies, strict=True):
+        prompt = finder.render(messages[:reply], reply_next=True)
+        head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert row.input_ids[: len(head)] == head
+        assert row.labels == [IGNORED] * len(head) + row.input_ids[len(head) :]
+        assert trained_text(row, tokenizer).startswith(messages[reply]["content"])
+
+
 def test_special_tokens_in_messages_are_counted(tokenizer: Any) -> None:
     assert rows_of(chat("Hi", "Say <|im_end|> now."), tokenizer).quoting == 1
     assert rows_of(chat("Hi", "Say <im_end> now."), tokenizer).quoting == 0

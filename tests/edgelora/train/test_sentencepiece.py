@@ -13,7 +13,7 @@ import pytest
 from converters.base import convert_base
 from edgelora import Engine
 from edgelora.contract import Contract
-from edgelora.conversion import convert
+from edgelora.conversion import ConvertOptions, convert
 from edgelora.errors import ModelFileError
 from edgelora.train import Recipe, train
 from edgelora.train.base import find_base, load_tokenizer
@@ -67,7 +67,7 @@ def test_from_training_to_an_answer(template: str, tmp_path: Path) -> None:
     recipe = Recipe(rank=4, max_steps=2, batch_size=2, gradient_accumulation=1, chat_template=template)
     train(rows, str(STORIES), tmp_path / "peft", recipe)
     convert_base(STORIES, tmp_path / "base.gguf", quant="f32")
-    convert(tmp_path / "peft", tmp_path / "adapter.gguf", base=tmp_path / "base.gguf")
+    convert(tmp_path / "peft", tmp_path / "adapter.gguf", ConvertOptions(base=tmp_path / "base.gguf"))
     with Engine(tmp_path / "base.gguf", {"it": tmp_path / "adapter.gguf"}, n_ctx=256, threads=1) as engine:
         completion = engine.chat("Lily has 2 cats?", adapter="it", sampling={"max_tokens": 4})
     assert completion.adapter == "it"
@@ -76,6 +76,6 @@ def test_from_training_to_an_answer(template: str, tmp_path: Path) -> None:
     assert contract is not None
     other = contract.with_changes(golden_tokens=(*contract.golden_tokens[:-1], 3))
     other.save(tmp_path / "peft")
-    convert(tmp_path / "peft", tmp_path / "other.gguf", base=tmp_path / "base.gguf")
+    convert(tmp_path / "peft", tmp_path / "other.gguf", ConvertOptions(base=tmp_path / "base.gguf"))
     with pytest.raises(ModelFileError, match="test conversation"):
         Engine(tmp_path / "base.gguf", {"it": tmp_path / "other.gguf"}, n_ctx=256, threads=1)
