@@ -33,6 +33,7 @@ from converters.writer import TensorSpec, Value, check_output, create, file_size
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = ("f32", "f16", "bf16")
 F16_MAX = 65504.0
+F16_ERROR = 1e-3  # rounding alone gives 2e-4; above, values are too small for f16 (below 6e-8 they become zero)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class AdapterReport:
     Attributes:
         ranks: the ranks that occur; likewise `scales`, what PEFT multiplies B @ A by.
         targets: the kinds of modules it changes ("q_proj", "up_proj").
+        dtype: of its tensors; "f32" where f16 was asked for and would have lost small values.
+        max_relative_error: of the stored A and B of any module, |stored - exact| / |exact|; measured.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class AdapterReport:
     base_fingerprint: str
     dtype: str
     seconds: float
+    max_relative_error: float = 0.0
     notices: tuple[str, ...] = ()
 
 
@@ -141,7 +145,7 @@ def convert_adapter(
         folder: adapter_config.json and adapter_model.safetensors.
         base: the base it was trained on: an HF folder, or a GGUF file of any quantization.
         out: the GGUF adapter to write.
-        dtype: of its tensors, "f32", "f16" or "bf16".
+        dtype: of its tensors, "f32", "f16" or "bf16"; f16 becomes f32 where it would lose small values.
         metadata: more keys for the file; they win.
         force: overwrite `out`.
 
@@ -152,16 +156,18 @@ def convert_adapter(
     """
     started = time.monotonic()
     folder, out = Path(folder), Path(out)
-    block_type = _block_type(dtype)
+    _block_type(dtype)
     config, tensors = read_peft_config(folder), _open(folder)
     known = read_base(Path(base))
     with tensors:
         targets = _targets(folder, config, tensors, known, dtype)
+        dtype, error, lossy = _exact_enough(targets, dtype)
+        block_type = _block_type(dtype)
         specs = [spec for target in targets for spec in target.specs(block_type)]
         pairs = {**_metadata(folder, known, dtype), **(metadata or {})}
         header = header_bytes(pairs, specs)
         check_output(out, file_size(header, specs), force=force)
-        notices = _notices(targets)
+        notices = (*lossy, *_notices(targets))
         _write(out, header, targets, known.dimensions, block_type, progress)
     return AdapterReport(
         path=out,
@@ -174,6 +180,7 @@ def convert_adapter(
         base_fingerprint=known.fingerprint,
         dtype=dtype.lower(),
         seconds=time.monotonic() - started,
+        max_relative_error=error,
         notices=notices,
     )
 
@@ -198,7 +205,7 @@ def _targets(folder: Path, config: PeftConfig, tensors: Tensors, base: Base, dty
             hint=f"These methods convert: {', '.join(METHODS)}.",
         )
     factors, problems = METHODS[config.peft_type](config, tensors)
-    problems = [*config.problems, *problems]
+    problems = [*config.problems, *problems, *_halves(config, tensors, base.family)]
     targets, misfits = [], []
     for each in factors:
         place = base.family.from_hf(f"{each.module}.weight")
@@ -220,6 +227,14 @@ def _targets(folder: Path, config: PeftConfig, tensors: Tensors, base: Base, dty
     if not targets:
         raise FormatError(f"{folder / WEIGHTS}: holds no LoRA tensors")
     return sorted(targets, key=lambda target: tensor_order(target.place.gguf_name))
+
+
+def _halves(config: PeftConfig, tensors: Tensors, family: Family) -> list[str]:
+    """Target modules that this family has and the file has nothing of: a part of the adapter is missing."""
+    known = {row.hf.rpartition(".")[2] for row in family.rows}
+    wanted = [name for name in config.target_modules if name.rpartition(".")[2] in known]
+    absent = [name for name in wanted if not any(f".{name}.lora_" in tensor for tensor in tensors.tensors)]
+    return [f"target_modules has {name!r}, and no tensor belongs to it" for name in absent]
 
 
 def _misfit(factors: Factors, place: Place | None, base: Base) -> str:
@@ -249,6 +264,33 @@ def _bad_values(target: Target, dtype: str) -> Iterator[str]:
             yield f"{target.factors.module}: {name} holds NaN or infinite values"
         elif dtype.lower() == "f16" and largest > F16_MAX:
             yield f"{target.factors.module}: {name} reaches {largest:.3g}, too large for f16; use f32 or bf16"
+
+
+def _exact_enough(targets: list[Target], dtype: str) -> tuple[str, float, tuple[str, ...]]:
+    """The dtype to write, the largest relative error it gives, and a notice where it is not the one asked for."""
+    errors = {target.factors.module: _relative_error(target, dtype) for target in targets}
+    largest = max(errors.values())
+    if dtype.lower() != "f16" or largest <= F16_ERROR:
+        return dtype, largest, ()
+    worst = [module for module, error in errors.items() if error > F16_ERROR]
+    names = ", ".join(worst[:3]) + (f" and {len(worst) - 3} more" if len(worst) > 3 else "")
+    return "f32", 0.0, (f"written as f32: f16 would change {names} by up to {largest:.1%}, its values are too small",)
+
+
+def _relative_error(target: Target, dtype: str) -> float:
+    errors = [0.0]
+    for load in (target.factors.load_a, target.factors.load_b):
+        exact = load().astype(np.float64)
+        if norm := np.linalg.norm(exact):
+            errors.append(float(np.linalg.norm(_rounded(exact.astype(np.float32), dtype) - exact) / norm))
+    return max(errors)
+
+
+def _rounded(values: Floats, dtype: str) -> Floats:
+    stored = quantize_rows(values, _block_type(dtype))
+    if dtype.lower() == "bf16":
+        return (stored.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.view(np.float16 if dtype.lower() == "f16" else np.float32).astype(np.float32)
 
 
 def _notices(targets: list[Target]) -> tuple[str, ...]:

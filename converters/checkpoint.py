@@ -46,7 +46,10 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half a character cannot be written down again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except OSError as error:
         raise MissingFileError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ for _logger in ("gguf", "metadata"):
 
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_BYTES = 4 << 20
+F32_MAX = 3.4e38
+SNAPSHOT = re.compile(r"models--(?:[^/]+--)?([^/]+)/snapshots/[0-9a-f]{7,64}/?$")  # of huggingface_hub's cache
 UNTIED = (
     "config.json ties the output to the embeddings, but lm_head.weight differs from them: it is kept as an output of "
     "its own, as transformers does"
@@ -124,9 +127,11 @@ def describe(folder: Path, architecture: str, n_parameters: int) -> dict[str, Va
     folder = folder.resolve()
     try:
         card = gguf.Metadata.load(None, folder, None, n_parameters)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except Exception as error:  # gguf and its YAML parser raise anything
         raise FormatError(f"{folder}: README.md or generation_config.json cannot be understood ({error})") from None
     card.name = card.name or folder.name
+    if snapshot := SNAPSHOT.search(folder.as_posix()):
+        card.name = snapshot[1] if card.name == gguf.Metadata.id_to_title(folder.name) else card.name
     card.size_label = card.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
     writer = gguf.GGUFWriter(None, architecture)
     writer.add_type("model")
@@ -138,7 +143,9 @@ def _typed(folder: Path, key: str, pair: Any) -> Value:
     """gguf's value, checked: it takes whatever the model card and generation_config.json say."""
     kinds: dict[str, Any] = {"INT32": int, "UINT32": int, "FLOAT32": (int, float), "STRING": str, "ARRAY": list}
     value, wanted = pair.value, kinds[pair.type.name]
-    if not isinstance(value, wanted) or isinstance(value, bool) or (wanted is int and abs(value) >= 2**31):
+    largest = 2**31 - 1 if wanted is int else F32_MAX
+    is_number = isinstance(value, (int, float))
+    if not isinstance(value, wanted) or isinstance(value, bool) or (is_number and not abs(value) <= largest):
         raise FormatError(f"{folder}: {key} is {value!r} in its README.md or generation_config.json")
     if pair.type.name == "INT32":
         return Typed("i", value)

@@ -43,6 +43,10 @@ REFUSED: Mapping[str, str] = {
     "monteclora_config": "MonteCLoRA is not converted yet",
 }
 DEFAULTS: Mapping[str, Any] = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}  # PEFT's own
+PATTERNS = ("rank_pattern", "alpha_pattern")
+MATCH = r"(.*\.)?({})$"  # as PEFT wraps a pattern
+MAX_QUANTIFIERS = 3
+F32_MAX = 3.4e38
 OFF: tuple[Any, ...] = (None, False, [], {}, "", "none")
 # Initialisations that leave the base as it was; the others move a part of the base into the adapter at the start.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
@@ -55,6 +59,8 @@ class PeftConfig:
 
     Attributes:
         rank: of every module that `rank_pattern` does not match; likewise `alpha`.
+        target_modules: names, where they are given as a list.
+        is_valid: the numbers are those of the file; otherwise they are PEFT's defaults, and say nothing.
         problems: settings that cannot be converted, each with its reason.
     """
 
@@ -66,6 +72,8 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
     base_model: str
+    target_modules: tuple[str, ...]
+    is_valid: bool
     problems: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
@@ -79,7 +87,7 @@ class PeftConfig:
 
 def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
     """The first pattern that matches, as `get_pattern_key` (peft/utils/other.py)."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+    return next((key for key in patterns if re.match(MATCH.format(key), module)), module)
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
@@ -92,7 +100,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
     path = folder / FILE_NAME
     values = read_json(path)
     problems = [problem for check in (_known, _valid, _init) for problem in check(values)]
-    numbers = DEFAULTS if _valid(values) else _with_defaults(values)
+    is_valid = not _valid(values)
+    numbers = _with_defaults(values) if is_valid else DEFAULTS
     return PeftConfig(
         path=path,
         peft_type=str(values.get("peft_type")),
@@ -102,8 +111,14 @@ def read_peft_config(folder: Path) -> PeftConfig:
         alpha_pattern=numbers["alpha_pattern"],
         use_rslora=bool(values.get("use_rslora")),
         base_model=str(values.get("base_model_name_or_path") or ""),
+        target_modules=_names(values.get("target_modules")),
+        is_valid=is_valid,
         problems=tuple(problems),
     )
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()
 
 
 def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +149,9 @@ def _valid(values: Mapping[str, Any]) -> list[str]:
         ("alpha_pattern", lambda value: _is_pattern(value, _is_number), "regular expressions to numbers"),
     )
     given = _with_defaults(values)
-    return [f"{key} is {_short(given[key])}, expected {wanted}" for key, ok, wanted in checks if not ok(given[key])]
+    bad = ((key, pattern) for key in PATTERNS if isinstance(given[key], dict) for pattern in given[key])
+    slow = [f"{key} has {_short(pattern)}, {problem}" for key, pattern in bad if (problem := _pattern_problem(pattern))]
+    return slow + [f"{key} is {_short(given[key])}, expected {wanted}" for key, ok, wanted in checks if not ok(given[key])]
 
 
 def _init(values: Mapping[str, Any]) -> list[str]:
@@ -149,18 +166,25 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= F32_MAX
 
 
 def _is_pattern(value: Any, is_valid: Callable[[Any], bool]) -> bool:
     if not isinstance(value, dict):
         return False
-    try:
-        for key in value:
-            re.compile(key)
-    except re.error:
-        return False
     return all(is_valid(item) for item in value.values())
+
+
+def _pattern_problem(pattern: str) -> str:
+    """Why a pattern is not used: what it becomes must be an expression, and one that takes no exponential time."""
+    try:
+        re.compile(MATCH.format(pattern))
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"which is no regular expression for a module's name ({error})"
+    plain = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern)  # without escapes and classes
+    if re.search(r"\)\s*[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > MAX_QUANTIFIERS:
+        return "whose quantifiers are nested or too many; write the modules' names out"
+    return ""
 
 
 def _short(value: Any) -> str:

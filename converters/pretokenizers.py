@@ -36,13 +36,14 @@ def pretokenizer_name(tokenizer: Json) -> str | None:
 
 
 def _steps(pre_tokenizer: Json | None) -> tuple[str, ...] | None:
-    """The regular expressions in order, or None for a step that is not one."""
+    """The regular expressions in order, or None for a step that is not one, or bytes that are not made last."""
     if pre_tokenizer is None:
         return None
-    if pre_tokenizer.get("type") != "Sequence":
-        return _step(pre_tokenizer)
+    parts = pre_tokenizer.get("pretokenizers", []) if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
+    if [number for number, part in enumerate(parts) if part.get("type") == "ByteLevel"] != [len(parts) - 1]:
+        return None  # without it, or before other steps, text does not reach the merges as llama.cpp's bytes do
     steps: tuple[str, ...] = ()
-    for part in pre_tokenizer.get("pretokenizers", []):
+    for part in parts:
         step = _step(part)
         if step is None:
             return None

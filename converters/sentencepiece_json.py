@@ -61,19 +61,16 @@ def sentencepiece_json(
 
 
 def merges(model: SentencePieceModel) -> list[tuple[str, str]]:
-    """Every way to put two pieces together to a third, best score first.
+    """Every way to put two pieces together to a third, by the third's id: a piece's score falls as its id grows.
 
-    The order of equal scores is that of `generate_merges` in transformers (convert_slow_tokenizer.py).
+    The order is that of `generate_merges` in transformers (tokenization_utils_base.py).
     """
     ids = {piece.text: number for number, piece in enumerate(model.pieces)}
-    found: list[tuple[float, str, str]] = []
+    found: list[tuple[str, str]] = []
     for piece in model.pieces:
         halves = ((piece.text[:cut], piece.text[cut:]) for cut in range(1, len(piece.text)))
-        known = [(left, right) for left, right in halves if left in ids and right in ids]
-        known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-        found += [(piece.score, left, right) for left, right in known]
-    found.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
-    return [(left, right) for _, left, right in found]
+        found += [(left, right) for left, right in halves if left in ids and right in ids]  # the shortest left first
+    return found
 
 
 def _added(number: int, token: AddedToken) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from converters.errors import FormatError, MissingFileError, UnsupportedError
 from converters.pretokenizers import pretokenizer_name
 from converters.sentencepiece_json import sentencepiece_json
 from converters.sentencepiece_model import SentencePieceModel, read_sentencepiece
+from converters.tokenizer_ends import end_tokens, lost_templates
 from converters.writer import Value
 
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
@@ -343,14 +344,16 @@ def _finish(
         metadata["tokenizer.ggml.scores"] = entries.scores
     metadata["tokenizer.ggml.token_type"] = entries.types
     metadata |= _special_metadata(folder, len(entries.tokens), load_merges=model == "gpt2")
+    ends, notices = end_tokens(folder, metadata, len(entries.tokens))
+    metadata |= ends
+    notices += lost_templates(folder, metadata)
     metadata["edgelora.tokenizer"] = HUGGINGFACE if reasons else NATIVE
-    notices = []
     if reasons:
         metadata["tokenizer.huggingface.json"] = carried
-        notices = [
+        notices.append(
             f"tokenizer: {'; '.join(reasons)}. A tokenizer.json is kept in the file and edgelora uses it; "
             "other llama.cpp programs would cut some text otherwise"
-        ]
+        )
     return Vocabulary(tuple(entries.tokens), metadata, tuple(notices))
 
 
@@ -366,7 +369,7 @@ def _special_metadata(folder: Path, n_vocab: int, *, load_merges: bool) -> dict[
     writer = gguf.GGUFWriter(None, "")
     try:
         special = gguf.SpecialVocab(folder, load_merges=load_merges, n_vocab=n_vocab)
-        if (template := folder / "chat_template.jinja").is_file() and isinstance(special.chat_template, str | None):
+        if (template := folder / "chat_template.jinja").is_file():
             special.chat_template = template.read_text(encoding="utf-8")  # as transformers does: the file wins
         if load_merges:  # without these, llama.cpp decides by the pre-tokenizer's name
             special.add_special_token = {"bos": False, "eos": False, **special.add_special_token}

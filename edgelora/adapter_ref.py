@@ -22,6 +22,11 @@ class AdapterRef:
     path: Path
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        if not number or not math.isfinite(self.scale):
+            raise SettingsError(f"adapter {self.name}: scale is {self.scale!r}, expected a finite number")
+
     @classmethod
     def parse(cls, text: str) -> AdapterRef:
         """`support.gguf`, `support.gguf@0.5`, `vip=tenants/7.gguf`; the name defaults to the file's stem.
@@ -31,6 +36,8 @@ class AdapterRef:
         Raises:
             SettingsError: an empty path, a name that could not be typed in a request, or a scale that is no number.
         """
+        if problem := _unusable(text):
+            raise SettingsError(f"adapter {text[:80]!r}: {problem}")
         name, scale, path_text = "", 1.0, text
         if not Path(text).exists():
             head, equals, tail = text.partition("=")
@@ -45,6 +52,17 @@ class AdapterRef:
             )
         path = Path(path_text).expanduser()
         return cls(check_name(name or default_name(path)), path, scale)
+
+
+def _unusable(text: str) -> str:
+    """What keeps the system from looking at such a path at all: a NUL, an unknown user's home, a name too long."""
+    try:
+        candidates = {text, text.partition("=")[2], text.rpartition("@")[0], text.partition("=")[2].rpartition("@")[0]}
+        for candidate in candidates:
+            Path(candidate).expanduser().exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        return f"not a path ({getattr(error, 'strerror', None) or error})"
+    return ""
 
 
 def _split_scale(path_text: str, whole: str) -> tuple[str, float]:
@@ -72,6 +90,8 @@ def check_name(name: str) -> str:
     Raises:
         SettingsError: reserved for the bare base, or holding characters that requests and files cannot carry.
     """
+    if not isinstance(name, str):
+        raise SettingsError(f"an adapter's name is {name!r}, expected text")
     if name in BASE_NAMES:
         raise SettingsError(
             f"an adapter cannot be called {name!r}: that names the bare base", hint="Give it a name: NAME=PATH."

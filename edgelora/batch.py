@@ -290,8 +290,14 @@ class _Batch:
             body = {"error": reply} if isinstance(reply, str) else _reply_fields(reply.completion)
         except ROW_ERRORS as error:
             body = {"error": error.message}
-        metadata = {"metadata": item.row.data["metadata"]} if "metadata" in item.row.data else {}
-        return item, {**item.labels, **body, "adapter": item.adapter, **metadata, "key": item.key}
+        return item, {**item.labels, **body, "adapter": item.adapter, **self.metadata_of(item), "key": item.key}
+
+    def metadata_of(self, item: _Item) -> dict[str, Any]:
+        data = {name: value for name, value in item.row.data.items() if name == "metadata"}
+        try:
+            return _typed(data) if self.is_csv else data
+        except SettingsError:
+            return data
 
     def request_of(self, item: _Item) -> Request:
         """The engine's request for a row.
@@ -312,10 +318,13 @@ class _Batch:
         if problem := check_messages(messages):
             raise SettingsError(problem)
         has_system = messages[0]["role"] == "system"
-        if has_system and data.get("system"):
+        system = data.get("system")
+        if has_system and system is not None:
             raise SettingsError("`system` is given twice: as a field and as the first message")
-        system = data.get("system") or (None if has_system else self.defaults.system)
-        return [{"role": "system", "content": system}, *messages] if system else list(messages)
+        if system is None and not has_system:
+            system = self.defaults.system
+        # An empty one stands for none at all: the adapter's own is not used then.
+        return list(messages) if system is None else [{"role": "system", "content": system}, *messages]
 
     def loaded(self, adapter: str) -> tuple[str, float | None]:
         """The engine's name and the scale for what a row calls its adapter; a path is loaded at its first use."""
@@ -352,7 +361,7 @@ def _typed(data: Mapping[str, str]) -> dict[str, Any]:
     for name, text in data.items():
         try:
             typed[name] = _CSV_TYPES.get(name, str)(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise SettingsError(f"column {name} holds {text!r}, which cannot be read as {name}") from None
     return typed
 

@@ -101,7 +101,7 @@ class Contract:
             return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelFileError(
                 f"{path}: cannot be read ({error})", hint="Delete it to go on without a contract."
             ) from None
@@ -120,7 +120,7 @@ class Contract:
 def _check_version(version: object, source: str) -> None:
     if version != VERSION:
         raise ModelFileError(
-            f"{source}: its contract has version {version}; this edgelora reads version {VERSION}",
+            f"{source}: its contract has version {version!r}; this edgelora reads version {VERSION}",
             hint="Upgrade edgelora, or convert the adapter again with this one.",
         )
 
@@ -130,7 +130,7 @@ def _decode(cls: type[Contract], values: Mapping[str, tuple[Any, Callable[[Any],
     for name, (value, decode) in values.items():
         try:
             decoded[name] = decode(value)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             problems.append(f"{name} ({error})")
     if problems:
         raise ModelFileError(
@@ -145,6 +145,18 @@ def _text(value: Any) -> str:
     return value
 
 
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, found {type(value).__name__}")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"expected a whole number, found {type(value).__name__}")
+    return value
+
+
 def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(f"expected an object, found {type(value).__name__}")
@@ -152,15 +164,15 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
-    return tuple({"role": _text(m["role"]), "content": _text(m["content"])} for m in value)
+    return tuple({"role": _text(m["role"]), "content": _text(m["content"])} for m in map(_mapping, _list(value)))
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(_text(v) for v in value)
+    return tuple(_text(v) for v in _list(value))
 
 
 def _ids(value: Any) -> tuple[int, ...]:
-    return tuple(int(v) for v in value)
+    return tuple(_whole(v) for v in _list(value))
 
 
 def _to_json(value: Any) -> str:

@@ -5,6 +5,10 @@ A training row is one JSON object on a line, in one of two shapes:
     {"messages": [{"role": "user", "content": "Is it waterproof?"}, {"role": "assistant", "content": "Yes, IP67."}]}
     {"prompt": "Is it waterproof?", "completion": "Yes, IP67."}
 
+`weight` on an assistant message is OpenAI's: 0 leaves it out of training, 1 is the default. `tools`, `functions`,
+`tool_calls` and `function_call` would change what the model reads and are refused; other fields (`id`, `name`,
+`metadata` ...) do not reach a chat template and are ignored.
+
 A batch row has `messages` (ending with the user's turn) or `prompt`, and may carry settings of its own.
 """
 
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +28,9 @@ from edgelora.errors import DataFileError
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_PROBLEMS_SHOWN = 8
+MAX_CSV_FIELD = 2**31 - 1  # Python's own limit is 128 KiB
+_SURROGATE = re.compile("[\ud800-\udfff]")
+TOOL_FIELDS = ("tools", "functions", "tool_calls", "function_call")
 
 
 class Message(TypedDict):
@@ -44,14 +52,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that make sense to a chat template, and where they came from.
+    """Messages that make sense to a chat template, and where they came from; in training, the last one is trained.
 
     `templated` is False for a prompt/completion row: without a chat template such a row is plain text to continue.
+    `untrained` are the indices of assistant messages with weight 0.
     """
 
     messages: tuple[Message, ...]
     source: str
     templated: bool = True
+    untrained: frozenset[int] = frozenset()
 
 
 def user_message(content: str) -> Message:
@@ -97,6 +107,8 @@ def _jsonl_rows(file: IO[bytes]) -> Iterator[Row]:
             yield Row(line, {}, "not UTF-8 text")
         except json.JSONDecodeError as error:
             yield Row(line, {}, f"not JSON ({error.msg} at column {error.colno})")
+        except ValueError:  # Python reads no numbers of more than 4,300 digits
+            yield Row(line, {}, "not JSON (a number with too many digits)")
         except RecursionError:
             yield Row(line, {}, "JSON nested too deeply")
         else:
@@ -108,20 +120,24 @@ def _jsonl_rows(file: IO[bytes]) -> Iterator[Row]:
 
 
 def _csv_rows(file: IO[bytes]) -> Iterator[Row]:
-    lines = (raw.decode("utf-8-sig" if i == 0 else "utf-8") for i, raw in enumerate(file))
+    csv.field_size_limit(MAX_CSV_FIELD)
+    # Bytes that are not UTF-8 pass as surrogates, so that they spoil their own row and no other.
+    lines = (raw.decode("utf-8-sig" if i == 0 else "utf-8", "surrogateescape") for i, raw in enumerate(file))
     reader = csv.DictReader(lines, strict=True)
     while True:
         try:
             data = next(reader)
         except StopIteration:
             return
-        except (csv.Error, UnicodeDecodeError) as error:
-            yield Row(reader.line_num, {}, f"not CSV in UTF-8 ({error})")
+        except csv.Error as error:
+            yield Row(reader.line_num, {}, f"not CSV ({error})")
             return  # the reader's quoting state is lost: what follows cannot be told apart
         if None in data or None in data.values():
             yield Row(
                 reader.line_num, {}, f"a row of another length than the header ({', '.join(reader.fieldnames or ())})"
             )
+        elif any(_SURROGATE.search(text) for text in (*data, *data.values())):
+            yield Row(reader.line_num, {}, "not UTF-8 text")
         else:
             yield Row(reader.line_num, {name: value for name, value in data.items() if value != ""})
 
@@ -152,6 +168,8 @@ def conversation_of(row: Row, source: str) -> Conversation | str:
     data = row.data
     if row.problem:
         return row.problem
+    if problem := _tool_fields(data):
+        return problem
     if "messages" in data:
         return _messages_conversation(data["messages"], source)
     if "prompt" in data and "completion" in data:
@@ -161,13 +179,35 @@ def conversation_of(row: Row, source: str) -> Conversation | str:
 
 
 def _messages_conversation(messages: Any, source: str) -> Conversation | str:
-    if problem := check_messages(messages):
+    if problem := check_messages(messages) or _weights(messages):
         return problem
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        return "no assistant message with text, so nothing to learn from"
+    replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    trained = [index for index in replies if messages[index].get("weight", 1)]
+    if not any(messages[index]["content"].strip() for index in trained):
+        return "no assistant message with text (and a weight other than 0), so nothing to learn from"
     if messages[-1]["role"] != "assistant":
         return f"the last message is the {messages[-1]['role']}'s, expected the assistant's reply"
-    return Conversation(_clean(messages), source)
+    untrained = frozenset(replies).difference(trained)
+    return Conversation(_clean(messages[: trained[-1] + 1]), source, untrained=untrained)
+
+
+def _tool_fields(data: Mapping[str, Any]) -> str:
+    """Fields in which a row describes or calls tools; empty text if there are none."""
+    found = [f"`{name}`" for name in TOOL_FIELDS if data.get(name)]
+    messages = data.get("messages")
+    for index, message in enumerate(messages if isinstance(messages, list) else [], start=1):
+        names = [name for name in TOOL_FIELDS if isinstance(message, dict) and message.get(name)]
+        found += [f"`{name}` in message {index}" for name in names]
+    return f"{', '.join(found)}: training on tools is not supported yet" if found else ""
+
+
+def _weights(messages: list[dict[str, Any]]) -> str:
+    for index, message in enumerate(messages, start=1):
+        if message.get("weight", 1) not in (0, 1):
+            return f"message {index} has weight {message['weight']!r}, expected 0 or 1"
+        if "weight" in message and message["role"] != "assistant":
+            return f"message {index} has a weight, which only the assistant's messages take"
+    return ""
 
 
 def _prompt_conversation(prompt: Any, completion: Any, source: str) -> Conversation | str:

@@ -49,13 +49,13 @@ class Sampling:
 
         return [
             ("temperature", number(self.temperature) and 0 <= self.temperature <= 100, "a number from 0 to 100"),
-            ("top_k", whole(self.top_k) and self.top_k >= 0, "a whole number, 0 or more"),
+            ("top_k", whole(self.top_k) and 0 <= self.top_k < 2**31, "a whole number from 0, below 2**31"),
             ("top_p", number(self.top_p) and 0 < self.top_p <= 1, "a number above 0, at most 1"),
             ("min_p", number(self.min_p) and 0 <= self.min_p < 1, "a number from 0, below 1"),
             (
                 "repeat_penalty",
-                number(self.repeat_penalty) and 0 < self.repeat_penalty <= 10,
-                "a number above 0, at most 10",
+                number(self.repeat_penalty) and 0.1 <= self.repeat_penalty <= 10,
+                "a number from 0.1 to 10",
             ),
             (
                 "seed",
@@ -67,7 +67,11 @@ class Sampling:
                 self.max_tokens is None or (whole(self.max_tokens) and self.max_tokens >= 1),
                 "a whole number, 1 or more",
             ),
-            ("stop", all(isinstance(s, str) and s for s in self.stop), "strings that are not empty"),
+            (
+                "stop",
+                isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
+                "strings that are not empty",
+            ),
         ]
 
     @classmethod
@@ -83,7 +87,7 @@ class Sampling:
         Raises:
             SettingsError: an unknown name or a value out of range; all problems in one message.
         """
-        unknown = sorted(set(values) - set(cls.field_names()))
+        unknown = sorted(map(str, set(values) - set(cls.field_names())))
         if unknown:
             raise SettingsError(
                 f"unknown sampling settings: {', '.join(unknown)}", hint=f"Known: {', '.join(cls.field_names())}."

@@ -9,9 +9,9 @@ is the one Hugging Face templates are written for (transformers, `utils/chat_tem
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -62,6 +62,24 @@ def resolve(name_or_path: str) -> str:
         raise SettingsError(f"{path}: cannot be read as a chat template ({error})") from None
 
 
+RENDER_SECONDS = 10.0
+MAX_STEPS = 1_000_000
+
+
+class _Ranges:
+    """`range` for one rendering; all of its ranges together have at most `MAX_STEPS` items."""
+
+    def __init__(self) -> None:
+        self._left = MAX_STEPS
+
+    def __call__(self, *bounds: int) -> range:
+        made = range(*bounds)
+        self._left -= len(made)
+        if self._left < 0:
+            raise OverflowError(f"its loops take more than {MAX_STEPS} steps")
+        return made
+
+
 class ChatTemplate:
     """A compiled chat template.
 
@@ -92,26 +110,24 @@ class ChatTemplate:
         """
         import jinja2
 
+        deadline = time.monotonic() + RENDER_SECONDS
+        pieces = []
         try:
-            return self._template.render(
+            for piece in self._template.generate(
+                range=_Ranges(),
                 messages=[dict(m) for m in messages],
                 add_generation_prompt=add_generation_prompt,
                 bos_token=bos_token,
                 eos_token=eos_token,
                 **{"tools": None, "documents": None, **variables},
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-            raise ModelFileError(f"the chat template does not accept this conversation: {error}") from None
-
-    @cached_property
-    def accepts_system(self) -> bool:
-        """Whether a system message is accepted and shows in the text."""
-        probe = "system-prompt-probe"
-        messages: list[Message] = [{"role": "system", "content": probe}, {"role": "user", "content": "hi"}]
-        try:
-            return probe in self.render(messages, add_generation_prompt=True)
-        except ModelFileError:
-            return False
+            ):
+                pieces.append(piece)
+                if time.monotonic() > deadline:
+                    raise jinja2.TemplateError(f"it took longer than {RENDER_SECONDS:g} seconds")
+        except Exception as error:  # a stranger's program: it may raise anything
+            reason = str(error) or type(error).__name__
+            raise ModelFileError(f"the chat template does not accept this conversation: {reason}") from None
+        return "".join(pieces)
 
 
 def _compile(source: str) -> jinja2.Template:
@@ -119,8 +135,9 @@ def _compile(source: str) -> jinja2.Template:
 
     try:
         return _environment().from_string(source)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise ModelFileError(f"not a chat template that Jinja can read: {error}") from None
+    except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, MemoryError, OverflowError) as error:
+        reason = str(error) or type(error).__name__
+        raise ModelFileError(f"not a chat template that Jinja can read: {reason}") from None
 
 
 def _environment() -> jinja2.Environment:

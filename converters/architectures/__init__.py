@@ -21,13 +21,15 @@ FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": llama.FAMILY,
     "MistralForCausalLM": llama.FAMILY,
 }
+# transformers class to the model_type that goes with it
+MODEL_TYPES: Mapping[str, str] = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 
 
 def find_family(config: Config, folder: Path) -> Family:
     """The family of a Hugging Face configuration.
 
     Raises:
-        FormatError: `architectures` is missing.
+        FormatError: `architectures` is missing, or `model_type` contradicts it.
         UnsupportedArchitectureError: a family that is not in the table; the hint names the nearest one.
     """
     names = config.get("architectures")
@@ -35,6 +37,12 @@ def find_family(config: Config, folder: Path) -> Family:
         raise FormatError(f"{folder / 'config.json'}: architectures is {names!r}, expected a list with one name")
     if names[0] not in FAMILIES:
         raise _unknown(names[0], str(folder), list(FAMILIES))
+    wanted, model_type = MODEL_TYPES[names[0]], config.get("model_type", MODEL_TYPES[names[0]])
+    if model_type != wanted:
+        raise FormatError(
+            f"{folder / 'config.json'}: architectures says {names[0]} (model_type {wanted!r}), model_type is {model_type!r}",
+            hint="transformers builds the model of model_type: correct the one that is wrong.",
+        )
     return FAMILIES[names[0]]
 
 

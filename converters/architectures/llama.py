@@ -62,6 +62,7 @@ KINDS = {
     "attention_bias": "true or false?",
     "mlp_bias": "true or false?",
 }
+F32_MAX = 3.4e38  # numbers are float32 in a GGUF file
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS, src/llama-hparams.h
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -91,7 +92,7 @@ def head_dim(config: Config) -> int:
 
 def rope_parameters(config: Config) -> dict[str, Any]:
     """One form for the two that transformers has written: `rope_parameters` (5.x), `rope_theta` and `rope_scaling`."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}  # in transformers' order
     rope_type = given.get("rope_type", given.get("type")) or "default"
     theta = given.get("rope_theta", config.get("rope_theta")) or 10000.0
     return {**given, "rope_type": rope_type, "rope_theta": theta}
@@ -108,7 +109,7 @@ def problems(config: Config) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= F32_MAX
 
 
 _IS: Mapping[str, Callable[[Any], bool]] = {
@@ -167,18 +168,30 @@ def _rope(config: Config) -> list[str]:
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
+    old, new = config.get("rope_scaling"), config.get("rope_parameters")
     missing = [key for key in needed.get(str(rope["rope_type"]), ()) if not _is_number(rope.get(key))]
     checks = (
         (rope["rope_type"] in ROPE_TYPES, f"rope_type is {rope['rope_type']!r}, known are {', '.join(ROPE_TYPES)}"),
         (_is_number(rope["rope_theta"]), f"rope_theta is {rope['rope_theta']!r}, expected a positive number"),
         (not missing, f"rope_type {rope['rope_type']!r} lacks {', '.join(missing)}"),
         (
-            missing or rope["rope_type"] != "llama3" or rope.get("low_freq_factor") != rope.get("high_freq_factor"),
-            "low_freq_factor and high_freq_factor are equal",
+            missing or rope["rope_type"] != "llama3" or rope["low_freq_factor"] < rope["high_freq_factor"],
+            f"low_freq_factor {rope.get('low_freq_factor')} is not below "
+            f"high_freq_factor {rope.get('high_freq_factor')}",
+        ),
+        (
+            not old or not new or _rope_form(old) == _rope_form(new),
+            f"rope_scaling {old} and rope_parameters {new} differ; delete the one the model was not trained with",
         ),
         (partial == 1.0, f"partial_rotary_factor is {partial}, expected 1"),
     )
     return [problem for ok, problem in checks if not ok]
+
+
+def _rope_form(given: Config) -> dict[str, Any]:
+    """What two ways to write the same rotary settings have in common."""
+    form = {key: value for key, value in given.items() if key not in ("type", "rope_type", "rope_theta")}
+    return {**form, "rope_type": given.get("rope_type", given.get("type")) or "default"}
 
 
 def notices(config: Config) -> list[str]:

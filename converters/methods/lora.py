@@ -25,8 +25,8 @@ FACTOR_NAMES: Mapping[str, tuple[str, bool]] = {
     ".lora_embedding_A": ("A", True),
     ".lora_embedding_B": ("B", True),
 }
-# PEFT saves the frozen embedding beside its LoRA; it is the base's own.
-FROZEN_COPY = ".base_layer.weight"
+# PEFT saves a frozen embedding or output beside its LoRA; it is the base's own.
+FROZEN_COPY, SAVED_BY_PEFT = ".base_layer.weight", ("embed_tokens", "lm_head")
 REASONS: Mapping[str, str] = {
     ".lora_magnitude_vector": "DoRA's magnitudes, which no low-rank adapter can hold",
     ".lora_B.bias": "a bias on B, which has no place in a GGUF adapter",
@@ -70,8 +70,13 @@ def _pairs(tensors: Tensors) -> tuple[dict[str, _Pair], list[str]]:
             pair.a = name
         else:
             pair.b = name
-    left = [name for name in others if not (name.endswith(FROZEN_COPY) and _module(name, FROZEN_COPY) in pairs)]
+    left = [name for name in others if not _is_frozen_copy(name, pairs)]
     return pairs, [f"{name}: {_reason(name)}" for name in left]
+
+
+def _is_frozen_copy(name: str, pairs: Mapping[str, _Pair]) -> bool:
+    module = _module(name, FROZEN_COPY)
+    return name.endswith(FROZEN_COPY) and module in pairs and module.rpartition(".")[2] in SAVED_BY_PEFT
 
 
 def _module(name: str, ending: str) -> str:
@@ -89,7 +94,7 @@ def _mismatch(config: PeftConfig, tensors: Tensors, module: str, pair: _Pair) ->
     rank = config.rank_of(module)
     if len(a) != 2 or len(b) != 2 or not 1 <= a[0] == b[1] or 0 in a + b:
         return f"{module}: A {a} and B {b} do not fit together"
-    if a[0] != rank:
+    if config.is_valid and a[0] != rank:
         return f"{module}: has rank {a[0]}, {config.path.name} says {rank}"
     return ""
 
@@ -100,7 +105,8 @@ def _factors(config: PeftConfig, tensors: Tensors, module: str, pair: _Pair) -> 
     scale = config.scale_of(module, rank)
 
     def load_b() -> Floats:
-        return tensors.rows(pair.b) * np.float32(scale)
+        with np.errstate(over="ignore"):  # infinite values are refused by name
+            return tensors.rows(pair.b) * np.float32(scale)
 
     # An embedding's weight is (vocabulary, embedding): the transpose of what its factors multiply.
     shape = (a[1], b[0]) if pair.is_embedding else (b[0], a[1])

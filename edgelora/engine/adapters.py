@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from edgelora.adapter_ref import BASE_NAMES, AdapterRef
@@ -13,7 +15,7 @@ from edgelora.engine.model import Model
 from edgelora.engine.native import Handle, forget_log, llama, reason
 from edgelora.engine.preflight import check_adapter, check_fingerprint, check_finite, content_hash, read_checked
 from edgelora.engine.prompt import encode_prompt
-from edgelora.errors import BaseMismatchError, ModelFileError, SettingsError
+from edgelora.errors import ModelFileError, SettingsError
 from edgelora.sampling import Sampling
 from edgelora.template import ChatTemplate
 
@@ -57,6 +59,8 @@ def find_adapter(name: str | None, loaded: Mapping[str, Adapter]) -> Adapter:
     Raises:
         SettingsError: unknown; the hint lists the names.
     """
+    if not isinstance(name, str | None):
+        raise SettingsError(f"adapter is {name!r}, expected a loaded adapter's name")
     if name is None or name in BASE_NAMES:
         return BARE
     if name not in loaded:
@@ -152,20 +156,20 @@ def _check_contract(
             "its chat template, stop strings and system prompt, could not be checked"
         )
         return
-    for check in (_check_fingerprint, _check_golden):
+    checks = (
+        partial(check_fingerprint, contract, ref.path, model.header),
+        partial(_check_golden, ref.path, contract, template, model),
+    )
+    for check in checks:
         try:
-            check(ref, contract, template, model)
-        except (BaseMismatchError, ModelFileError) as error:
+            check()
+        except ModelFileError as error:
             if not force:
                 raise
             yield f"{ref.name}: {error.message} (used all the same: force)"
 
 
-def _check_fingerprint(ref: AdapterRef, contract: Contract, _template: ChatTemplate | None, model: Model) -> None:
-    check_fingerprint(contract, ref.path, model.header)
-
-
-def _check_golden(ref: AdapterRef, contract: Contract, template: ChatTemplate | None, model: Model) -> None:
+def _check_golden(path: Path, contract: Contract, template: ChatTemplate | None, model: Model) -> None:
     if template is None or not contract.golden_messages or not contract.golden_tokens:
         return
     made = encode_prompt(model.tokenizer, template, contract.golden_messages)
@@ -175,7 +179,7 @@ def _check_golden(ref: AdapterRef, contract: Contract, template: ChatTemplate | 
             (i for i, (a, b) in enumerate(zip(made, wanted, strict=False)) if a != b), min(len(made), len(wanted))
         )
         raise ModelFileError(
-            f"{ref.path}: its test conversation becomes {len(made)} tokens on {model.path}, in training it was "
+            f"{path}: its test conversation becomes {len(made)} tokens on {model.path}, in training it was "
             f"{len(wanted)}; they part at token {at} (here {made[at : at + 4]}, in training {wanted[at : at + 4]})",
             hint="The base's tokenizer is not the one it was trained with: convert the base again, or use --force.",
         )

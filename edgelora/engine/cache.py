@@ -81,8 +81,8 @@ class KVCache:
         best = max(self.sequences, key=lambda s: (s.usable(key, tokens, deterministic), -s.last_used))
         kept = best.usable(key, tokens, deterministic)
         oldest = min(self.sequences, key=lambda s: s.last_used)
-        if oldest.key is None and 2 * kept < len(best.tokens):
-            best, kept = oldest, 0
+        if 2 * kept < len(best.tokens):
+            best, kept = oldest, oldest.usable(key, tokens, deterministic)
         if not self._trim(best.id, kept):
             self._trim(best.id, 0)
             kept = 0

@@ -28,6 +28,7 @@ __all__ = ["Completion", "Engine", "Request", "Stream"]
 Result = TypeVar("Result")
 AdaptersGiven = Mapping[str, str | Path | AdapterRef] | Sequence[str | Path | AdapterRef]
 Messages = Sequence[Message] | str
+MAX_THREADS = 512  # GGML_MAX_N_THREADS, ggml/include/ggml.h: more is a crash
 BATCH_WINDOW = 16
 """Requests of `Engine.batch` that wait in the queue: enough to keep the thread busy."""
 
@@ -66,9 +67,7 @@ class Engine:
         force: bool = False,
     ) -> None:
         references = _references(adapters)
-        for name, value in (("n_ctx", n_ctx), ("threads", threads)):
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} is {value}, expected a whole number, 1 or more")
+        _check_settings(base, n_ctx, threads, gpu_layers, chat_template)
         template = ChatTemplate(resolve(chat_template)) if isinstance(chat_template, str) else chat_template
         self.base = Path(base).expanduser()
         self.template_source = template.source if template else ""
@@ -114,6 +113,8 @@ class Engine:
             ModelFileError, BaseMismatchError: missing, broken, or does not fit the base.
             SettingsError: a name that requests could not carry.
         """
+        if not isinstance(path, str | Path):
+            raise SettingsError(f"the path of adapter {name!r} is {path!r}, expected text or a path")
         return self._load(AdapterRef(check_name(name), Path(path).expanduser(), scale))
 
     def unload_adapter(self, name: str) -> None:
@@ -204,7 +205,36 @@ class Engine:
         return result
 
 
+def _check_settings(base: object, n_ctx: object, threads: object, gpu_layers: object, chat_template: object) -> None:
+    def whole(value: object, least: int, most: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    checks = (
+        ("base", base, isinstance(base, str | Path), "a path"),
+        ("n_ctx", n_ctx, n_ctx is None or whole(n_ctx, 1, 2**31 - 1), "a whole number, 1 or more, below 2**31"),
+        (
+            "threads",
+            threads,
+            threads is None or whole(threads, 1, MAX_THREADS),
+            f"a whole number from 1 to {MAX_THREADS}",
+        ),
+        ("gpu_layers", gpu_layers, whole(gpu_layers, -1, 2**31 - 1), "a whole number, or -1 for all layers"),
+        (
+            "chat_template",
+            chat_template,
+            isinstance(chat_template, str | ChatTemplate | None),
+            "a name, file or template",
+        ),
+    )
+    if problems := [f"{name} is {value!r}, expected {wanted}" for name, value, ok, wanted in checks if not ok]:
+        raise SettingsError("; ".join(problems))
+
+
 def _references(adapters: AdaptersGiven) -> list[AdapterRef]:
+    if isinstance(adapters, str) or not isinstance(adapters, Mapping | Sequence):
+        raise SettingsError(
+            f"adapters are {adapters!r}, expected a mapping or a list", hint="Write [PATH], or {NAME: PATH}."
+        )
     if isinstance(adapters, Mapping):
         return [_named(name, value) for name, value in adapters.items()]
     found = [value if isinstance(value, AdapterRef) else AdapterRef.parse(str(value)) for value in adapters]
@@ -306,6 +336,8 @@ class _Worker:
             if self._current is None:
                 raise EdgeloraError("the engine was closed before this request was answered")
             job.run(runtime)
+        except StopIteration as error:  # a stream that raised it would look finished
+            job.fail(RuntimeError(f"a bug: {error!r} escaped"))
         except BaseException as error:
             job.fail(error)
         finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.reader import GGUFHeader
+from edgelora.engine.base_check import check_base
 from edgelora.engine.native import Handle, forget_log, llama, reason
 from edgelora.engine.preflight import read_checked
 from edgelora.engine.tokenizer import open_tokenizer
@@ -30,6 +31,7 @@ class Model:
     def __init__(self, path: Path, *, gpu_layers: int = -1, keep_going: Callable[[], bool] = lambda: True) -> None:
         self.path = path
         self.header: GGUFHeader = read_checked(path, "base")
+        check_base(self.header)
         self._handle = _load(path, gpu_layers, keep_going)
         try:
             self.vocab = llama().llama_model_get_vocab(self.pointer)

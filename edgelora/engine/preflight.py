@@ -8,6 +8,7 @@ decode, and trained norms are dropped without a word. All of it is refused here,
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,25 @@ _VALUE_TYPES = {
     "adapter.type": STRING,
     "adapter.lora.alpha": FLOAT32,
 }
+WEIGHT_TYPES = frozenset(  # what ggml multiplies with; integers and F64 are a crash
+    [
+        "F32",
+        "F16",
+        "BF16",
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "IQ4_NL",
+        "IQ4_XS",
+    ]
+)
 _INVOCATION = "adapter.alora.invocation_tokens"
 _HINTS = {
     "base": "This is an adapter: give it with --adapter, and its base with --base.",
@@ -62,10 +82,10 @@ def check_adapter(adapter: GGUFHeader, base: GGUFHeader) -> None:
         ModelFileError: an adapter that fits no base, or of a kind that cannot be run.
     """
     if broken := [*_metadata_problems(adapter), *_pair_problems(adapter)]:
-        raise ModelFileError(_listed(f"{adapter.path}: cannot be used as an adapter", broken), hint="Convert it again.")
+        raise ModelFileError(listed(f"{adapter.path}: cannot be used as an adapter", broken), hint="Convert it again.")
     if misfits := list(_misfits(adapter, base)):
         raise BaseMismatchError(
-            _listed(f"{adapter.path} does not fit the base {base.path}", misfits),
+            listed(f"{adapter.path} does not fit the base {base.path}", misfits),
             hint=_wanted_base(Contract.from_metadata(adapter.metadata, str(adapter.path))),
         )
 
@@ -99,6 +119,8 @@ def _metadata_problems(adapter: GGUFHeader) -> Iterator[str]:
                 yield f"{key} is missing"
         elif metadata.raw(key).kind != wanted:
             yield f"{key} has GGUF type {metadata.raw(key).kind}, expected {wanted}"
+        elif key == "adapter.lora.alpha" and not math.isfinite(metadata[key]):
+            yield f"{key} is {metadata[key]}, expected a finite number"
         elif key == "adapter.type" and metadata[key] != "lora":
             yield f"adapter.type is {metadata[key]!r}, expected 'lora'"
     if _INVOCATION in metadata:
@@ -117,7 +139,9 @@ def pairs_of(adapter: GGUFHeader) -> dict[str, Pair]:
 
 
 def _pair_problems(adapter: GGUFHeader) -> Iterator[str]:
-    for name in adapter.tensors:
+    for name, tensor in adapter.tensors.items():
+        if tensor.type_name not in WEIGHT_TYPES:
+            yield f"{name} has type {tensor.type_name}, which llama.cpp cannot compute with in an adapter"
         if name.endswith("_norm.weight"):
             yield f"{name}: a trained norm, which llama.cpp would drop without a word"
         elif not name.endswith((".lora_a", ".lora_b")):
@@ -166,7 +190,8 @@ def _shape(tensor: TensorInfo) -> str:
     return "x".join(map(str, tensor.shape))
 
 
-def _listed(title: str, problems: list[str]) -> str:
+def listed(title: str, problems: list[str]) -> str:
+    """All problems in one message; the first eight by name."""
     shown = problems[:MAX_PROBLEMS_SHOWN]
     rest = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
     return f"{title} ({len(problems)} problem{'s' * (len(problems) > 1)}): " + "; ".join([*shown, *rest])
@@ -216,6 +241,14 @@ def _fingerprint(path: Path, _size: int, _mtime_ns: int) -> str:
     return fingerprint(path)
 
 
+# Type to the unsigned integer of its bits, and its exponent's, which are all set in NaN and in infinity.
+_EXPONENTS: Mapping[str, tuple[str, int]] = {
+    "F32": ("<u4", 0x7F800000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+
+
 def check_finite(adapter: GGUFHeader) -> None:
     """No weight is NaN or infinite: such an adapter makes every logit NaN, and sampling from them is undefined.
 
@@ -224,13 +257,14 @@ def check_finite(adapter: GGUFHeader) -> None:
     """
     import numpy as np
 
-    dtypes: Mapping[str, str] = {"f32": "<f4", "f16": "<f2"}
     broken = []
     with open(adapter.path, "rb") as file:
         for tensor in adapter.tensors.values():
-            if dtype := dtypes.get(tensor.type_name.lower()):
+            if layout := _EXPONENTS.get(tensor.type_name):
                 file.seek(tensor.offset)
-                if not np.isfinite(np.frombuffer(file.read(tensor.size_bytes), dtype)).all():
+                dtype, exponent = layout
+                bits = np.frombuffer(file.read(tensor.size_bytes), dtype)
+                if ((bits & exponent) == exponent).any():
                     broken.append(tensor.name)
     if broken:
-        raise ModelFileError(_listed(f"{adapter.path}: weights that are not finite numbers", broken))
+        raise ModelFileError(listed(f"{adapter.path}: weights that are not finite numbers", broken))

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from edgelora.engine.tokenizer import SpecialToken, Tokenizer, join_controls
+from edgelora.errors import SettingsError
 from edgelora.messages import Message
 from edgelora.template import ChatTemplate
 
-_PRIVATE_USE = range(0xE000, 0xF8FF)
+_PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 
 
 def encode_prompt(
@@ -29,6 +30,7 @@ def encode_prompt(
 
     Raises:
         ModelFileError: the template refuses the conversation.
+        SettingsError: no private-use character is left to mark text with.
     """
     quotes = _Quotes.unused_in(messages)
     text = template.render(
@@ -53,7 +55,10 @@ class _Quotes:
     def unused_in(cls, messages: Sequence[Message]) -> _Quotes:
         used = {character for message in messages for character in message["content"]}
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
-        return cls(next(free), next(free))
+        opening, closing = next(free, ""), next(free, "")
+        if not closing:
+            raise SettingsError("the conversation uses every private-use character of Unicode; two must be free")
+        return cls(opening, closing)
 
     def protect(self, content: str, tokenizer: Tokenizer) -> str:
         """`content` with quotes around every control token in it, and around one cut off at either end: the message

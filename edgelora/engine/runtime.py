@@ -12,6 +12,7 @@ from edgelora.adapter_ref import AdapterRef
 from edgelora.engine.adapters import BARE, Adapter, Adapters
 from edgelora.engine.cache import CHUNK, KVCache
 from edgelora.engine.context import Context
+from edgelora.engine.devices import backend_name
 from edgelora.engine.generation import Generation, Plan
 from edgelora.engine.model import Model
 from edgelora.engine.prompt import encode_prompt
@@ -24,6 +25,7 @@ from edgelora.template import ChatTemplate
 
 DEFAULT_N_CTX = 4096
 MAX_SEQUENCES = 4
+MAX_N_CTX = 2**31
 KV_BUDGET_BYTES = 512 << 20
 """KV sequences beyond the first are kept while all of them fit in this: they save prefill when adapters alternate."""
 
@@ -54,7 +56,8 @@ class Runtime:
         try:
             self.n_ctx = settings.n_ctx or min(self.model.n_ctx_train, DEFAULT_N_CTX)
             per_sequence = max(1, self.model.kv_bytes_per_token() * self.n_ctx)
-            n_sequences = max(1, min(MAX_SEQUENCES, KV_BUDGET_BYTES // per_sequence))
+            _check_context(self.n_ctx, per_sequence)
+            n_sequences = max(1, min(MAX_SEQUENCES, KV_BUDGET_BYTES // per_sequence, (MAX_N_CTX - 1) // self.n_ctx))
             self.context = Context(
                 self.model,
                 n_ctx=self.n_ctx,
@@ -116,6 +119,8 @@ class Runtime:
 
     def encode(self, messages: Sequence[Message] | str, adapter: Adapter) -> list[int]:
         """The prompt's tokens, with the adapter's system prompt where the conversation has none."""
+        if not isinstance(messages, (str, Sequence)):
+            raise SettingsError(f"messages are {messages!r}, expected text or a list of {{role, content}}")
         conversation = [user_message(messages)] if isinstance(messages, str) else list(messages)
         if problem := check_messages(conversation):
             raise SettingsError(problem)
@@ -141,12 +146,31 @@ class Runtime:
         return found
 
 
+def _check_context(n_ctx: int, kv_bytes: int) -> None:
+    """llama.cpp ends the process where it cannot allocate.
+
+    Raises:
+        SettingsError: a context beyond what llama.cpp counts, or the memory that is free.
+    """
+    import psutil
+
+    hint = "Give a smaller context window."
+    if n_ctx >= MAX_N_CTX:
+        raise SettingsError(f"a context of {n_ctx} tokens; llama.cpp counts to {MAX_N_CTX - 1}", hint=hint)
+    free = psutil.virtual_memory().available
+    if kv_bytes > free and backend_name() == "CPU":
+        gib = [f"{size / 2**30:.1f} GiB" for size in (kv_bytes, free)]
+        raise SettingsError(f"a context of {n_ctx} tokens takes {gib[0]} of KV cache; {gib[1]} are free", hint=hint)
+
+
 def resolve_sampling(given: Sampling | Mapping[str, Any] | None, adapter: Adapter) -> Sampling:
     """The request's settings over the adapter's defaults; the adapter's stop strings always hold.
 
     Raises:
         SettingsError: an unknown name or a value out of range.
     """
+    if not isinstance(given, Sampling | Mapping | None):
+        raise SettingsError(f"sampling is {given!r}, expected a Sampling or a mapping")
     contract = adapter.contract
     sampling = given if isinstance(given, Sampling) else Sampling.from_mapping(given or {}, adapter.sampling)
     stops = (*(contract.stop if contract else ()), *sampling.stop)

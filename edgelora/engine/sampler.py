@@ -12,6 +12,7 @@ from edgelora.errors import ModelFileError
 from edgelora.sampling import Sampling
 
 PENALTY_WINDOW = 64
+MIN_TEMPERATURE = 1e-6  # below, logits divided by it overflow float32: that is greedy
 RANDOM_SEED = 2**32 - 1  # LLAMA_DEFAULT_SEED: llama.cpp draws its own
 
 
@@ -53,7 +54,7 @@ def _links(sampling: Sampling, n_vocab: int) -> list[Any]:
     library, links = llama(), []
     if sampling.repeat_penalty != 1.0:
         links.append(library.llama_sampler_init_penalties(n_vocab, PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0))
-    if sampling.temperature == 0:
+    if sampling.temperature < MIN_TEMPERATURE:
         return [*links, library.llama_sampler_init_greedy()]
     if sampling.top_k:
         links.append(library.llama_sampler_init_top_k(sampling.top_k))

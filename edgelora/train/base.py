@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,11 @@ from typing import Any
 from edgelora.errors import EdgeloraError, ModelFileError, SettingsError
 from edgelora.train.recipe import Recipe
 
-HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
+# The same weights once more, in the formats of other programs.
+HUB_COPIES = ("consolidated*", "original/*", "onnx/*")
+# Where huggingface_hub keeps what it downloads: models--owner--name/snapshots/REVISION.
+SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+$")
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class BaseFolder:
     Attributes:
         folder: the files.
         reference: what `base_model_name_or_path` says in the adapter: a hub id, or the folder's absolute path.
-        name: what people call it: the last part of the reference.
+        name: what people call it: `owner/name` on the hub, or the folder's name.
     """
 
     folder: Path
@@ -27,7 +32,11 @@ class BaseFolder:
 
     @property
     def name(self) -> str:
-        return Path(self.reference).name
+        path = Path(self.reference)
+        if not path.is_absolute():
+            return self.reference
+        snapshot = SNAPSHOT.search(path.as_posix())
+        return "/".join(snapshot.groups()) if snapshot else path.name
 
 
 def find_base(base: str) -> BaseFolder:
@@ -82,7 +91,7 @@ def _download(base: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(base, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(base, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_COPIES)))
     except HFValidationError as error:
         raise ModelFileError(f"{base}: neither a folder nor a hub id ({error})") from None
     except (HfHubHTTPError, OSError) as error:

@@ -132,7 +132,7 @@ def _find_passages(conversations: Sequence[Conversation], finder: PassageFinder)
     hint = ""
     for conversation in conversations:
         try:
-            found.append(finder.passages(conversation.messages))
+            found.append(finder.passages(conversation.messages, conversation.untrained))
         except ModelFileError as error:
             problems.append(f"{conversation.source}: {error.message}")
             hint = error.hint

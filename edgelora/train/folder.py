@@ -4,6 +4,7 @@ DIR/adapter_config.json, adapter_model.safetensors    what PEFT writes; there wh
 DIR/edgelora.json                                     the contract
 DIR/run.json                                          recipe, base and data hashes: what --resume compares
 DIR/metrics.jsonl                                     one object a log line
+DIR/.lock                                             held by the process that trains here; gone when it ends
 DIR/train.log                                         what the libraries had to say
 DIR/checkpoints/checkpoint-N/                         adapter, optimizer and random state after step N; always whole
 """
@@ -20,6 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from edgelora.errors import DataFileError, EdgeloraError, SettingsError
 from edgelora.train.recipe import Recipe
 
@@ -27,7 +30,8 @@ VERSION = 1
 CHECKPOINT = "checkpoint-"
 CHECKPOINTS_KEPT = 2
 # A PEFT folder is one with an adapter_config.json: it goes in last, when the rest is there.
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class RunRecord:
     base_fingerprint: str
     data_sha256: str
     eval_sha256: str = ""
+    template_sha256: str = ""
+    dtype: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     version: int = VERSION
 
@@ -48,10 +54,20 @@ class RunRecord:
             "base_fingerprint": f"the base was {self.base}, now {now.base} (another model)",
             "data_sha256": "the training data is not the same file any more",
             "eval_sha256": "the evaluation data is not the same",
+            "template_sha256": "the chat template is not the same any more",
+            "dtype": f"the base's weights were {self.dtype}, now {now.dtype}",
         }
         return [
             *recipe.differences(self.recipe),
             *(text for name, text in said.items() if getattr(self, name) != getattr(now, name)),
+        ]
+
+    def library_changes(self, now: RunRecord) -> list[str]:
+        """Libraries of another version than the run began with: the result may differ in the last digits."""
+        return [
+            f"{name} {version} is now {now.versions.get(name)}"
+            for name, version in self.versions.items()
+            if version != now.versions.get(name)
         ]
 
 
@@ -79,7 +95,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        return (self.path / ADAPTER_CONFIG).is_file()
+        return all((self.path / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 
     def checkpoint_steps(self) -> list[int]:
         """Steps after which there is a whole checkpoint, ascending."""
@@ -103,7 +119,7 @@ class RunFolder:
         """
         if self.path.is_file():
             raise SettingsError(f"{self.path}: a file, expected a folder", hint="Give another folder with -o.")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if not self.path.is_dir() or all(file.name == LOCK for file in self.path.iterdir()):
             return
         if self.finished:
             raise SettingsError(f"{self.path}: holds a finished adapter", hint="Give another folder with -o.")
@@ -114,6 +130,31 @@ class RunFolder:
                 f"{self.path}: holds an unfinished run (checkpoint after step {steps[-1]})",
                 hint="Go on with it by adding --resume, or remove the folder to begin again.",
             )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this folder.
+
+        Raises:
+            SettingsError: another does.
+        """
+        lock = FileLock(self.path / LOCK)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise SettingsError(
+                    f"{self.path}: another process is training in this folder",
+                    hint="Wait until it has ended, or give another folder with -o.",
+                ) from None
+        try:
+            yield
+        finally:
+            (self.path / LOCK).unlink(missing_ok=True)
+            lock.release()
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
 
     def load_record(self) -> RunRecord:
         """What the run in this folder was started with.
@@ -161,7 +202,7 @@ class RunFolder:
         target = self.checkpoint(step)
         if target.exists():
             shutil.rmtree(target)
-        _sync_files(partial)
+        _complete_files(partial)
         os.replace(partial, target)
         for old in self.checkpoint_steps()[:-CHECKPOINTS_KEPT]:
             shutil.rmtree(self.checkpoint(old))
@@ -174,7 +215,7 @@ class RunFolder:
             partial.mkdir()
             try:
                 yield partial
-                _sync_files(partial)
+                _complete_files(partial)
                 files = sorted(partial.iterdir(), key=lambda file: file.name == ADAPTER_CONFIG)
                 for file in files:
                     os.replace(file, self.path / file.name)
@@ -229,7 +270,11 @@ def _write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _sync_files(folder: Path) -> None:
+def _complete_files(folder: Path) -> None:
+    """On disk, and with the permissions of any new file: safetensors makes its own for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
     for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())

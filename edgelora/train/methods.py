@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from edgelora.train.recipe import Recipe
 
 Export = Literal["adapter", "merge", "approximate"]
+EXPORTS: Mapping[Export, str] = {
+    "adapter": "becomes a GGUF adapter, exactly",
+    "merge": "becomes part of a GGUF base: it fits no GGUF adapter",
+    "approximate": "becomes a GGUF adapter that comes close to it",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class Method:
     exports_to: Export
     config_class: str
     options: Callable[[Recipe], Mapping[str, Any]]
+
+    @property
+    def outcome(self) -> str:
+        """What `edgelora train` says about the result before it begins."""
+        return f"{self.name}: {EXPORTS[self.exports_to]}"
 
     def peft_config(self, recipe: Recipe) -> Any:
         """The `peft.PeftConfig` to train `recipe` with."""

@@ -15,7 +15,7 @@ Some templates write that token at the start of the next turn only (GLM, Apertus
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -76,17 +76,20 @@ class PassageFinder:
     def render(self, messages: Sequence[Message], *, reply_next: bool = False) -> str:
         return self.template.render(messages, add_generation_prompt=reply_next, **self._tokens)
 
-    def passages(self, messages: Sequence[Message]) -> list[Passage]:
+    def passages(self, messages: Sequence[Message], untrained: Collection[int] = ()) -> list[Passage]:
         """The conversation as one passage; as one passage a reply where the template rewrites earlier turns.
 
         Templates of reasoning models drop the reasoning of earlier replies, and Mistral's show the system prompt in
         the last question only, so that no single text holds every reply as it was produced. One text per reply is
         what serving sees.
 
+        Args:
+            untrained: indices of replies that are read only; the last message is not among them.
+
         Raises:
             ModelFileError: the template refuses the conversation, or its replies cannot be told from the rest.
         """
-        replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        replies = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in untrained]
         turns = [self._turn(messages[:i], messages[i]) for i in replies]
         whole = turns[-1].text
         if not any(turn.rebuilt for turn in turns) and all(whole.startswith(turn.trained_text) for turn in turns):

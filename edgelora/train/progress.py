@@ -13,11 +13,11 @@ class TrainStatus:
     """Where a run is after an optimizer step.
 
     Attributes:
-        step, total_steps: optimizer steps done and to do, over the whole run and not this session of it.
+        step, total_steps: optimizer steps done and to do, over the whole run, breaks included.
         epoch: passes through the data so far, as a fraction.
         loss: mean loss per trained token in this step, in nats.
         eval_loss: the same on the evaluation data, when it was last measured.
-        steps_per_second, seconds_left: by this session's speed, evaluation and saving included.
+        steps_per_second, seconds_left: by the speed since the run began or went on, evaluation and saving included.
     """
 
     step: int
@@ -61,7 +61,8 @@ class TrainReport:
         steps: optimizer steps of the whole run.
         loss, eval_loss: the last that were logged, in nats per trained token.
         trained_parameters, total_parameters: counts of weights.
-        seconds, steps_per_second: of the session that finished the run; the first includes loading.
+        seconds, steps_per_second: since the run began or last went on; the first includes loading, the second is 0
+            where no step was left to do.
         versions: of the libraries that trained it.
         notes: what a person should know: rows cut or dropped, where the run went on.
     """

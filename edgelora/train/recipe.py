@@ -109,8 +109,8 @@ class Recipe:
     )
     seed: int = _setting(42, _whole(0, "a whole number from 0, below 2**32"), "same seed, same adapter")
     chat_template: str | None = _setting(
-        None, _optional(_TEXT), "a built-in name or a Jinja file [default: the base's own]"
-    )
+        None, _optional(_TEXT), "a built-in name or a Jinja file [default: the base's own]", free_on_resume=True
+    )  # what it holds is compared, not where it lies
     dtype: str = _setting("auto", _one_of(DTYPES), "type of the base's weights; auto is bfloat16 on CUDA, else float32")
     device: str = _setting("auto", _one_of(DEVICES), "where to train", free_on_resume=True)
     save_steps: int = _setting(100, _COUNT, "optimizer steps between checkpoints", free_on_resume=True)

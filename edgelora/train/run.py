@@ -6,11 +6,13 @@ base can take minutes to load.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from edgelora.errors import DataFileError, EdgeloraError, MissingExtraError, Set
 from edgelora.messages import Conversation, read_conversations
 from edgelora.train.base import BaseFolder, Placement, find_base, load_model, load_tokenizer, placement
 from edgelora.train.folder import RunFolder, RunRecord, file_sha256
+from edgelora.train.methods import method_named
 from edgelora.train.progress import SUMMARY, SilentProgress, TrainProgress, TrainReport, TrainStatus
 from edgelora.train.recipe import Recipe
 
@@ -53,11 +56,11 @@ def train(
 
     Raises:
         MissingExtraError: the packages of the extra `train` are not installed.
-        SettingsError: the folder is taken, or the run in it has another recipe, base or data.
+        SettingsError: the folder is taken or in use, or the run in it has another recipe, base or data.
         DataFileError: the data cannot be read, or the chat template refuses it.
         ModelFileError: the base cannot be found or loaded, or its template shows no assistant text.
         EdgeloraError: the loss is not a number any more, or memory or disk are full.
-        KeyboardInterrupt: Ctrl-C; a checkpoint was saved after the step at hand.
+        KeyboardInterrupt: Ctrl-C; its argument says what is kept: the first lets the step at hand end and saves it.
     """
     began = time.monotonic()
     _require_extra()
@@ -72,7 +75,7 @@ def train(
     # spinning, 14.7 asleep). It counts only if torch is not loaded yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     said.note("loading the training libraries")
-    with library_log() as log, _memory_errors():
+    with run.locked(), library_log() as log, _memory_errors():
         return _train(job, _record(job, data, eval_data), resume, said, log, began)
 
 
@@ -118,15 +121,19 @@ class _Notes:
 def _train(job: _Job, record: RunRecord, resume: bool, said: _Notes, log: LibraryLog, began: float) -> TrainReport:
     place = placement(job.recipe)
     prepared = _prepare(job, record.base_fingerprint, said)
+    template_sha256 = hashlib.sha256(prepared.contract.chat_template.encode()).hexdigest()
+    record = replace(record, template_sha256=template_sha256, dtype=place.dtype_name)
     finished, checkpoint = _open(job, record, resume, said)
     log.write_to(job.run.log_path)
     if finished is not None:
         return _report_of(job, record, finished, said)
     said.note(f"loading {job.base.name} ({place.dtype_name}, {place.device})")
+    said.note(method_named(job.recipe.method).outcome)
     trainer, callback = _trainer(job, prepared, place, said)
-    _fit(trainer, callback, checkpoint, said)
-    report = _report(job, record, prepared, trainer, callback, said, began)
-    _save_adapter(job, trainer.model, prepared.contract, record, report)
+    with _saying_what_is_kept(trainer):
+        _fit(trainer, callback, checkpoint)
+        report = _report(job, record, prepared, trainer, callback, said, began)
+        _save_adapter(job, trainer.model, prepared.contract, record, report)
     return report
 
 
@@ -205,13 +212,16 @@ def _open(job: _Job, record: RunRecord, resume: bool, said: _Notes) -> tuple[Con
     """Begin in the run's folder or go on in it: the contract if it is finished, the checkpoint to go on from."""
     run = job.run
     if resume and run.record_path.is_file():
-        _refuse_other_run(run.load_record(), record, job)
+        started = run.load_record()
+        _refuse_other_run(started, record, job)
         if run.finished and (contract := Contract.load(run.path)) is not None:
             said.keep("already finished: nothing to do")
             return contract, None
         if (step := max(run.checkpoint_steps(), default=0)) > 0:
             run.go_on(step)
             said.keep(f"going on after step {step}")
+            if changes := started.library_changes(record):
+                said.keep(f"not the libraries that the run began with: {', '.join(changes)}")
             return None, run.checkpoint(step)
     run.refuse_if_taken()
     run.begin(record)
@@ -227,35 +237,52 @@ def _refuse_other_run(started: RunRecord, now: RunRecord, job: _Job) -> None:
 
 
 def _trainer(job: _Job, prepared: _Prepared, place: Placement, said: _Notes) -> tuple[AdapterTrainer, RunCallback]:
-    from edgelora.train.trainer import build_trainer
+    from edgelora.train.trainer import build_trainer, rank_notes
 
     model = load_model(job.base, place)
-    return build_trainer(model, prepared.tokenizer, prepared.rows, prepared.eval_rows, job.recipe, place, job.run, said)
+    trainer, callback = build_trainer(
+        model, prepared.tokenizer, prepared.rows, prepared.eval_rows, job.recipe, place, job.run, said
+    )
+    for note in rank_notes(trainer.model, job.recipe):
+        said.keep(note)
+    return trainer, callback
 
 
-def _fit(trainer: AdapterTrainer, callback: RunCallback, checkpoint: Path | None, said: _Notes) -> None:
-    """Run TRL's loop; after Ctrl-C, say what is kept.
+@contextmanager
+def _saying_what_is_kept(trainer: AdapterTrainer) -> Iterator[None]:
+    """Give an interrupt its text, wherever between the first step and the saved adapter it comes."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_kept(trainer)) from None
+
+
+def _fit(trainer: AdapterTrainer, callback: RunCallback, checkpoint: Path | None) -> None:
+    """Run TRL's loop, or where its last step was done before, take the result.
 
     Raises:
         KeyboardInterrupt: it was interrupted before the last step.
     """
-    try:
-        with callback.catching_interrupts():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        said.note(_kept(trainer))
-        raise
+    if checkpoint is not None and _is_last(checkpoint):
+        trainer.restore(checkpoint)
+        return
+    with callback.catching_interrupts():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if callback.interrupted and trainer.state.global_step < trainer.state.max_steps:
-        said.note(_kept(trainer))
         raise KeyboardInterrupt
+
+
+def _is_last(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= state["max_steps"])
 
 
 def _kept(trainer: AdapterTrainer) -> str:
     steps = trainer.run.checkpoint_steps()
     total = trainer.state.max_steps
     if not steps:
-        return f"stopped before the first checkpoint of {total} steps: nothing is kept"
-    return f"stopped: step {steps[-1]} of {total} is kept; go on with --resume"
+        return f"Stopped before the first checkpoint of {total} steps: nothing is kept."
+    return f"Step {steps[-1]} of {total} is kept; go on with --resume."
 
 
 def _report(
@@ -294,15 +321,19 @@ def _save_adapter(job: _Job, model: Any, contract: Contract, record: RunRecord, 
     from edgelora.train.trainer import save_peft
 
     training = {**job.recipe.to_dict(), **report.summary(), "data_sha256": record.data_sha256}
+    if not report.steps_per_second:  # a run whose last step was done before
+        del training["steps_per_second"]
+    known = {name: value for name, value in training.items() if value is not None}
     model.peft_config["default"].base_model_name_or_path = job.base.reference
     with job.run.adapter_files() as folder:
         save_peft(model, folder)
-        contract.with_changes(training={k: v for k, v in training.items() if v is not None}).save(folder)
+        contract.with_changes(training=known).save(folder)
 
 
 def _report_of(job: _Job, record: RunRecord, contract: Contract, said: _Notes) -> TrainReport:
     """The report of a run that was finished before: its figures are in the contract."""
-    figures: dict[str, Any] = {name: contract.training.get(name) for name in SUMMARY}
+    figures: dict[str, Any] = {"steps_per_second": 0.0}
+    figures |= {name: contract.training.get(name, figures.get(name)) for name in SUMMARY}
     return TrainReport(
         output=job.run.path,
         base=job.base.reference,

@@ -36,8 +36,9 @@ def load_sentencepiece(folder: Path) -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
-    metadata = load_vocabulary(folder, _vocabulary_size(folder / "config.json")).metadata
-    tokens = list(metadata["tokenizer.ggml.tokens"])  # type: ignore[arg-type]
+    vocabulary = load_vocabulary(folder, _vocabulary_size(folder / "config.json"))
+    metadata = vocabulary.metadata
+    tokens = vocabulary.tokens
     names = {name: _named(metadata, tokens, *where) for name, where in NAMED.items()}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_tokenizer(metadata, tokens), **{name: text for name, text in names.items() if text}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.pytorch_utils import Conv1D
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
@@ -54,6 +54,11 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self.step_loss = 0.0
         self._checkpoint_goes_to: Path | None = None
         super().__init__(**options)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take weights and history from a checkpoint after the last step: there is nothing to train."""
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._load_from_checkpoint(str(checkpoint))
 
     def training_step(self, *args: Any, **options: Any) -> Any:
         loss = super().training_step(*args, **options)
@@ -212,6 +217,19 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     callback.trainer = trainer
     return trainer, callback
+
+
+def rank_notes(model: Any, recipe: Recipe) -> list[str]:
+    """A note where the rank is above the smaller side of an adapted matrix, whose update cannot have so much."""
+    sides = {name: min(m.in_features, m.out_features) for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    above = {name.rpartition(".")[2]: side for name, side in sides.items() if side < recipe.rank}
+    if not above:
+        return []
+    smallest = min(above, key=lambda name: above[name])
+    return [
+        f"rank {recipe.rank} is more than {', '.join(sorted(above))} can hold ({smallest}: {above[smallest]}); "
+        "the rest costs space and changes nothing"
+    ]
 
 
 def _config(recipe: Recipe, place: Placement, run: RunFolder, *, evaluate: bool) -> SFTConfig:

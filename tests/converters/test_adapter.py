@@ -91,7 +91,17 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, {}, "init_lora_weights is 'pissa_niter_4'"),
     "an unknown key": ({"frobnicate": 3}, {}, "unknown setting frobnicate = 3"),
     "a rank that is no number": ({"r": "big"}, {}, "r is 'big'"),
-    "a pattern that is no expression": ({"rank_pattern": {"(": 3}}, {}, "rank_pattern is"),
+    "a pattern that is no expression": ({"rank_pattern": {"(": 3}}, {}, "rank_pattern has '(', which is no regular"),
+    "a pattern that is none when wrapped": ({"alpha_pattern": {"(?i)q_proj": 3}}, {}, "which is no regular expression"),
+    "nested quantifiers": ({"alpha_pattern": {"(([a-z_0-9.])+)+#": 4}}, {}, "quantifiers are nested"),
+    "many quantifiers": ({"rank_pattern": {".*.*.*.*.*.*.*x": 4}}, {}, "quantifiers are nested or too many"),
+    "alpha beyond a float": ({"lora_alpha": 10**400}, {}, "lora_alpha is 1000"),
+    "alpha beyond float32": ({"lora_alpha": 1e300}, {}, "lora_alpha is 1e+300"),
+    "a scale that overflows": ({"lora_alpha": 3e38}, {}, "NaN or infinite"),
+    "a module without tensors": ({"target_modules": ["q_proj", "up_proj"]}, {}, "target_modules has 'up_proj'"),
+    "a copy of a linear layer": (
+        {}, {"layers__0__self_attn__q_proj__base_layer__weight": ones(32, 32)}, "a fully trained module",
+    ),
     "another rank": ({"r": 8}, {}, "has rank 4, adapter_config.json says 8"),
     "a trained norm": ({}, {"layers__0__input_layernorm__weight": ones(32)}, "a trained norm"),
     "a trained module": ({}, {"embed_tokens__weight": ones(300, 32)}, "a fully trained module"),
@@ -114,6 +124,37 @@ def test_refused_by_name(what: str, base: Path, tmp_path: Path) -> None:
         convert_adapter(folder, base, tmp_path / "adapter.gguf")
     assert reason in caught.value.message
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_bad_number_has_no_false_consequences(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert_adapter(make_adapter(tmp_path / "a", lora_alpha="high"), base, tmp_path / "adapter.gguf")
+    assert "lora_alpha is 'high'" in caught.value.message
+    assert "rank" not in caught.value.message
+
+
+@pytest.mark.parametrize("pattern", [r"^model\.layers\.1\.mlp\.down_proj", "layers.[01].mlp.down_proj", r"\d+\.mlp\..*"])
+def test_plain_patterns_are_taken(pattern: str, base: Path, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", alpha_pattern={pattern: 6}, target_modules=["q_proj", "query"])
+    assert convert_adapter(folder, base, tmp_path / "adapter.gguf").scales == (1.5, 2.0)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e-9])
+def test_values_too_small_for_f16_are_written_as_f32(factor: float, base: Path, tmp_path: Path) -> None:
+    arrays = lora_weights(MODULES)
+    small = {name: array * np.float32(factor) if "k_proj.lora_B" in name else array for name, array in arrays.items()}
+    report = convert_adapter(make_adapter(tmp_path / "a", small), base, tmp_path / "adapter.gguf")
+    assert (report.dtype, report.max_relative_error) == ("f32", 0.0)
+    assert "f16 would change model.layers.1.self_attn.k_proj by" in report.notices[0]
+    expected = permuted(2 * small["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"], 2)
+    np.testing.assert_array_equal(read_arrays(tmp_path / "adapter.gguf")["blk.1.attn_k.weight.lora_b"], expected)
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [("f32", 0, 0), ("f16", 1e-4, 4e-4), ("bf16", 1e-3, 3e-3)])
+def test_the_rounding_is_measured(dtype: str, least: float, most: float, base: Path, tmp_path: Path) -> None:
+    report = convert_adapter(make_adapter(tmp_path / "a"), base, tmp_path / "adapter.gguf", dtype=dtype)
+    assert least <= report.max_relative_error <= most  # half a unit of 11 or 8 bits, uniformly distributed
+    assert report.dtype == dtype
 
 
 def test_every_reason_is_in_one_message(base: Path, tmp_path: Path) -> None:

@@ -151,6 +151,20 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
         convert_base(folder, folder)
 
 
+LLAMA3_UPSIDE_DOWN = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def test_two_ways_to_write_one_rope_are_no_contradiction(tmp_path: Path) -> None:
+    folder, linear = make_model(tmp_path / "model"), {"factor": 4.0}
+    two = {"rope_scaling": {**linear, "type": "linear"}, "rope_parameters": {**linear, "rope_type": "linear"}}
+    write_json(folder / "config.json", {**CONFIG, **two})
+    convert_base(folder, tmp_path / "base.gguf")
+    assert read_header(tmp_path / "base.gguf").metadata["llama.rope.scaling.factor"] == 4.0
+
+
 CONFIGS: dict[str, tuple[dict[str, Any], type[ConversionError], str]] = {
     "family": (
         {"architectures": ["LlamaForCausalLm"]},
@@ -166,6 +180,13 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[ConversionError], str]] = {
     "remote code": ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, UnsupportedError, r"x\.Y"),
     "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, UnsupportedError, "rope_type is 'yarn'"),
     "llama3 without factors": ({"rope_scaling": {"rope_type": "llama3"}}, UnsupportedError, "lacks factor"),
+    "llama3 upside down": ({"rope_scaling": LLAMA3_UPSIDE_DOWN}, UnsupportedError, "low_freq_factor 4.0 is not below"),
+    "two ropes": (
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_type": "default"}},
+        UnsupportedError,
+        "rope_scaling .* and rope_parameters .* differ",
+    ),
+    "two families": ({"model_type": "mistral"}, FormatError, "architectures says LlamaForCausalLM .* is 'mistral'"),
     "partial rotation": ({"partial_rotary_factor": 0.5}, UnsupportedError, "partial_rotary_factor is 0.5"),
     "heads": ({"num_key_value_heads": 3}, UnsupportedError, "not a multiple"),
     "odd head": ({"head_dim": 7}, UnsupportedError, "head_dim is 7"),
@@ -186,7 +207,7 @@ def test_configurations_that_cannot_be_converted(what: str, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [folder]
 
 
-STRANGE = [None, True, 0, -1, 1.5, 2**40, "text", [], {}, [1, 2], {"a": 1}, {"rope_type": 7}, float("nan")]
+STRANGE = [None, True, 0, -1, 1.5, 2**40, 10**400, 1e300, "\ud800", "text", [], {}, [1, 2], {"a": 1}, {"rope_type": 7}, float("nan")]
 OTHER_KEYS = {"rope_scaling", "rope_parameters", "quantization_config", "auto_map", "partial_rotary_factor"}
 
 
@@ -223,6 +244,21 @@ def test_no_value_in_another_file_is_a_crash(name: str, key: str, tmp_path: Path
         write_json(folder / name, {key: value})
         message = refused_or_whole(folder, tmp_path / "base.gguf")
         assert not message or str(folder) in message
+
+
+def test_a_broken_model_card_is_named(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    (folder / "README.md").write_text("---\nlicense: [apache\n  bad: : yes\n---\n")
+    with pytest.raises(FormatError, match=r"README\.md"):
+        convert_base(folder, tmp_path / "base.gguf")
+
+
+@pytest.mark.parametrize("repository", ["models--owner--tiny-chat", "models--tiny-chat"])
+def test_a_snapshot_of_the_hub_has_its_repositorys_name(repository: str, tmp_path: Path) -> None:
+    folder = tmp_path / repository / "snapshots" / ("0123456789abcdef" * 3)[:40]
+    assert convert_base(make_model(folder), tmp_path / "base.gguf").name == "tiny-chat"
+    other = tmp_path / "snapshots" / "0123456789abcdef"
+    assert convert_base(make_model(other), tmp_path / "other.gguf").name != "tiny-chat"
 
 
 def test_all_problems_are_in_one_message(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from gguf.constants import TokenType
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 from converters.errors import ConversionError, FormatError, MissingFileError, UnsupportedError
 from converters.pretokenizers import LLAMA3, NAMES, QWEN2
@@ -83,6 +83,14 @@ DIFFERENT: dict[str, tuple[Callable[[Tokenizer], Any], Callable[[dict[str, Any]]
         lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)), lambda v: None,
         "no pre-tokenizer that cuts text as it does",
     ),
+    "no step to bytes": (
+        lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Split(Regex(LLAMA3), "isolated")),
+        lambda v: v["model"].update(ignore_merges=True), "no pre-tokenizer that cuts text as it does",
+    ),
+    "bytes before the expression": (
+        lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Sequence(split(LLAMA3)[::-1])),
+        lambda v: v["model"].update(ignore_merges=True), "no pre-tokenizer that cuts text as it does",
+    ),
     "a missing byte": (lambda t: None, no_byte, "1 of 256 bytes are not in its vocabulary"),
     "a token that takes spaces": (
         lambda t: None, lambda v: v["added_tokens"][1].update(lstrip=True), "takes the spaces around it",
@@ -126,6 +134,53 @@ def test_chat_templates(tmp_path: Path) -> None:
     assert load_vocabulary(tmp_path, SIZE).metadata["tokenizer.chat_template"] == CHAT
     (tmp_path / "tokenizer_config.json").unlink()
     assert load_vocabulary(tmp_path, SIZE).metadata["tokenizer.chat_template"] == CHAT
+
+
+def test_a_list_of_chat_templates(tmp_path: Path) -> None:
+    default, other = {"name": "default", "template": "one"}, {"name": "rag", "template": "two"}
+    folder_with(tmp_path, byte_level_tokenizer(), chat_template=[default, other])
+    vocabulary = load_vocabulary(tmp_path, SIZE)
+    assert (vocabulary.metadata["tokenizer.chat_template"], vocabulary.notices) == ("one", ())
+    folder_with(tmp_path, byte_level_tokenizer(), chat_template=[other])
+    vocabulary = load_vocabulary(tmp_path, SIZE)
+    assert "tokenizer.chat_template" not in vocabulary.metadata
+    assert "none is named 'default' (there is rag)" in vocabulary.notices[0]
+    (tmp_path / "chat_template.jinja").write_text(CHAT)
+    vocabulary = load_vocabulary(tmp_path, SIZE)
+    assert (vocabulary.metadata["tokenizer.chat_template"], vocabulary.notices) == (CHAT, ())
+
+
+EOS, EOT = "tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"
+# (tokenizer_config's eos, config.json, generation_config.json) to (eos, eot, ids in the notice)
+ENDS: dict[str, tuple[str | None, Any, Any, tuple[int | None, int | None, str]]] = {
+    "one": (SPECIAL[1], 1, 1, (1, None, "")),
+    "a list": (SPECIAL[1], [1, 5], None, (1, 5, "")),
+    "its own first": (SPECIAL[1], None, [7, 1], (1, 7, "")),
+    "three": (SPECIAL[1], None, [7, 1, 8, 9], (1, 7, "8, 9")),
+    "an empty tokenizer_config": (None, None, [7, 8], (7, 8, "")),
+    "config.json first": (None, 3, 4, (3, 4, "")),  # as gguf takes it
+    "none": (None, None, None, (None, None, "")),
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_every_id_that_ends_a_reply(what: str, tmp_path: Path) -> None:
+    own, config, generation, (eos, eot, lost) = ENDS[what]
+    folder_with(tmp_path, byte_level_tokenizer())
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": own} if own else {})
+    write_json(tmp_path / "config.json", {"eos_token_id": config})
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": generation})
+    vocabulary = load_vocabulary(tmp_path, SIZE)
+    assert (vocabulary.metadata.get(EOS), vocabulary.metadata.get(EOT)) == (eos, eot)
+    assert [notice.split(" too")[0] for notice in vocabulary.notices] == (
+        [f"eos_token_id: a reply may end in {lost}"] if lost else []
+    )
+
+
+def test_an_end_outside_the_vocabulary(tmp_path: Path) -> None:
+    write_json(folder_with(tmp_path, byte_level_tokenizer()) / "config.json", {"eos_token_id": [1, 999]})
+    with pytest.raises(FormatError, match=r"config\.json: eos_token_id has 999, expected ids below 320"):
+        load_vocabulary(tmp_path, SIZE)
 
 
 BROKEN: dict[str, tuple[Callable[[dict[str, Any]], object], type[ConversionError], str]] = {

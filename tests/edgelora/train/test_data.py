@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from edgelora.errors import DataFileError, ModelFileError
-from edgelora.messages import Conversation, Message
+from edgelora.messages import Conversation, Message, Row, conversation_of
 from edgelora.template import BUILTIN, ChatTemplate
 from edgelora.train.base import find_base, load_tokenizer
 from edgelora.train.data import IGNORED, TokenRow, chat_template_ids, finder_for, tokenize_conversations
@@ -73,7 +73,7 @@ def test_cut_rows_are_counted_and_rows_without_a_reply_left_out(tokenizer: Any) 
 
 @pytest.mark.parametrize(
     "messages",
-    [chat("Is it the Pebble la", "mp, yes."), chat("Is it wat", "erproof? Yes.", " And the batt", "ery lasts.")],
+    [chat("Is it wat", "erproof, yes?"), chat("Is it wat", "erproof? Yes.", " And the batt", "ery lasts.")],
     ids=["one reply", "two replies"],
 )
 def test_a_reply_that_goes_on_in_a_word_follows_the_ids_of_its_prompt(messages: list[Message], tokenizer: Any) -> None:
@@ -140,3 +140,40 @@ def test_slow_tokenizers_are_refused() -> None:
 
     with pytest.raises(ModelFileError, match="Slow"):
         rows_of(chat("Hi", "Yes."), Slow())
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama2"])
+def test_replies_of_weight_0_are_read_and_not_trained(template: str, tokenizer: Any) -> None:
+    talk = chat("One?", "First.", "Two?", "Second.", "Three?", "Third.")
+    texts = {}
+    for weights in ((1, 1, 1), (0, 1, 0), (0, 0, 1)):
+        messages = [{**m, **({"weight": weights[i // 2]} if i % 2 else {})} for i, m in enumerate(talk)]
+        found = conversation_of(Row(1, {"messages": messages}), "data.jsonl:1")
+        assert isinstance(found, Conversation)
+        finder = finder_for(tokenizer, ChatTemplate(BUILTIN[template]))
+        (row,) = tokenize_conversations([found], tokenizer, finder, 512).rows
+        assert "First." in tokenizer.decode(row.input_ids)
+        texts[weights] = trained_text(row, tokenizer).replace("<|im_end|>", " ").split()
+    assert texts == {(1, 1, 1): ["First.", "Second.", "Third."], (0, 1, 0): ["Second."], (0, 0, 1): ["Third."]}
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"messages": chat("Hi", "Yes."), "tools": [{"type": "function"}]}, "`tools`: training on tools"),
+        ({"messages": [*chat("Hi"), CALL]}, "`tool_calls` in message 2: training on tools"),
+        ({"messages": [*chat("Hi"), {**CALL, "weight": 0}, *chat("Hi", "Yes.")]}, "`tool_calls` in message 2"),
+        ({"messages": [{**m, "weight": 0} for m in chat("Hi", "Yes.")[1:]]}, "nothing to learn"),
+        ({"messages": [*chat("Hi"), {"role": "assistant", "content": "Yes.", "weight": 0.5}]}, "expected 0 or 1"),
+        ({"messages": [{**chat("Hi")[0], "weight": 1}, *chat("Hi", "Yes.")[1:]]}, "only the assistant's messages"),
+    ],
+)
+def test_fields_that_training_cannot_honour_are_refused(data: dict[str, Any], problem: str) -> None:
+    found = conversation_of(Row(1, data), "data.jsonl:1")
+    assert isinstance(found, str)
+    assert problem in found
+    harmless = {"messages": [{**m, "name": "Ann"} for m in chat("Hi", "Yes.")], "id": 7, "tools": [], "metadata": {}}
+    assert isinstance(conversation_of(Row(1, harmless), "data.jsonl:1"), Conversation)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from edgelora.errors import DataFileError, EdgeloraError, MissingExtraError, Mod
 from edgelora.messages import Conversation
 from edgelora.template import BUILTIN, ChatTemplate
 from edgelora.train import Recipe, TrainReport, TrainStatus, train
+from edgelora.train.base import BaseFolder, find_base
 from edgelora.train.folder import RunFolder
 
 from .conftest import Watcher, chat, make_base, read_metrics, write_rows
@@ -130,6 +132,17 @@ class TestAFinishedRun:
         wanted = adapter | {"run.json", "metrics.jsonl", "checkpoints"}
         assert wanted <= names <= wanted | {"train.log"}
         assert sorted(p.name for p in (finished.folder / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+
+    @pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+    def test_its_files_can_be_read_like_any_new_file(self, finished: Finished, tmp_path: Path) -> None:
+        (tmp_path / "new").touch()
+        usual = stat.S_IMODE((tmp_path / "new").stat().st_mode)
+        files = [p for p in finished.folder.rglob("*") if p.is_file()]
+        assert {p.name for p in files} >= {"adapter_model.safetensors", "optimizer.pt"}
+        assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in files} == {p.name: usual for p in files}
+
+    def test_says_what_the_method_becomes_before_it_trains(self, finished: Finished) -> None:
+        assert "lora: becomes a GGUF adapter, exactly" in finished.watcher.notes
 
     def test_has_a_contract(self, finished: Finished, base: Path, data: Path, tokenizer: Any) -> None:
         from converters.fingerprint import fingerprint
@@ -245,11 +258,11 @@ class TestResume:
         self, finished: Finished, base: Path, data: Path, settings: Recipe, tmp_path: Path
     ) -> None:
         out, watcher = tmp_path / "out", Watcher(self.stop_after(3))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=r"^Step 3 of 6 is kept; go on with --resume\.$"):
             train(data, str(base), out, settings, eval_data=data, progress=watcher)
         assert RunFolder(out).checkpoint_steps() == [2, 3]
         assert not (out / "adapter_config.json").exists()
-        assert watcher.notes[-1] == "stopped: step 3 of 6 is kept; go on with --resume"
+        assert not any("is kept" in note for note in watcher.notes)  # who catches it says it
         with pytest.raises(SettingsError, match=r"unfinished run .*step 3") as caught:
             train(data, str(base), out, settings, eval_data=data)
         assert "--resume" in caught.value.hint
@@ -306,6 +319,72 @@ class TestResume:
         report = train(data, str(base), out, replace(settings, logging_steps=3), eval_data=data, resume=True)
         assert report.notes == ("already finished: nothing to do",)
         assert (report.steps, report.loss, report.rows) == (6, finished.report.loss, 24)
+
+    def test_weights_that_are_gone_are_saved_again_from_the_last_checkpoint(
+        self, finished: Finished, base: Path, data: Path, settings: Recipe, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        shutil.copytree(finished.folder, out)
+        (out / "adapter_model.safetensors").unlink()
+        report = train(data, str(base), out, settings, eval_data=data, resume=True)
+        assert (report.steps, report.loss) == (6, finished.report.loss)
+        self.assert_same(finished, out)
+        contract = Contract.load(out)
+        assert contract is not None
+        assert "steps_per_second" not in contract.training
+        again = train(data, str(base), out, settings, eval_data=data, resume=True)
+        assert (again.notes, again.steps_per_second) == (("already finished: nothing to do",), 0.0)
+
+    def test_ctrl_c_after_the_last_step_says_what_is_kept(
+        self, finished: Finished, base: Path, data: Path, settings: Recipe, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        def interrupted(model: Any, folder: Path) -> None:
+            if folder.name == ".partial-adapter":
+                signal.raise_signal(signal.SIGINT)
+            save(model, folder)
+
+        import edgelora.train.trainer as module
+
+        save = module.save_peft
+        monkeypatch.setattr(module, "save_peft", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="Step 6 of 6 is kept; go on with --resume"):
+            train(data, str(base), tmp_path / "out", settings, eval_data=data)
+        monkeypatch.undo()
+        train(data, str(base), tmp_path / "out", settings, eval_data=data, resume=True)
+        self.assert_same(finished, tmp_path / "out")
+
+    def test_another_template_text_or_type_is_refused_and_other_libraries_are_noted(
+        self, base: Path, data: Path, settings: Recipe, tmp_path: Path
+    ) -> None:
+        out, template = tmp_path / "out", tmp_path / "chat.jinja"
+        template.write_text(BUILTIN["chatml"])
+        named = replace(settings, chat_template=str(template))
+        with pytest.raises(KeyboardInterrupt):
+            train(data, str(base), out, named, progress=Watcher(self.stop_after(2)))
+        template.write_text(BUILTIN["chatml"].replace("<|im_end|>", " <|im_end|>"))
+        with pytest.raises(SettingsError, match="chat template is not the same"):
+            train(data, str(base), out, named, resume=True)
+        template.write_text(BUILTIN["chatml"])
+        record = json.loads((out / "run.json").read_text())
+        (out / "run.json").write_text(json.dumps({**record, "dtype": "bfloat16"}))
+        with pytest.raises(SettingsError, match="weights were bfloat16, now float32"):
+            train(data, str(base), out, named, resume=True)
+        (out / "run.json").write_text(json.dumps({**record, "versions": {**record["versions"], "peft": "0.1"}}))
+        notes = train(data, str(base), out, named, resume=True).notes
+        assert any("not the libraries that the run began with: peft 0.1 is now" in note for note in notes)
+
+    def test_two_processes_do_not_train_in_one_folder(
+        self, finished: Finished, base: Path, data: Path, settings: Recipe, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        shutil.copytree(finished.folder, out)
+        with (
+            RunFolder(out).locked(),
+            pytest.raises(SettingsError, match="another process is training in this folder"),
+        ):
+            train(data, str(base), out, settings, eval_data=data, resume=True)
+        assert train(data, str(base), out, settings, eval_data=data, resume=True).steps == 6
+        assert not (out / ".lock").exists()
 
     def test_resume_with_nothing_there_begins(self, base: Path, data: Path, settings: Recipe, tmp_path: Path) -> None:
         assert train(data, str(base), tmp_path / "out", replace(settings, max_steps=1), resume=True).steps == 1
@@ -421,6 +500,35 @@ class TestBadInput:
             assert contract is not None
             assert contract.chat_template == BUILTIN[template]
 
+    def test_a_rank_above_what_a_matrix_can_hold_is_noted(
+        self, finished: Finished, base: Path, data: Path, settings: Recipe, tmp_path: Path
+    ) -> None:
+        report = train(data, str(base), tmp_path / "out", replace(settings, rank=17, max_steps=1))
+        assert any(n.startswith("rank 17 is more than k_proj, v_proj can hold (k_proj: 16)") for n in report.notes)
+        assert not any("can hold" in note for note in finished.report.notes)
+
+    def test_names_of_bases(self, base: Path, tmp_path: Path) -> None:
+        snapshot = tmp_path / "models--some-owner--Tiny-1B-v2/snapshots/0123abcd"
+        shutil.copytree(base, snapshot)
+        assert find_base(str(base)).name == base.name
+        assert find_base(str(snapshot)).name == "some-owner/Tiny-1B-v2"
+        assert BaseFolder(snapshot, "some-owner/Tiny-1B-v2").name == "some-owner/Tiny-1B-v2"
+
+    def test_copies_of_the_weights_are_not_downloaded(self, monkeypatch: Any, base: Path) -> None:
+        from huggingface_hub.utils._paths import filter_repo_objects
+
+        asked: dict[str, Any] = {}
+
+        def snapshot_download(name: str, **patterns: Any) -> str:
+            asked.update(patterns)
+            return str(base)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        find_base("owner/name")
+        wanted = ["config.json", "model-00001-of-00002.safetensors", "merges.txt", "vocab.json", "tokenizer.model"]
+        copies = ["consolidated.safetensors", "original/params.json", "onnx/model.safetensors", "pytorch_model.bin"]
+        assert list(filter_repo_objects(wanted + copies, **asked)) == wanted
+
     def test_target_modules_the_base_does_not_have(
         self, base: Path, data: Path, settings: Recipe, tmp_path: Path
     ) -> None:
@@ -468,7 +576,8 @@ class Steps:
 recipe = Recipe(rank=4, max_steps=100000, batch_size=1, gradient_accumulation=1, save_steps=100000)
 try:
     train(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), recipe, progress=Steps())
-except KeyboardInterrupt:
+except KeyboardInterrupt as interrupt:
+    print("interrupted", interrupt, flush=True)
     sys.exit(130)
 """
 
@@ -491,5 +600,5 @@ def test_sigint_to_a_process_saves_and_ends_with_130(base: Path, data: Path, tmp
     assert "PAD" in (tmp_path / "out/train.log").read_text()
     assert "Ctrl-C: stopping after this step" in rest
     (kept,) = RunFolder(tmp_path / "out").checkpoint_steps()
-    assert f"stopped: step {kept} of 100000 is kept" in rest
+    assert f"interrupted Step {kept} of 100000 is kept" in rest
     assert (tmp_path / f"out/checkpoints/checkpoint-{kept}/optimizer.pt").is_file()

@@ -29,7 +29,25 @@ pytestmark = [
     # PEFT 0.21 asks transformers 5.23 for it by its old name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
-WORDS = ("Once", " upon", " a", "time", "<s>", "</s>", "<unk>", " ", "  ", "\n", "Lily", "aaaa", "é", "你", "🙂", "\u2581", "<s")
+WORDS = (
+    "Once",
+    " upon",
+    " a",
+    "time",
+    "<s>",
+    "</s>",
+    "<unk>",
+    " ",
+    "  ",
+    "\n",
+    "Lily",
+    "aaaa",
+    "é",
+    "你",
+    "🙂",
+    "\u2581",
+    "<s",
+)
 
 
 def with_added_tokens(folder: Path) -> Path:
