@@ -166,7 +166,7 @@ def convert_adapter(
         specs = [spec for target in targets for spec in target.specs(block_type)]
         pairs = {**_metadata(folder, known, dtype), **(metadata or {})}
         header = header_bytes(pairs, specs)
-        check_output(out, file_size(header, specs), force=force)
+        check_output(out, file_size(header, specs), force=force, inputs=_inputs(folder, Path(base)))
         notices = (*lossy, *_notices(targets))
         _write(out, header, targets, known.dimensions, block_type, progress)
     return AdapterReport(
@@ -183,6 +183,10 @@ def convert_adapter(
         max_relative_error=error,
         notices=notices,
     )
+
+
+def _inputs(folder: Path, base: Path) -> list[Path]:
+    return [*folder.iterdir(), *(base.iterdir() if base.is_dir() else [base])]
 
 
 def _block_type(dtype: str) -> BlockType:

@@ -20,6 +20,7 @@ import numpy as np
 
 from converters.architectures import Dimensions, Place
 from converters.checkpoint import Checkpoint, Floats
+from converters.errors import FormatError, listed
 from converters.fingerprint import fingerprint_of
 from converters.model import Model, describe, norms, understand
 from converters.quant_types import ModelShape, choose_types, find_recipe
@@ -71,6 +72,7 @@ class Source:
 class Plan:
     """Everything that is decided before the first weight is read."""
 
+    folder: Path
     sources: tuple[Source, ...]
     metadata: Mapping[str, Value]
     notices: tuple[str, ...]
@@ -105,7 +107,7 @@ def convert_base(
         threads: for quantization; None takes every core.
         metadata: more keys for the file; they win over those found in the folder.
         progress: see `Progress`.
-        force: overwrite `out`.
+        force: overwrite `out`, and write weights that are NaN or infinite.
         dry_run: plan and check everything, write nothing.
 
     Raises:
@@ -114,10 +116,10 @@ def convert_base(
     started = time.monotonic()
     with Checkpoint(Path(folder)) as checkpoint:
         plan = plan_base(checkpoint, quant, metadata or {})
-        check_output(Path(out), plan.size_bytes, force=force)
+        check_output(Path(out), plan.size_bytes, force=force, inputs=_inputs(checkpoint))
         notices = list(plan.notices)
         if not dry_run:
-            notices += _write(plan, Path(out), threads or os.cpu_count() or 1, progress)
+            notices += _write(plan, Path(out), threads or os.cpu_count() or 1, progress, force=force)
     template = plan.metadata.get("tokenizer.chat_template")
     return BaseReport(
         path=Path(out),
@@ -156,7 +158,7 @@ def plan_base(checkpoint: Checkpoint, quant: str, metadata: Mapping[str, Value])
         **metadata,
     }
     header = header_bytes(pairs, [source.spec for source in sources])
-    return Plan(sources, pairs, model.notices, header)
+    return Plan(checkpoint.folder, sources, pairs, model.notices, header)
 
 
 def model_shape(sizes: Dimensions) -> ModelShape:
@@ -205,24 +207,38 @@ class _Chunk:
     is_last: bool
 
 
-def _write(plan: Plan, out: Path, threads: int, progress: Progress | None) -> list[str]:
-    """Stream every tensor into the file; returns notices about values that are not finite."""
+def _inputs(checkpoint: Checkpoint) -> list[Path]:
+    return [*checkpoint.folder.iterdir(), *{tensor.file for tensor in checkpoint.tensors.values()}]
+
+
+def _write(plan: Plan, out: Path, threads: int, progress: Progress | None, *, force: bool) -> list[str]:
+    """Stream every tensor into the file; returns notices about values that are not finite.
+
+    Raises:
+        FormatError: weights that are not finite in the checkpoint, without `force`.
+    """
     done, total = len(plan.header), plan.size_bytes
-    bad: dict[str, str] = {}
+    broken: dict[str, str] = {}
+    overflowed: dict[str, str] = {}
     with ThreadPoolExecutor(threads) as pool, create(out, plan.header) as file:
         for chunk in _in_order(pool, _jobs(plan), ahead=threads + 2):
             name = chunk.source.spec.name
             file.write(chunk.data.data)
             done += chunk.data.nbytes
             if not chunk.is_finite:
-                bad.setdefault(name, f"{name}: holds values that are NaN or infinite")
+                broken.setdefault(name, f"{name}: holds values that are NaN or infinite")
             elif chunk.overflowed:
-                bad.setdefault(name, f"{name}: holds values too large for F16, which became infinite")
+                overflowed.setdefault(name, f"{name}: holds values too large for F16, which became infinite")
             if chunk.is_last:
                 done += file.end_tensor(chunk.source.spec)
             if progress:
                 progress(done, total, name)
-    return list(bad.values())
+        if broken and not force:
+            raise FormatError(
+                f"{plan.folder}: its weights are broken, nothing was written:{listed(list(broken.values()))}",
+                hint="Download the model again, or write them as they are with --force.",
+            )
+    return list({**overflowed, **broken}.values())
 
 
 def _jobs(plan: Plan) -> Iterator[Callable[[], _Chunk]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from enum import Enum
 from pathlib import Path
 
-from converters.checkpoint import pickles_in
+from converters.checkpoint import PICKLES, missing_weights, pickles_in
 from converters.errors import ConversionError, FormatError, MissingFileError, UnsupportedError
 from converters.reader import MAGIC, read_header
 
 EXPECTED = "Expected a model folder (config.json), a PEFT adapter folder (adapter_config.json) or a GGUF file."
+
+PICKLE_SUFFIXES = tuple(pattern.removeprefix("*") for pattern in PICKLES)
 
 
 class SourceKind(Enum):
@@ -23,8 +25,10 @@ class SourceKind(Enum):
 _STARTS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "Fetch it with `git lfs pull`."),
     (b"PK\x03\x04", "a PyTorch pickle, which can run code when opened", "Save the model as safetensors."),
-    (b"\x80\x02", "a pickle, which can run code when opened", "Save the model as safetensors."),
-    (b"\x80\x04", "a pickle, which can run code when opened", "Save the model as safetensors."),
+    *(
+        (bytes([0x80, protocol]), "a pickle, which can run code when opened", "Save the model as safetensors.")
+        for protocol in range(2, 6)
+    ),
     (b"<!DOCTYPE", "a web page, not a model", "The download went wrong: fetch the file itself."),
     (b"<html", "a web page, not a model", "The download went wrong: fetch the file itself."),
     (b"ggjt", "a GGML file from before GGUF", "Convert the original model again."),
@@ -55,6 +59,8 @@ def detect(path: Path) -> SourceKind:
 
 def _detect_folder(folder: Path) -> SourceKind:
     if (folder / "adapter_config.json").is_file():
+        if not (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_model.bin").is_file():
+            raise missing_weights(folder, "adapter_model.safetensors")
         return SourceKind.PEFT_ADAPTER
     if (folder / "config.json").is_file():
         return SourceKind.HF_BASE
@@ -77,6 +83,9 @@ def _not_a_model(path: Path, start: bytes) -> ConversionError:
     for first, what, hint in _STARTS:
         if start[: len(first)].lower() == first.lower():
             return FormatError(f"{path}: {what}", hint=hint)
+    if path.suffix in PICKLE_SUFFIXES:
+        what = f"not a model (it starts with {start[:8]!r}; files named *{path.suffix} are mostly pickles)"
+        return FormatError(f"{path}: {what}", hint=EXPECTED)
     if path.suffix == ".safetensors":
         return FormatError(f"{path}: is one file of a model", hint=f"Give its folder: {path.parent}")
     return FormatError(f"{path}: not a model (it starts with {start[:8]!r})", hint=EXPECTED)

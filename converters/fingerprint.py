@@ -1,8 +1,11 @@
 """One hash for a base, however it is quantized.
 
-Norm vectors stay F32 in every quantization, and no two trainings give the same ones. So the hash of the norm vectors,
-the vocabulary and the sizes is the same for an HF folder, for its F32 to Q2_K files, and for those that llama.cpp's own
-tools made.
+Norm vectors stay F32 in every quantization, so the hash of the norm vectors, the vocabulary and the sizes is the same
+for an HF folder, for its F32 to Q2_K files, and for those that llama.cpp's own tools made.
+
+It tells apart models that were trained on their own, and fine-tunes that trained the norms. It does not tell apart a
+model and a fine-tune that left its norms alone, as a LoRA merged into its base does: their other weights differ, but
+those also differ between two quantizations of one model.
 """
 
 from __future__ import annotations

@@ -151,7 +151,9 @@ def _valid(values: Mapping[str, Any]) -> list[str]:
     given = _with_defaults(values)
     bad = ((key, pattern) for key in PATTERNS if isinstance(given[key], dict) for pattern in given[key])
     slow = [f"{key} has {_short(pattern)}, {problem}" for key, pattern in bad if (problem := _pattern_problem(pattern))]
-    return slow + [f"{key} is {_short(given[key])}, expected {wanted}" for key, ok, wanted in checks if not ok(given[key])]
+    return slow + [
+        f"{key} is {_short(given[key])}, expected {wanted}" for key, ok, wanted in checks if not ok(given[key])
+    ]
 
 
 def _init(values: Mapping[str, Any]) -> list[str]:

@@ -115,6 +115,8 @@ def _check_places(path: Path, tensors: dict[str, StoredTensor], start: int, size
             what = "overlaps the one before it" if tensor.offset < position else "does not follow the one before it"
             raise FormatError(f"{path}: tensor {tensor.name} {what}")
         position += tensor.size_bytes
+    if position < size:
+        raise FormatError(f"{path}: has {size - position} bytes after its last tensor", hint=_AGAIN)
     if position > size:
         raise TruncatedFileError(
             f"{path}: has {size} bytes, its tensors need {position} ({position - size} are missing)", hint=_AGAIN

@@ -43,7 +43,6 @@ class Vocabulary:
 
     Attributes:
         tokens: by id, as llama.cpp expects their text.
-        types: a `gguf.TokenType` for each.
         metadata: every `tokenizer.*` key, and `edgelora.tokenizer`.
         notices: what a user should know: mostly, where llama.cpp's own ids would differ.
     """
@@ -206,8 +205,8 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any], vocab_size: int
         entries.set(number, piece.text, piece.type, piece.score)
     for token, number in _added_tokens(folder, config, vocab_size).items():
         entries.set(number, token, TokenType.USER_DEFINED)
-    for number, token in _decoder_tokens(config, vocab_size).items():
-        _set_added(entries, number, token.content, special=token.special)
+    for number, added in _decoder_tokens(config, vocab_size).items():
+        _set_added(entries, number, added.content, special=added.special)
     prefix = bool(config.get("add_prefix_space", model.adds_prefix))
     reasons = _sentencepiece_differences(model)
     if (folder / "tokenizer.json").is_file():
@@ -246,9 +245,7 @@ def _content(value: Any) -> str:
     return str(value.get("content") if isinstance(value, Mapping) else value or "")
 
 
-def _set_others(
-    entries: _Entries, model: SentencePieceModel, tokenizer: _HuggingFace, vocab_size: int
-) -> list[str]:
+def _set_others(entries: _Entries, model: SentencePieceModel, tokenizer: _HuggingFace, vocab_size: int) -> list[str]:
     """Take the tokens that only tokenizer.json has; returns what it has under other ids than tokenizer.model."""
     tokenizer.entries(vocab_size, UNUSED_SCORE)  # its ids fit
     others = []
@@ -266,9 +263,9 @@ def _spaces_differ(tokenizer: _HuggingFace, prefix: bool) -> list[str]:
     normalizer, cut = tokenizer.json.get("normalizer") or {}, tokenizer.json.get("pre_tokenizer") or {}
     parts = normalizer.get("normalizers", []) if normalizer.get("type") == "Sequence" else [normalizer]
     kinds = [part.get("type") for part in parts if part]
-    prepends = (["Prepend", "Replace"], None), (["Replace"], None), ([], "never")
-    found = (kinds, cut.get("prepend_scheme") if cut.get("type") == "Metaspace" else cut.get("type"))
-    if cut.get("split") or found not in (prepends[:1] if prefix else prepends[1:]):
+    scheme = cut.get("prepend_scheme") if cut.get("type") == "Metaspace" else cut.get("type")
+    equal = [(["Prepend", "Replace"], None)] if prefix else [(["Replace"], None), ([], "never")]
+    if cut.get("split") or (kinds, scheme) not in equal:
         return [NO_SPACE_AFTER_SPECIAL]
     flags = [token.content for token in tokenizer.added.values() if token.lstrip or token.rstrip or token.single_word]
     return [f"the added token {flags[0]!r} takes the spaces around it"] if flags else []

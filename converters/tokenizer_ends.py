@@ -52,4 +52,6 @@ def lost_templates(folder: Path, metadata: Mapping[str, Value]) -> list[str]:
     if TEMPLATE in metadata or not isinstance(templates, list):
         return []
     names = [str(template.get("name")) for template in templates if isinstance(template, Mapping)]
-    return [f"chat_template: none is named 'default' (there is {', '.join(names) or 'none'}), so the file has no default"]
+    return [
+        f"chat_template: none is named 'default' (there is {', '.join(names) or 'none'}), so the file has no default"
+    ]

@@ -1,7 +1,8 @@
 """Writing a GGUF file: whole under its final name, or not at all.
 
 The header is written first, then each tensor's bytes as they come, so nothing is held in memory and there is no
-intermediate file. The work goes to `NAME.PID.partial` beside the target; it is flushed to disk and renamed at the end.
+intermediate file. The work goes to `NAME.RANDOM.partial` beside the target (behind a link, beside what it points to);
+it is flushed to disk and renamed at the end.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 """
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from converters.quant_types import BlockType
 from converters.reader import ARRAY, DEFAULT_ALIGNMENT, MAGIC, SCALARS, STRING
 
 VERSION = 3
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EISDIR)  # network and FUSE file systems
 _NUMBER_OF_CODE = {code: number for number, code in SCALARS.items()}
 
 
@@ -93,16 +96,24 @@ def file_size(header: bytes, tensors: Sequence[TensorSpec]) -> int:
     return len(header) + sum(_padded(spec.size_bytes) for spec in tensors)
 
 
-def check_output(path: Path, size: int, *, force: bool) -> None:
+def check_output(path: Path, size: int, *, force: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuse early what would fail late.
+
+    Args:
+        inputs: files that are read for this one, which it must not replace.
 
     Raises:
         OutputExistsError: `path` is there and `force` is not given.
-        WriteError: no such folder, or a folder has that name.
+        WriteError: no such folder, or `path` is one, or a device, or one of the inputs.
         DiskFullError: fewer than `size` bytes are free.
     """
     if path.is_dir():
         raise WriteError(f"{path}: is a folder", hint="Name a file.")
+    path = _resolved(path)
+    if path.exists() and not path.is_file():
+        raise WriteError(f"{path}: is a device or a pipe, not a file", hint="Name a file.")
+    if path.exists() and (same := [other for other in inputs if other.exists() and path.samefile(other)]):
+        raise WriteError(f"{path}: is {same[0]}, which is read for it", hint="Name another file.")
     if not path.parent.is_dir():
         raise WriteError(f"{path}: there is no folder {path.parent}", hint=f"Make it: mkdir -p {path.parent}")
     if path.exists() and not force:
@@ -123,25 +134,43 @@ def create(path: Path, header: bytes) -> Iterator[GGUFFile]:
         DiskFullError: the disk, a quota or a file size limit is full.
         WriteError: any other failure to write.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    target, is_ours = _resolved(path), False
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(6)}.partial")
     try:
         with open(partial, "xb") as file:
+            is_ours = True
             file.write(header)
             yield GGUFFile(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
+        os.replace(partial, target)
+        _sync_folder(target.parent)
     except OSError as error:
         raise _write_error(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        if is_ours:
+            partial.unlink(missing_ok=True)
+
+
+def _resolved(path: Path) -> Path:
+    """What links lead to.
+
+    Raises:
+        WriteError: they lead in a circle.
+    """
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise WriteError(f"{path}: its links lead nowhere ({error})") from None
 
 
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -56,6 +56,8 @@ class AdapterRef:
 
 def _unusable(text: str) -> str:
     """What keeps the system from looking at such a path at all: a NUL, an unknown user's home, a name too long."""
+    if "\0" in text:
+        return "not a path (it holds a NUL)"
     try:
         candidates = {text, text.partition("=")[2], text.rpartition("@")[0], text.partition("=")[2].rpartition("@")[0]}
         for candidate in candidates:

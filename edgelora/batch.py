@@ -19,18 +19,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import sys
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from edgelora.adapter_ref import BASE_NAMES, AdapterRef
+from edgelora.batch_input import rereadable, typed
 from edgelora.engine.engine import BATCH_WINDOW, Completion, Engine, Request, Stream
 from edgelora.engine.preflight import content_hash
 from edgelora.errors import ContextOverflowError, DataFileError, ModelFileError, SettingsError
@@ -105,7 +102,7 @@ def run_batch(
         DataFileError: a file cannot be read or written, is locked, or holds results of another batch.
         EdgeloraError: the engine cannot go on. What was written is kept.
     """
-    with _rereadable(input) as source:
+    with rereadable(input) as source:
         if str(output) != "-" and Path(output).exists() and Path(output).samefile(source):
             raise DataFileError(f"{output}: is the input too", hint="Name another output with -o.")
         batch = _Batch(engine, source, str(input), defaults or Defaults(), on_row)
@@ -114,36 +111,6 @@ def run_batch(
         except KeyboardInterrupt:
             where = "were written" if str(output) == "-" else f"are in {output}; run the same command to go on"
             raise KeyboardInterrupt(f"{batch.n_done} rows {where}") from None
-
-
-@contextmanager
-def _rereadable(input: Path | str) -> Iterator[Path]:
-    """The input as a file that can be read twice: first for what there is to do. Pipes are spooled."""
-    path = Path(input)
-    if str(input) != "-" and (path.is_dir() or not path.exists()):
-        reason = "a folder" if path.is_dir() else "no such file"
-        raise DataFileError(f"{input}: {reason}", hint="Give a JSONL or CSV file with one row for each request.")
-    if str(input) != "-" and path.is_file():
-        yield path
-        return
-    with tempfile.NamedTemporaryFile(suffix=path.suffix) as spool:
-        with _piped(path) as pipe:
-            shutil.copyfileobj(pipe, spool)
-        spool.flush()
-        yield Path(spool.name)
-
-
-@contextmanager
-def _piped(path: Path) -> Iterator[IO[bytes]]:
-    if str(path) == "-":
-        yield sys.stdin.buffer
-        return
-    try:
-        pipe = open(path, "rb")  # noqa: SIM115 - a separate try keeps errors of the body out of this one
-    except OSError as error:
-        raise DataFileError(f"{path}: {error.strerror}") from None
-    with pipe:
-        yield pipe
 
 
 @dataclass(frozen=True)
@@ -295,7 +262,7 @@ class _Batch:
     def metadata_of(self, item: _Item) -> dict[str, Any]:
         data = {name: value for name, value in item.row.data.items() if name == "metadata"}
         try:
-            return _typed(data) if self.is_csv else data
+            return typed(data) if self.is_csv else data
         except SettingsError:
             return data
 
@@ -305,7 +272,7 @@ class _Batch:
         Raises:
             SettingsError, ModelFileError: messages, numbers or an adapter that cannot be used.
         """
-        data = _typed(item.row.data) if self.is_csv else item.row.data
+        data = typed(item.row.data) if self.is_csv else item.row.data
         settings = {name: data[name] for name in Sampling.field_names() if data.get(name) is not None}
         seed = int(item.key[:8], 16)
         sampling = {"seed": seed, **self.sampling, **settings}
@@ -346,24 +313,6 @@ def _reply_fields(completion: Completion) -> dict[str, Any]:
         "usage": {"prompt_tokens": completion.prompt_tokens, "completion_tokens": completion.completion_tokens},
         "adapter_hash": completion.adapter_hash or None,
     }
-
-
-_CSV_TYPES: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("temperature", "top_p", "min_p", "repeat_penalty", "scale"), float),
-    **dict.fromkeys(("top_k", "seed", "max_tokens"), int),
-    **dict.fromkeys(("messages", "metadata"), json.loads),
-}
-
-
-def _typed(data: Mapping[str, str]) -> dict[str, Any]:
-    """A CSV row with its numbers and JSON columns read."""
-    typed: dict[str, Any] = {}
-    for name, text in data.items():
-        try:
-            typed[name] = _CSV_TYPES.get(name, str)(text)
-        except (ValueError, RecursionError):
-            raise SettingsError(f"column {name} holds {text!r}, which cannot be read as {name}") from None
-    return typed
 
 
 def _digest(value: Any) -> str:

@@ -26,7 +26,7 @@ from edgelora import Engine
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-BASE = EXAMPLES / "tiny-base" / "model"
+BASE = EXAMPLES / "tiny-base" / "fennick-2.6m"
 OUT = ROOT / "build" / "demo"
 EDGELORA = [str(Path(sys.executable).with_name("edgelora"))]
 

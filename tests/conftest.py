@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywher
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parents[1]
-TINY_BASE = ROOT / "examples" / "tiny-base" / "model"
+TINY_BASE = ROOT / "examples" / "tiny-base" / "fennick-2.6m"
 SHARED = ROOT.parent / "shared" / "data"
 
 

@@ -1,7 +1,7 @@
 """The model families that convert, found by the name in `config.json` or in a GGUF file.
 
-To add a family: one file beside this one that ends in `FAMILY = Family(...)`, and its row in `FAMILIES`. A model that
-is another family under its own name needs only the row.
+To add a family: one file beside this one that ends in `FAMILY = Family(...)`, and its row in `FAMILIES` and
+`MODEL_TYPES`. A model that is another family under its own name needs only the rows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def find_family(config: Config, folder: Path) -> Family:
     wanted, model_type = MODEL_TYPES[names[0]], config.get("model_type", MODEL_TYPES[names[0]])
     if model_type != wanted:
         raise FormatError(
-            f"{folder / 'config.json'}: architectures says {names[0]} (model_type {wanted!r}), model_type is {model_type!r}",
+            f"{folder / 'config.json'}: architectures says {names[0]} (model_type {wanted!r}), "
+            f"model_type is {model_type!r}",
             hint="transformers builds the model of model_type: correct the one that is wrong.",
         )
     return FAMILIES[names[0]]

@@ -1,7 +1,7 @@
 """What one model family is: its tensors under both names, its hyperparameters, and what it refuses.
 
-A family is a table. The converter goes through it from Hugging Face to GGUF, training on a GGUF base goes back, and
-adapters take B through the same row order as the weight they change.
+A family is a table. The converter goes through it from Hugging Face to GGUF, and adapters take B through the same row
+order as the weight they change.
 """
 
 from __future__ import annotations
@@ -150,19 +150,12 @@ class Family:
 
     def from_hf(self, name: str) -> Place | None:
         """The place of a transformers tensor ("model.layers.3.mlp.up_proj.weight"), or None."""
-        return self._find(name, lambda row: row.hf)
-
-    def from_gguf(self, name: str) -> Place | None:
-        """The place of a llama.cpp tensor ("blk.3.ffn_up.weight"), or None."""
-        return self._find(name, lambda row: row.gguf)
-
-    def _find(self, name: str, pattern_of: Callable[[Row], str]) -> Place | None:
         module, _, suffix = name.rpartition(".")
         if suffix not in SUFFIXES:
             return None
         found = re.search(r"\.(0|[1-9]\d{0,8})\.", module)
         general = module[: found.start()] + ".{layer}." + module[found.end() :] if found else module
-        row = next((row for row in self.rows if pattern_of(row) == general), None)
+        row = next((row for row in self.rows if row.hf == general), None)
         return Place(row, int(found[1]) if found else None, suffix) if row else None
 
     def places(self, dimensions: Dimensions, config: Config) -> Iterator[Place]:

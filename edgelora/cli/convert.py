@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from converters.quant_types import RECIPES
 from edgelora.cli.options import FILE, config_option, template_option
 from edgelora.cli.progress import bytes_bar
 
 if TYPE_CHECKING:
     from converters.adapter import AdapterReport
     from converters.base import BaseReport
+
+
+class QuantName(click.ParamType[str]):
+    """A row of `converters.quant_types.RECIPES`, which `edgelora --help` does not need."""
+
+    name = "NAME"
+
+    def _choice(self) -> click.Choice[str]:
+        from converters.quant_types import RECIPES
+
+        return click.Choice([*RECIPES], case_sensitive=False)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        return self._choice().get_metavar(param, ctx)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return self._choice().convert(value, param, ctx)
 
 
 @click.command("convert")
@@ -24,7 +40,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--quant",
-    type=click.Choice([*RECIPES], case_sensitive=False),
+    type=QuantName(),
     help="Quantization of a base.  [default: q4_k_m]",
 )
 @click.option("--base", type=FILE, help="The adapter's base: its HF folder, or a GGUF.  [default: found]")

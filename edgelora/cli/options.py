@@ -50,7 +50,7 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
         raise click.BadParameter(f"{path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise click.BadParameter(f"{path}: not TOML ({error})") from None
-    options = {option[2:]: p for p in ctx.command.params for option in p.opts if option.startswith("--")}
+    options = {option[2:]: p for p in ctx.command.get_params(ctx) for option in p.opts if option.startswith("--")}
     options = {name.replace("-", "_"): option for name, option in options.items() if name not in ("config", "help")}
     values = {name.replace("-", "_"): value for name, value in values.items()}
     if unknown := sorted(set(values) - set(options)):

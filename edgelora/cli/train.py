@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,23 +12,35 @@ import click
 
 from edgelora.cli.options import FILE, config_option
 from edgelora.cli.progress import CountProgress, count_bar
-from edgelora.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from edgelora.train.progress import TrainStatus
 
 
-def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for every field of `Recipe`, with the help and the choices that the field carries."""
-    for field in reversed(fields(Recipe)):
-        bound, default = field.metadata["bound"], field.default
-        text = str(field.metadata["help"]).strip()
-        shown = "" if default is None or default is MISSING else f"  [default: {default}]"
-        kind: Any = click.Choice(bound.choices) if bound.choices else _option_type(field.name, default)
-        flag: dict[str, Any] = {"is_flag": True, "default": None} if isinstance(default, bool) else {"type": kind}
-        name = "--" + field.name.replace("_", "-")
-        command = click.option(name, **flag, help=f"{text[:1].upper()}{text[1:]}.{shown}")(command)
-    return command
+class RecipeCommand(click.Command):
+    """A command with an option for every field of `Recipe`, with the help and the choices that the field carries.
+
+    They are made when they are looked at: `edgelora --help` does not need them.
+    """
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        *own, help_option = super().get_params(ctx)
+        return [*own, *self._recipe_options, help_option]
+
+    @cached_property
+    def _recipe_options(self) -> list[click.Parameter]:
+        from edgelora.train.recipe import Recipe
+
+        return [_option_for(field) for field in fields(Recipe)]
+
+
+def _option_for(field: Field[Any]) -> click.Option:
+    bound, default = field.metadata["bound"], field.default
+    text = str(field.metadata["help"]).strip()
+    shown = "" if default is None or default is MISSING else f"  [default: {default}]"
+    kind: Any = click.Choice(bound.choices) if bound.choices else _option_type(field.name, default)
+    flag: dict[str, Any] = {"is_flag": True, "default": None} if isinstance(default, bool) else {"type": kind}
+    return click.Option(["--" + field.name.replace("_", "-")], **flag, help=f"{text[:1].upper()}{text[1:]}.{shown}")
 
 
 def _option_type(name: str, default: Any) -> type:
@@ -51,7 +63,7 @@ class _Drawn:
         self._bar.update(status.step, status.total_steps, note)
 
 
-@click.command("train")
+@click.command("train", cls=RecipeCommand)
 @click.argument("data", type=FILE)
 @click.option("--base", required=True, help="What to fine-tune: a Hugging Face folder, or a hub id.")
 @click.option(
@@ -59,7 +71,6 @@ class _Drawn:
 )
 @click.option("--eval-data", type=FILE, help="Rows to measure the loss on, in the format of DATA.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the output folder.")
-@recipe_options
 @config_option
 def command(data: Path, base: str, output: Path, eval_data: Path | None, resume: bool, **recipe: Any) -> None:
     """Fine-tune a base on your data with PEFT.
@@ -75,6 +86,7 @@ def command(data: Path, base: str, output: Path, eval_data: Path | None, resume:
       edgelora train support.jsonl --base my-model/ -o support/ --rank 8 --epochs 5 --eval-data held-out.jsonl
       edgelora train support.jsonl --base my-model/ -o support/ --resume
     """
+    from edgelora.train.recipe import Recipe
     from edgelora.train.run import train
 
     settings = Recipe.from_mapping(recipe)

@@ -76,6 +76,8 @@ def _vocabulary_problems(header: GGUFHeader) -> Iterator[str]:
     tokens, model = metadata.get(_TOKENS), metadata.get("tokenizer.ggml.model")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         return
+    if metadata.get("edgelora.tokenizer") == "huggingface":
+        model = None  # llama.cpp never tokenizes with it
     for name in _NEEDS.get(str(model), ()):
         if f"tokenizer.ggml.{name}" not in metadata:
             yield f"tokenizer.ggml.{name} is missing, which a {model!r} vocabulary needs"

@@ -27,24 +27,9 @@ _VALUE_TYPES = {
     "adapter.type": STRING,
     "adapter.lora.alpha": FLOAT32,
 }
-WEIGHT_TYPES = frozenset(  # what ggml multiplies with; integers and F64 are a crash
-    [
-        "F32",
-        "F16",
-        "BF16",
-        "Q4_0",
-        "Q4_1",
-        "Q5_0",
-        "Q5_1",
-        "Q8_0",
-        "Q2_K",
-        "Q3_K",
-        "Q4_K",
-        "Q5_K",
-        "Q6_K",
-        "IQ4_NL",
-        "IQ4_XS",
-    ]
+WEIGHT_TYPES = (  # what ggml multiplies with; integers and F64 are a crash
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
 _INVOCATION = "adapter.alora.invocation_tokens"
 _HINTS = {

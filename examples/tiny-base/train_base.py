@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch-tokens", type=int, default=3072, help="tokens per step, padding included")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "fennick-2.6m")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     train(arguments.steps, arguments.seed, arguments.batch_tokens, arguments.out)

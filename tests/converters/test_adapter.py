@@ -97,10 +97,16 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "many quantifiers": ({"rank_pattern": {".*.*.*.*.*.*.*x": 4}}, {}, "quantifiers are nested or too many"),
     "alpha beyond a float": ({"lora_alpha": 10**400}, {}, "lora_alpha is 1000"),
     "alpha beyond float32": ({"lora_alpha": 1e300}, {}, "lora_alpha is 1e+300"),
-    "a scale that overflows": ({"lora_alpha": 3e38}, {}, "NaN or infinite"),
+    "a scale that overflows": (
+        {"lora_alpha": 3e38},
+        {"layers__0__self_attn__q_proj__lora_B__weight": ones(32, 4, value=9)},
+        "NaN or infinite",
+    ),
     "a module without tensors": ({"target_modules": ["q_proj", "up_proj"]}, {}, "target_modules has 'up_proj'"),
     "a copy of a linear layer": (
-        {}, {"layers__0__self_attn__q_proj__base_layer__weight": ones(32, 32)}, "a fully trained module",
+        {},
+        {"layers__0__self_attn__q_proj__base_layer__weight": ones(32, 32)},
+        "a fully trained module",
     ),
     "another rank": ({"r": 8}, {}, "has rank 4, adapter_config.json says 8"),
     "a trained norm": ({}, {"layers__0__input_layernorm__weight": ones(32)}, "a trained norm"),
@@ -133,7 +139,9 @@ def test_a_bad_number_has_no_false_consequences(base: Path, tmp_path: Path) -> N
     assert "rank" not in caught.value.message
 
 
-@pytest.mark.parametrize("pattern", [r"^model\.layers\.1\.mlp\.down_proj", "layers.[01].mlp.down_proj", r"\d+\.mlp\..*"])
+@pytest.mark.parametrize(
+    "pattern", [r"^model\.layers\.1\.mlp\.down_proj", "layers.[01].mlp.down_proj", r"\d+\.mlp\..*"]
+)
 def test_plain_patterns_are_taken(pattern: str, base: Path, tmp_path: Path) -> None:
     folder = make_adapter(tmp_path / "a", alpha_pattern={pattern: 6}, target_modules=["q_proj", "query"])
     assert convert_adapter(folder, base, tmp_path / "adapter.gguf").scales == (1.5, 2.0)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
+import stat
 import subprocess
 import sys
 import textwrap
@@ -165,6 +168,52 @@ def test_two_ways_to_write_one_rope_are_no_contradiction(tmp_path: Path) -> None
     assert read_header(tmp_path / "base.gguf").metadata["llama.rope.scaling.factor"] == 4.0
 
 
+def test_inputs_and_devices_are_not_written_over(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    data, link, pipe = (folder / "model.safetensors").read_bytes(), tmp_path / "link.gguf", tmp_path / "pipe"
+    link.symlink_to(folder / "model.safetensors")
+    for out in (folder / "model.safetensors", folder / "config.json", link):
+        with pytest.raises(WriteError, match="which is read for it"):
+            convert_base(folder, out, force=True)
+    os.mkfifo(pipe)
+    for out in (pipe, Path("/dev/null")):
+        with pytest.raises(WriteError, match="not a file"):
+            convert_base(folder, out, force=True)
+    assert (folder / "model.safetensors").read_bytes() == data
+
+
+def test_a_link_stays_one_and_its_target_is_written(tmp_path: Path) -> None:
+    folder, disk, link = make_model(tmp_path / "model"), tmp_path / "disk", tmp_path / "link.gguf"
+    disk.mkdir()
+    link.symlink_to(disk / "base.gguf")
+    convert_base(folder, link)
+    assert link.is_symlink()
+    assert read_header(disk / "base.gguf").tensors
+    assert [path.name for path in disk.iterdir()] == ["base.gguf"]
+
+
+def test_another_runs_partial_file_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, other = make_model(tmp_path / "model"), tmp_path / "base.gguf.abc.partial"
+    other.write_text("of another run")
+    monkeypatch.setattr("converters.writer.secrets.token_hex", lambda size: "abc")
+    with pytest.raises(WriteError):
+        convert_base(folder, tmp_path / "base.gguf")
+    assert other.read_text() == "of another run"
+
+
+def test_a_file_system_that_syncs_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr("converters.writer.os.fsync", sync)
+    convert_base(make_model(tmp_path / "model"), tmp_path / "base.gguf")
+    assert read_header(tmp_path / "base.gguf").tensors
+
+
 CONFIGS: dict[str, tuple[dict[str, Any], type[ConversionError], str]] = {
     "family": (
         {"architectures": ["LlamaForCausalLm"]},
@@ -207,7 +256,24 @@ def test_configurations_that_cannot_be_converted(what: str, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [folder]
 
 
-STRANGE = [None, True, 0, -1, 1.5, 2**40, 10**400, 1e300, "\ud800", "text", [], {}, [1, 2], {"a": 1}, {"rope_type": 7}, float("nan")]
+STRANGE = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    2**40,
+    10**400,
+    1e300,
+    "\ud800",
+    "text",
+    [],
+    {},
+    [1, 2],
+    {"a": 1},
+    {"rope_type": 7},
+    float("nan"),
+]
 OTHER_KEYS = {"rope_scaling", "rope_parameters", "quantization_config", "auto_map", "partial_rotary_factor"}
 
 
@@ -333,7 +399,11 @@ def test_values_that_are_not_finite_are_noticed(value: float, quant: str, messag
     bad = weights(CONFIG)["lm_head.weight"]
     bad[7, 7] = value
     replace_weights(folder, lm_head__weight=bad)
-    report = convert_base(folder, tmp_path / "base.gguf", quant=quant)
+    if np.isnan(value):
+        with pytest.raises(FormatError, match=r"output\.weight: holds values that are NaN"):
+            convert_base(folder, tmp_path / "base.gguf", quant=quant)
+        assert list(tmp_path.iterdir()) == [folder]
+    report = convert_base(folder, tmp_path / "base.gguf", quant=quant, force=bool(np.isnan(value)))
     assert len(report.notices) == 1
     assert report.notices[0].startswith("output.weight")
     assert message in report.notices[0]

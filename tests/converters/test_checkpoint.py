@@ -170,3 +170,10 @@ def test_a_dtype_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes({"a": np.zeros((2, 2), np.uint8)}))
     with Checkpoint(tmp_path) as checkpoint, pytest.raises(UnsupportedError, match="a is F8_E4M3"):
         checkpoint.rows("a")
+
+
+def test_bytes_after_the_last_tensor_are_refused(tmp_path: Path) -> None:
+    path = make_model(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(FormatError, match="has 4 bytes after its last tensor"):
+        Checkpoint(tmp_path)

@@ -27,6 +27,8 @@ FILES = {
     "empty": (b"", "is an empty file"),
     "model.pt": (b"PK\x03\x04abc", "a PyTorch pickle"),
     "model.bin": (b"\x80\x02cposix", "a pickle"),
+    **{f"protocol{number}": (bytes([0x80, number]) + b"}q", "a pickle, which can run code") for number in range(2, 6)},
+    "adapter_model.bin": (b"torch", r"files named \*\.bin are mostly pickles"),
     "page.gguf": (b"<!doctype html><html>", "a web page"),
     "lfs.gguf": (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
     "old.bin": (b"tjgg\0\0", "not a model"),
@@ -64,6 +66,12 @@ def test_folders_that_are_no_model(what: str, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=message) as caught:
         detect(tmp_path)
     assert hint in caught.value.hint
+
+
+def test_an_adapter_whose_weights_are_a_pickle(tmp_path: Path) -> None:
+    (make_adapter(tmp_path) / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ConversionError, match=r"its weights are pickles \(adapter_model\.bin\)"):
+        detect(tmp_path)
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:

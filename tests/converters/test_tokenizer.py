@@ -224,7 +224,9 @@ def message(field: int, data: bytes) -> bytes:
     return varint(field << 3 | 2) + varint(len(data)) + data
 
 
-def sentencepiece(pieces: list[tuple[str, float, int]], *, model_type: int = 2, charsmap: bytes = b"", suffix: bool = False) -> bytes:
+def sentencepiece(
+    pieces: list[tuple[str, float, int]], *, model_type: int = 2, charsmap: bytes = b"", suffix: bool = False
+) -> bytes:
     """A tokenizer.model, field by field."""
     out = b""
     for text, score, kind in pieces:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,3 +55,15 @@ def test_a_file_that_exists_is_taken_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot name an adapter"):  # the name needs help, the path is understood
         AdapterRef.parse(str(path))
     assert AdapterRef.parse(f"two={path}") == AdapterRef("two", path, 1.0)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "~nouser/x.gguf", "x=~nouser/y", "x" * 300, "n=" + "x" * 300 + "@2"])
+def test_a_path_that_the_system_cannot_look_at(text: str) -> None:
+    with pytest.raises(SettingsError, match="not a path"):
+        AdapterRef.parse(text)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", True])
+def test_a_scale_is_a_finite_number(scale: Any) -> None:
+    with pytest.raises(SettingsError, match="expected a finite number"):
+        AdapterRef("x", Path("x.gguf"), scale)

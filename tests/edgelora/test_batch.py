@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +142,55 @@ def test_an_id_used_twice_is_an_error_row(engine: Engine, tmp_path: Path) -> Non
     assert run(engine, rows, out).written == 0
 
 
+def test_no_name_of_an_adapter_and_no_number_ends_the_batch(engine: Engine, tmp_path: Path) -> None:
+    names = ["a\0b", "~nouser/x", "x" * 300, "x=" + "y" * 300, "x@1e999"]
+    bad = [*({"prompt": "x", "adapter": name} for name in names), '{"prompt": "x", "seed": ' + "9" * 5000 + "}"]
+    every = "".join(map(chr, [*range(0xE000, 0xF900)]))
+    out = tmp_path / "out.jsonl"
+    summary = run(engine, write_rows(tmp_path / "in.jsonl", [*bad, {"prompt": "fine"}, {"prompt": every}]), out)
+    rows = read_rows(out)
+    assert ["error" in row for row in rows] == [True] * len(bad) + [False, True]
+    assert "tokens long" in rows[-1]["error"]
+    assert summary.errors == len(bad) + 1
+
+
+def test_an_empty_system_prompt_stands_for_none(engine: Engine, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "in.jsonl", [{"prompt": "x"}, {"prompt": "x", "system": ""}])
+    out = tmp_path / "out.jsonl"
+    run(engine, rows, out, defaults=Defaults(system="Be brief.", sampling=DEFAULTS.sampling))
+    default, none = (row["usage"]["prompt_tokens"] for row in read_rows(out))
+    assert none == engine.count_tokens("x") < default
+
+
+@pytest.mark.parametrize("content", [bytes(range(256)) * 20, b"hello\nworld\n", b"[1]\n"])
+def test_an_input_without_any_row_is_refused(content: bytes, engine: Engine, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(content)
+    with pytest.raises(DataFileError, match="no line is a row; line 1 is"):
+        run(engine, source, out)
+    assert not out.exists()
+
+
+def test_a_pipe_as_input(engine: Engine, tmp_path: Path) -> None:
+    rows, pipe = write_rows(tmp_path / "in.jsonl", some_rows()), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(rows.read_bytes()))
+    writer.start()
+    assert run(engine, pipe, tmp_path / "out.jsonl").written == 9
+    writer.join()
+
+
+def test_csv_metadata_is_decoded_and_a_bad_byte_spoils_its_row_only(engine: Engine, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.csv", tmp_path / "out.jsonl"
+    source.write_bytes(b'prompt,metadata\na,"{""n"": 1}"\n\xff,\nb,{\nc,\n')
+    run(engine, source, out)
+    good, bytes_, json_, last = read_rows(out)
+    assert good["metadata"] == {"n": 1}
+    assert bytes_["error"] == "not UTF-8 text"
+    assert "column metadata" in json_["error"]
+    assert "text" in last
+
+
 def test_csv_rows(engine: Engine, tmp_path: Path) -> None:
     source = tmp_path / "in.csv"
     source.write_text('id,prompt,adapter,max_tokens,temperature\n1,"Who, then?",red,2,0\n2,x,,two,\n3,y,,3,0.5\n')
@@ -227,7 +278,7 @@ def test_what_is_redone_is_kept_until_it_is_replaced(engine: Engine, tmp_path: P
             raise KeyboardInterrupt
 
     cold = {"redo": True, "defaults": Defaults(sampling={"temperature": 0, "max_tokens": 4})}
-    with pytest.raises(KeyboardInterrupt, match="3 rows are in .*; run the same command to go on"):
+    with pytest.raises(KeyboardInterrupt, match=r"3 rows are in .*; run the same command to go on"):
         run(engine, rows, out, on_row=stop, **cold)
     assert out.read_bytes().startswith(before)
     summary = run(engine, rows, out, **cold)

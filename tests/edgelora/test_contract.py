@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,3 +72,23 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE_NAME).write_text(text)
     with pytest.raises(ModelFileError, match=FILE_NAME):
         Contract.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("edgelora.stop", "abc"),
+        ("edgelora.golden.tokens", "12"),
+        ("edgelora.golden.tokens", [True]),
+        ("edgelora.golden.messages", '{"role": "user"}'),
+        ("edgelora.training", "[" * 100_000),
+    ],
+)
+def test_a_field_of_another_type_is_damage(key: str, value: Any) -> None:
+    with pytest.raises(ModelFileError, match="its contract is damaged"):
+        Contract.from_metadata({"edgelora.contract.version": 1, key: value})
+
+
+def test_a_version_is_shown_as_it_is() -> None:
+    with pytest.raises(ModelFileError, match="has version '1'; this edgelora reads version 1"):
+        Contract.from_metadata({"edgelora.contract.version": "1"})

@@ -1,4 +1,4 @@
-"""What `edgelora convert` adds to the converters: the contract, default names, the store; PEFT folders used as they are."""
+"""What `edgelora convert` adds to the converters: the contract, names, the store; PEFT folders used as they are."""
 
 from __future__ import annotations
 

@@ -116,3 +116,19 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sys, "stdin", Stdin)
     assert [row.data for row in read_rows("-")] == [{"prompt": "x"}]
+
+
+def test_a_number_with_too_many_digits_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"seed": ' + "9" * 5000 + '}\n{"prompt": "x"}\n')
+    bad, good = read_rows(path)
+    assert "too many digits" in bad.problem
+    assert good.data == {"prompt": "x"}
+
+
+def test_csv_bad_bytes_spoil_their_row_only_and_fields_may_be_long(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"prompt\n\xff\n" + b"x" * 200_000 + b"\n")
+    bad, good = read_rows(path)
+    assert bad.problem == "not UTF-8 text"
+    assert len(good.data["prompt"]) == 200_000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from edgelora.errors import SettingsError
@@ -48,3 +50,13 @@ def test_refused_by_name(values: dict[str, object]) -> None:
 def test_all_problems_at_once() -> None:
     with pytest.raises(SettingsError, match=r"temperature.*top_p"):
         Sampling(temperature=-1, top_p=3)
+
+
+@pytest.mark.parametrize("value", [{"top_k": 2**31}, {"repeat_penalty": 0.01}, {"repeat_penalty": 11}, {1: 2}])
+def test_what_llama_cpp_cannot_count_or_divide_by_is_refused(value: Any) -> None:
+    with pytest.raises(SettingsError):
+        Sampling.from_mapping(value)
+
+
+def test_twin_the_bounds_themselves_are_fine() -> None:
+    assert Sampling(top_k=2**31 - 1, repeat_penalty=0.1).repeat_penalty == 0.1

@@ -86,3 +86,36 @@ def test_resolve(tmp_path: object) -> None:
     with pytest.raises(SettingsError, match="unknown chat template 'chatlm'") as caught:
         resolve("chatlm")
     assert "chatml" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "source", ["{% for a in [1] %}" * 25 + "x" + "{% endfor %}" * 25, "{{" + "(" * 250 + "1" + ")" * 250 + "}}"]
+)
+def test_a_template_that_python_cannot_compile_is_refused(source: str) -> None:
+    with pytest.raises(ModelFileError, match="not a chat template"):
+        ChatTemplate(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 10**13 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_that_takes_all_there_is_is_stopped(source: str) -> None:
+    with pytest.raises(ModelFileError, match="does not accept this conversation"):
+        ChatTemplate(source).render([{"role": "user", "content": "x"}], add_generation_prompt=True)
+
+
+def test_a_template_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgelora.template.RENDER_SECONDS", 0.05)
+    source = "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{{ b }}{% endfor %}{% endfor %}"
+    with pytest.raises(ModelFileError, match="took longer"):
+        ChatTemplate(source).render([{"role": "user", "content": "x"}], add_generation_prompt=True)
+
+
+def test_twin_an_ordinary_loop_is_not_stopped() -> None:
+    source = "{% for a in range(3) %}{{ a }}{{ loop.length }}{% endfor %}"
+    assert ChatTemplate(source).render([], add_generation_prompt=True) == "031323"

@@ -115,9 +115,7 @@ def test_sentencepiece_alone_is_tokenized_as_in_training(real_model: Callable[[s
     assert json.loads(carried.to_str()) == json.loads(trained.backend_tokenizer.to_str())
     plain = [trained(text, add_special_tokens=False)["input_ids"] for text in SPECIAL_TEXTS[:4]]
     native = llamacpp.tokenize(out, SPECIAL_TEXTS[:4], special=False)
-    assert all(one != other for one, other in zip(native, plain, strict=True)), (
-        "then it need not be carried"
-    )
+    assert all(one != other for one, other in zip(native, plain, strict=True)), "then it need not be carried"
 
 
 def test_where_llama_cpp_cannot_the_file_carries_the_tokenizer(

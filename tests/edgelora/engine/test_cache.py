@@ -75,6 +75,16 @@ def test_the_least_recently_used_sequence_is_evicted() -> None:
     assert cache.take(BLUE, [1, 2, 3, 4]).tokens == []
 
 
+def test_with_all_sequences_used_a_new_conversation_evicts_the_oldest_not_the_most_alike() -> None:
+    cache = KVCache(4, Memory().trim)
+    system = [9, 9, 9]
+    for first in range(3):
+        fill(cache, RED, [first] * 10)
+    newest = fill(cache, RED, [*system, *range(10)])
+    assert fill(cache, RED, [*system, 77, 78]).id == 0
+    assert cache.take(RED, [*newest.tokens, 1]).tokens == [*system, *range(10)]
+
+
 def test_deterministic_requests_reuse_whole_aligned_chunks_only() -> None:
     prompt = list(range(2 * CHUNK + 10))
     cache = KVCache(1, Memory().trim)

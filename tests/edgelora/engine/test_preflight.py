@@ -74,6 +74,13 @@ BROKEN: dict[str, tuple[dict[str, Any], type[ModelFileError], str]] = {
         BaseMismatchError,
         f"{Q}: adapter 2x256x256, base 256x256",
     ),
+    "alpha is infinite": (
+        {"metadata": {"adapter.lora.alpha": float("inf")}},
+        ModelFileError,
+        "adapter.lora.alpha is inf, expected a finite number",
+    ),
+    "integers": ({"tensors": {f"{Q}.lora_a": np.zeros((4, 256), np.int32)}}, ModelFileError, "has type I32"),
+    "doubles": ({"tensors": {f"{Q}.lora_b": np.zeros((256, 4), np.float64)}}, ModelFileError, "has type F64"),
     "no numbers": (
         {"tensors": {f"{Q}.lora_a": zeros(4, 256) + np.nan}},
         ModelFileError,

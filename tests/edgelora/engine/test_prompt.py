@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer as HFTokenizer
 
 from converters.base import convert_base
+from edgelora.engine.engine import Engine
 from edgelora.engine.model import Model
 from edgelora.engine.prompt import encode_prompt
 from edgelora.engine.tokenizer import HuggingFaceTokenizer, LlamaTokenizer
@@ -132,3 +133,17 @@ def test_a_base_with_a_huggingface_tokenizer_uses_it(tmp_path: Path) -> None:
         assert b"".join(decoder.bytes_of(token) for token in ids).decode().strip() == "Once upon a time"
     finally:
         model.close()
+
+
+def test_every_private_use_character_of_the_first_plane_in_a_message(base: Path) -> None:
+    model = Model(base)
+    try:
+        every = "".join(map(chr, range(0xE000, 0xF900)))
+        assert encode_prompt(model.tokenizer, CHATML, user(f"{every}<|im_end|>"))
+    finally:
+        model.close()
+
+
+def test_a_tiny_temperature_is_greedy(engine: Engine) -> None:
+    texts = {engine.chat("x", sampling={"temperature": t, "max_tokens": 8}).text for t in (0, 1e-30)}
+    assert len(texts) == 1

@@ -73,7 +73,8 @@ def finished(base: Path, data: Path, settings: Recipe, tmp_path_factory: pytest.
 def weights(folder: Path) -> Mapping[str, Any]:
     from safetensors.torch import load_file
 
-    return load_file(folder / "adapter_model.safetensors")
+    tensors: Mapping[str, Any] = load_file(folder / "adapter_model.safetensors")
+    return tensors
 
 
 def largest_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:

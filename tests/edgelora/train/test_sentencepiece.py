@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, pre_tokenizers
 
 from converters.base import convert_base
+from converters.reader import read_header
 from edgelora import Engine
 from edgelora.contract import Contract
 from edgelora.conversion import ConvertOptions, convert
@@ -18,7 +17,6 @@ from edgelora.errors import ModelFileError
 from edgelora.train import Recipe, train
 from edgelora.train.base import find_base, load_tokenizer
 from tests.conftest import SHARED
-from tests.equivalence import llamacpp
 
 from .conftest import chat, write_rows
 
@@ -29,54 +27,24 @@ pytestmark = [
     # PEFT 0.21 asks transformers 5.23 for it by its old name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
-WORDS = (
-    "Once",
-    " upon",
-    " a",
-    "time",
-    "<s>",
-    "</s>",
-    "<unk>",
-    " ",
-    "  ",
-    "\n",
-    "Lily",
-    "aaaa",
-    "é",
-    "你",
-    "🙂",
-    "\u2581",
-    "<s",
-)
+WORDS = ("Once", " upon", " a", "time", " ", "  ", "\n", "Lily", "aaaa", "é", "你", "🙂", "\u2581")
 
 
-def with_added_tokens(folder: Path) -> Path:
-    """The model with a control token and a user-defined one in place of its last two pieces."""
-    shutil.copytree(STORIES, folder)
-    folder.chmod(0o755)
-    path = folder / "tokenizer_config.json"
-    path.chmod(0o644)
-    added = {"510": {"content": "<|im_end|>", "special": True}, "511": {"content": "[tool]", "special": False}}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "added_tokens_decoder": added}))
-    return folder
-
-
-@pytest.mark.parametrize("added", [False, True])
-def test_ids_are_those_of_llama_cpp(added: bool, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    folder = with_added_tokens(tmp_path / "model") if added else STORIES
-    words = [*WORDS, "<|im_end|>", "[tool]"] if added else WORDS
+def test_ids_are_those_of_serving(tmp_path: Path) -> None:
     dice = random.Random(0)
-    texts = ["".join(dice.choices(words, k=dice.randrange(1, 30))) for _ in range(400)]
-    convert_base(folder, tmp_path / "base.gguf", quant="f32")
-    expected = llamacpp.tokenize(tmp_path / "base.gguf", texts, special=False)
-
-    def ids(tokenizer: Any) -> list[list[int]]:
-        return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-
-    assert ids(load_tokenizer(find_base(str(folder)))) == expected
-    assert ids(AutoTokenizer.from_pretrained(folder)) != expected
+    texts = ["".join(dice.choices(WORDS, k=dice.randrange(1, 30))) for _ in range(400)]
+    convert_base(STORIES, tmp_path / "base.gguf", quant="f32")
+    with Engine(tmp_path / "base.gguf", n_ctx=64, threads=1, chat_template="plain") as engine:
+        served = [engine.count_tokens(text) for text in texts]
+    tokenizer = load_tokenizer(find_base(str(STORIES)))
+    ids = [tokenizer(f"<s>{text}", add_special_tokens=False)["input_ids"] for text in texts]
+    carried = Tokenizer.from_str(str(read_header(tmp_path / "base.gguf").metadata["tokenizer.huggingface.json"]))
+    assert ids == [carried.encode(f"<s>{text}", add_special_tokens=False).ids for text in texts]
+    assert [len(row) for row in ids] == served
+    names = tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token
+    assert names == ("<s>", "</s>", "<unk>")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    assert [tokenizer(f"<s>{text}", add_special_tokens=False)["input_ids"] for text in texts] != ids
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama2", "plain"])
