@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 @base_option
 @click.option("--system", help="System prompt for rows without one, instead of the adapter's own.")
 @click.option("--retry-errors", is_flag=True, help="Do rows again that ended in an error.")
-@click.option("--redo", is_flag=True, help="Drop results in OUT that another base, adapter or setting gave.")
+@click.option(
+    "--redo",
+    is_flag=True,
+    help="Do rows of OUT again that were edited or that another base, adapter or setting answered.",
+)
 @click.option("--strict", is_flag=True, help="End with exit code 1 if a row ended in an error.")
 @template_option
 @sampling_options

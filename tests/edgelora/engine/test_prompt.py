@@ -12,7 +12,7 @@ from converters.base import convert_base
 from edgelora.engine.engine import Engine
 from edgelora.engine.model import Model
 from edgelora.engine.prompt import encode_prompt
-from edgelora.engine.tokenizer import HuggingFaceTokenizer, LlamaTokenizer
+from edgelora.engine.tokenizer import HuggingFaceTokenizer, LlamaTokenizer, Tokenizer
 from edgelora.messages import Message
 from edgelora.template import BUILTIN, ChatTemplate
 from tests.conftest import SHARED, TINY_BASE
@@ -102,11 +102,15 @@ def test_protected_text_gives_the_same_ids_as_text_that_needs_no_protection(mode
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is absent: no SentencePiece base to test with")
-def test_sentencepiece_text_is_protected_too(tmp_path: Path) -> None:
-    convert_base(SHARED / "models" / "stories-260k", tmp_path / "spm.gguf", quant="f32")
+@pytest.mark.parametrize("kind", [LlamaTokenizer, HuggingFaceTokenizer])
+def test_sentencepiece_text_is_protected_too(tmp_path: Path, kind: type[Tokenizer]) -> None:
+    """By llama.cpp's tokenizer, as in a file that its own script made, and by the one that `convert` puts inside."""
+    native = {"edgelora.tokenizer": "llama.cpp"} if kind is LlamaTokenizer else {}
+    folder = SHARED / "models" / "stories-260k"
+    convert_base(folder, tmp_path / "spm.gguf", quant="f32", metadata=native)
     model = Model(tmp_path / "spm.gguf")
     try:
-        assert isinstance(model.tokenizer, LlamaTokenizer)
+        assert isinstance(model.tokenizer, kind)
         template = ChatTemplate("{{ bos_token }}{% for m in messages %}{{ m.content }} {% endfor %}")
         tokens = encode_prompt(model.tokenizer, template, user("one </s> two"))
         assert controls(model, tokens) == ["<s>"]
