@@ -71,7 +71,7 @@ def main() -> int:
 def edgelora(*arguments: object) -> None:
     """Run one command as a user would, echoed; a failure ends the demo with its exit code."""
     console.print(f"\n$ edgelora {shlex.join(shown(a) for a in arguments)}", style="bold", soft_wrap=True)
-    result = subprocess.run([*EDGELORA, *map(str, arguments)])
+    result = subprocess.run([*EDGELORA, *map(shown, arguments)], cwd=ROOT)
     if result.returncode:
         sys.exit(result.returncode)
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "fastapi", "uvicorn")
 HEAVY = ("numpy", "gguf", "llama_cpp", "tokenizers", "huggingface_hub", "rich", "jinja2", "psutil", "sqlite3", *EXTRAS)
-HELP_SECONDS = 0.150
+MAX_TIMES_CLICK = 2.0
+"""`edgelora --help` against `import click`. Click takes 42 ms on the reference machine and 70 on a slow one, so this
+keeps help under 150 ms; one stray numpy (+80 ms) or gguf (+130 ms) breaks it."""
 
 WITHOUT_EXTRAS = f"""
 import sys
@@ -77,17 +78,21 @@ def test_converters_never_import_edgelora() -> None:
     assert not loaded & {"edgelora", "llama_cpp", "click", "rich", *EXTRAS}
 
 
-def test_help_is_light_and_quick() -> None:
-    command = [str(Path(sys.executable).with_name("edgelora")), "--help"]
-    seconds = []
-    for _ in range(7):
-        start = perf_counter()
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        seconds.append(perf_counter() - start)
-        assert result.returncode == 0
-        assert "convert" in result.stdout
-    # the fastest of seven: what the program costs, not what else the machine was doing
-    assert min(seconds) < HELP_SECONDS, f"edgelora --help took {min(seconds):.3f} s (median {median(seconds):.3f})"
+def cpu_seconds(*command: str) -> float:
+    """User and system time of one run: what it costs, not what else the machine is doing."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0, result.stderr
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_starts_quickly() -> None:
+    """Compared with Click itself in the same minute, so that a slow or busy machine is not a failure."""
+    script = str(Path(sys.executable).with_name("edgelora"))
+    runs = [(cpu_seconds(sys.executable, "-c", "import click"), cpu_seconds(script, "--help")) for _ in range(9)]
+    click_alone, help_text = (min(times) for times in zip(*runs, strict=True))
+    assert help_text < MAX_TIMES_CLICK * click_alone, f"{help_text:.3f} s, and {click_alone:.3f} s for click alone"
 
 
 def test_public_names_resolve() -> None:
