@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from converters.architectures import Dimensions, Family, Place, find_family
 from converters.checkpoint import READABLE, Checkpoint, Floats
 from converters.errors import FormatError, UnsupportedError, listed
+from converters.hub_cache import repository_of
 from converters.tokenizer import Vocabulary, load_vocabulary
 from converters.writer import Typed, Value
 
@@ -25,7 +25,6 @@ for _logger in ("gguf", "metadata"):
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_BYTES = 4 << 20
 F32_MAX = 3.4e38
-SNAPSHOT = re.compile(r"models--(?:[^/]+--)?([^/]+)/snapshots/[0-9a-f]{7,64}/?$")  # of huggingface_hub's cache
 UNTIED = (
     "config.json ties the output to the embeddings, but lm_head.weight differs from them: it is kept as an output of "
     "its own, as transformers does"
@@ -130,8 +129,8 @@ def describe(folder: Path, architecture: str, n_parameters: int) -> dict[str, Va
     except Exception as error:  # gguf and its YAML parser raise anything
         raise FormatError(f"{folder}: README.md or generation_config.json cannot be understood ({error})") from None
     card.name = card.name or folder.name
-    if snapshot := SNAPSHOT.search(folder.as_posix()):
-        card.name = snapshot[1] if card.name == gguf.Metadata.id_to_title(folder.name) else card.name
+    if (repository := repository_of(folder)) and card.name == gguf.Metadata.id_to_title(folder.name):
+        card.name = repository.rpartition("/")[2]
     card.size_label = card.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
     writer = gguf.GGUFWriter(None, architecture)
     writer.add_type("model")

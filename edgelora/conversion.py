@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 
 DEFAULT_QUANT = "q4_k_m"
-EXACT = {"kind": "exact", "dtype": "f16"}
-"""A LoRA's factors with the scale folded into B; rounding them to F16 is all that is lost."""
+EXACT = {"kind": "exact"}
+"""A LoRA's factors with the scale folded into B; all that is lost is rounding, which the converter keeps below 1e-3 by
+choosing F32 where F16 would lose more."""
 
 
 @dataclass(frozen=True)
@@ -257,10 +258,10 @@ def _token_text(value: Any) -> str:
 
 def source_name(folder: Path) -> str:
     """What people call a folder: its name, or the model's where it is a snapshot in the Hugging Face cache."""
+    from converters.hub_cache import repository_of
+
     folder = folder.resolve()
-    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-        return folder.parents[1].name.rpartition("--")[2]
-    return folder.name
+    return repository_of(folder).rpartition("/")[2] or folder.name
 
 
 def _target(out: Path | str | None, name: str) -> Path:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converters.hub_cache import repository_of
 from edgelora.errors import EdgeloraError, ModelFileError, SettingsError
 from edgelora.train.recipe import Recipe
 
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
 # The same weights once more, in the formats of other programs.
 HUB_COPIES = ("consolidated*", "original/*", "onnx/*")
-# Where huggingface_hub keeps what it downloads: models--owner--name/snapshots/REVISION.
-SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+$")
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,7 @@ class BaseFolder:
         path = Path(self.reference)
         if not path.is_absolute():
             return self.reference
-        snapshot = SNAPSHOT.search(path.as_posix())
-        return "/".join(snapshot.groups()) if snapshot else path.name
+        return repository_of(path) or path.name
 
 
 def find_base(base: str) -> BaseFolder:

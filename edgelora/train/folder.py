@@ -105,10 +105,6 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{CHECKPOINT}{step}"
 
-    def last_checkpoint(self) -> Path | None:
-        steps = self.checkpoint_steps()
-        return self.checkpoint(steps[-1]) if steps else None
-
     def refuse_if_taken(self) -> None:
         """Let a new run begin here, or say why it may not: nothing that took time to make is overwritten.
 
