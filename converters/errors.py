@@ -2,6 +2,7 @@
 
     ConversionError
     |- MissingFileError              a path that is not there or cannot be read
+    |- DownloadError                 the hub cannot be reached, or does not give what was asked for
     |- FormatError                   a file that is not what it should be
     |  `- TruncatedFileError         it ends before its own header says
     |- UnsupportedError              understood, and refused by name: a tensor, a config key, a dtype, a tokenizer
@@ -35,6 +36,10 @@ class ConversionError(Exception):
 
 
 class MissingFileError(ConversionError):
+    pass
+
+
+class DownloadError(ConversionError):
     pass
 
 
