@@ -1,0 +1,131 @@
+"""Nodes of a compute graph, as llama.cpp's evaluation callback (`cb_eval`) hands them out, and their values.
+
+llama.cpp asks about each node before it is computed; for those that the callback wants it comes back once their values
+are there. ggml gives no functions to look into a node, so its `struct ggml_tensor` is read as it lies in memory, after
+a node of a known form came out right (`operations`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgelora.engine.native import llama
+from edgelora.errors import EdgeloraError
+
+MAX_DIMENSIONS, MAX_SOURCES, MAX_NAME = 4, 10, 64  # GGML_MAX_DIMS, GGML_MAX_SRC, GGML_MAX_NAME, ggml/include/ggml.h
+F32, I32 = 0, 26  # enum ggml_type
+DTYPES: dict[int, type[np.float32] | type[np.int32]] = {F32: np.float32, I32: np.int32}
+
+
+class Node(ctypes.Structure):
+    """`struct ggml_tensor`, ggml/include/ggml.h.
+
+    Attributes:
+        ne: sizes, the row length first.
+        nb: strides in bytes.
+        op: the operation that makes it.
+        src: addresses of the nodes it is made from, 0 where there is none.
+    """
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * MAX_DIMENSIONS),
+        ("nb", ctypes.c_size_t * MAX_DIMENSIONS),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * MAX_SOURCES),
+        ("view_src", ctypes.c_void_p),
+        ("view_offset", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * MAX_NAME),
+    )
+
+    def source(self, index: int) -> Node:
+        """A node that this one is made from; the caller knows that it is there."""
+        return Node.from_address(self.src[index])
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def _function(name: str, result: object, *arguments: object) -> Any:
+    # Found through the llama library, which is linked to the one ggml that is loaded; see devices.py.
+    function = getattr(llama()._lib, name)
+    function.restype, function.argtypes = result, list(arguments)
+    return function
+
+
+@cache
+def operations() -> tuple[int, int]:
+    """The numbers of MUL_MAT and MUL_MAT_ID in `enum ggml_op`.
+
+    Raises:
+        EdgeloraError: this build of llama.cpp lays its nodes out otherwise.
+    """
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    init = _function("ggml_init", pointer, _InitParams)
+    free = _function("ggml_free", None, pointer)
+    new = _function("ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, size, size, size)
+    set_name = _function("ggml_set_name", pointer, pointer, ctypes.c_char_p)
+    multiply = _function("ggml_mul_mat", pointer, pointer, pointer, pointer)
+    multiply_by_id = _function("ggml_mul_mat_id", pointer, pointer, pointer, pointer, pointer)
+    name_of = _function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
+    context = init(_InitParams(1 << 16, None, True))
+    try:
+        weight, rows, ids = new(context, F32, 8, 5, 3), new(context, F32, 8, 2, 7), new(context, I32, 2, 7, 1)
+        set_name(weight, b"weight")
+        plain = Node.from_address(multiply(context, new(context, F32, 8, 5, 1), rows))
+        by_id = Node.from_address(multiply_by_id(context, weight, rows, ids))
+        found = (
+            list(by_id.src[:4]) == [weight, rows, ids, None]
+            and by_id.source(0).name == b"weight"
+            and list(by_id.ne) == [5, 2, 7, 1]
+            and list(by_id.nb) == [4, 20, 40, 280]
+            and (by_id.source(2).type, by_id.source(2).data, by_id.buffer, plain.view_src) == (I32, None, None, None)
+        )
+        operation = int(plain.op), int(by_id.op)
+    finally:
+        free(context)
+    if not found or [name_of(number) for number in operation] != [b"MUL_MAT", b"MUL_MAT_ID"]:
+        raise EdgeloraError(
+            "this llama.cpp lays out its graphs in a way that edgelora does not know",
+            hint="Install the tested llama-cpp-python: pip install llama-cpp-python==0.3.36",
+        )
+    return operation
+
+
+def values(node: Node) -> npt.NDArray[Any]:
+    """A node's values, shape (ne[3], ne[2], ne[1], ne[0]) with its own strides; float32 or int32.
+
+    In host memory they are not copied, and are valid until the callback returns.
+
+    Raises:
+        EdgeloraError: of another type.
+    """
+    dtype = DTYPES.get(node.type)
+    if dtype is None:
+        raise EdgeloraError(f"the node {weight_name(node)!r} has values of ggml type {node.type}, expected F32 or I32")
+    size = _function("ggml_nbytes", ctypes.c_size_t, ctypes.c_void_p)(ctypes.addressof(node))
+    memory: Any
+    if _function("ggml_backend_buffer_is_host", ctypes.c_bool, ctypes.c_void_p)(node.buffer):
+        memory = (ctypes.c_char * size).from_address(node.data)
+    else:
+        memory = ctypes.create_string_buffer(size)
+        get = _function("ggml_backend_tensor_get", None, *[ctypes.c_void_p] * 2, *[ctypes.c_size_t] * 2)
+        get(ctypes.addressof(node), ctypes.addressof(memory), 0, size)
+    return np.ndarray(tuple(node.ne[::-1]), dtype, buffer=memory, strides=tuple(node.nb[::-1]))
+
+
+def weight_name(node: Node) -> str:
+    """A node's name without what the scheduler puts around that of a copy: CUDA0#blk.0.attn_k.weight#0."""
+    parts: Sequence[str] = node.name.decode("utf-8", errors="replace").split("#")
+    return parts[1] if len(parts) > 1 else parts[0]
