@@ -110,7 +110,11 @@ def _why_a_path(text: str) -> str:
 
 
 def _valid(repository: str) -> bool:
-    return bool(_REPOSITORY.fullmatch(repository)) and not any(part in repository for part in ("--", ".."))
+    return (
+        bool(_REPOSITORY.fullmatch(repository))
+        and not any(part in repository for part in ("--", ".."))
+        and not repository.endswith(".git")
+    )
 
 
 def _exists(text: str) -> bool:
