@@ -1,10 +1,15 @@
 """The vocabulary of a Hugging Face model folder as GGUF metadata.
 
-Three kinds, tried in the order of llama.cpp's converter (`LlamaModel.set_vocab`, conversion/llama.py):
+Which of four layouts a vocabulary gets follows from its family's rules (`tokenizer_rules.py`) and the files there are:
 
     tokenizer.model                                     SentencePiece         tokenizer.ggml.model = "llama"
-    tokenizer.json, BPE with <0x00> byte tokens         SentencePiece-like    "llama"
+    tokenizer.json, BPE with <0x00> byte tokens         SentencePiece-like    "llama", or "gemma4" with its merges
     tokenizer.json, BPE on bytes                        GPT-2-like            "gpt2", and a pre-tokenizer's name
+    vocab.json and merges.txt                           the same
+
+Every key and value is what llama.cpp's converter writes (`set_vocab`, conversion/*.py), but for these: ids that have a
+token in tokenizer.json alone, where it writes `[PADn]`; `chat_template.jinja`, which wins over tokenizer_config.json as
+in transformers; an eos where it finds none; `add_bos_token` false where llama.cpp would take the lack of it for true.
 
 Where llama.cpp's own tokenizer would not give the ids of training, or would abort on a character it does not know, the
 whole `tokenizer.json` goes in as `tokenizer.huggingface.json` with `edgelora.tokenizer = "huggingface"`.
@@ -14,27 +19,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gguf
 from gguf.constants import TokenType
 from tokenizers import AddedToken, Tokenizer
 
 from converters.checkpoint import read_json
 from converters.errors import FormatError, MissingFileError, UnsupportedError
-from converters.pretokenizers import pretokenizer_name
+from converters.pretokenizer_hashes import NAME_OF_HASH
+from converters.pretokenizers import ADDS_BOS, cut_of, name_of
 from converters.sentencepiece_json import sentencepiece_json
 from converters.sentencepiece_model import SentencePieceModel, read_sentencepiece
+from converters.special_tokens import ADD_KEYS, KINDS, read_special, template_of_files
+from converters.tokenizer_differences import (
+    added_differences,
+    byte_level_differences,
+    byte_level_example,
+    sentencepiece_example,
+)
 from converters.tokenizer_ends import end_tokens, lost_templates
+from converters.tokenizer_file import TokenizerFile, merges_of_text, open_tokenizer_file
+from converters.tokenizer_rules import AS_CONFIGURED, LLAMA_RULES, Layout, TokenizerRules
 from converters.writer import Value
 
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 NO_SPACE_AFTER_SPECIAL = "it puts no space after a special token, as llama.cpp does"
+OTHER_PREFIX = "llama.cpp would put a space before a text, or none, otherwise than it does"
+NO_SCORES = "it is SentencePiece-like and has no tokenizer.model with scores"
+GEMMA4_LINES = "llama.cpp does not merge line breaks"
 NATIVE, HUGGINGFACE = "llama.cpp", "huggingface"
+SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
+USER_DEFINED_PIECE = 4
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,7 @@ class Vocabulary:
 
     Attributes:
         tokens: by id, as llama.cpp expects their text.
-        metadata: every `tokenizer.*` key, and `edgelora.tokenizer`.
+        metadata: every `tokenizer.*` key, and those of `edgelora.*` about it.
         notices: what a user should know: mostly, where llama.cpp's own ids would differ.
     """
 
@@ -71,173 +89,234 @@ class _Entries:
         self.tokens[number], self.types[number], self.scores[number] = token, int(kind), score
 
 
-def load_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+@dataclass(frozen=True)
+class _Source:
+    """A folder's tokenizer files, and what is asked of them."""
+
+    folder: Path
+    size: int
+    rules: TokenizerRules
+    config: Mapping[str, Any]
+    file: TokenizerFile | None
+
+    @property
+    def space_prefix(self) -> bool | None:
+        """The value of `add_space_prefix`, or None for a file without it."""
+        if self.rules.space_prefix == AS_CONFIGURED:
+            given = self.config.get("add_prefix_space")
+            return None if given is None else bool(given)
+        return bool(self.rules.space_prefix) if self.rules.space_prefix is not None else None
+
+    @property
+    def json(self) -> TokenizerFile:
+        if self.file is None:
+            raise MissingFileError(f"{self.folder}: no tokenizer.json")
+        if self.file.model.get("type") != "BPE":
+            kind = self.file.model.get("type")
+            raise UnsupportedError(f"{self.file.path}: a {kind} tokenizer; BPE can be converted")
+        return self.file
+
+    def entries(self, score: float) -> _Entries:
+        highest = max(self.file.vocab.values(), default=-1) if self.file else -1
+        if self.file and highest >= self.size:
+            raise FormatError(
+                f"{self.file.path}: token ids go up to {highest}, config.json says vocab_size {self.size}"
+            )
+        return _Entries(self.size, score)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A vocabulary before its special tokens.
+
+    Attributes:
+        model: `tokenizer.ggml.model`; `pre` and `merges` are left out of the file where they are None.
+        reasons: what llama.cpp's tokenizer does otherwise, and `example` a sentence with a text.
+        carried: the tokenizer.json for the file, if there are reasons.
+        n_vocab: special ids from here on are left out, as llama.cpp's converter does for some layouts.
+    """
+
+    entries: _Entries
+    model: str
+    pre: str | None
+    merges: list[str] | None
+    reasons: Sequence[str]
+    example: str
+    carried: str
+    with_scores: bool = True
+    n_vocab: int | None = None
+    space_prefix: bool | None = None
+
+
+def load_vocabulary(
+    folder: Path, vocab_size: int, rules: TokenizerRules = LLAMA_RULES, config: Mapping[str, Any] | None = None
+) -> Vocabulary:
     """Read the tokenizer of a model folder.
 
     Args:
-        folder: with tokenizer.model or tokenizer.json, and tokenizer_config.json.
+        folder: with tokenizer.model, tokenizer.json, or vocab.json and merges.txt; and tokenizer_config.json.
         vocab_size: rows of the embedding; ids without a token become `[PADn]`.
+        rules: those of the model's family.
+        config: config.json, which says whose tokenizer it is where no tokenizer file does; read from the folder if
+            not given.
 
     Raises:
         MissingFileError: no tokenizer in the folder.
         FormatError: a file that cannot be parsed.
         UnsupportedError: a tokenizer that neither llama.cpp nor the `tokenizers` package can stand for.
     """
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    has_json = (folder / "tokenizer.json").is_file()
-    if (folder / "tokenizer.model").is_file():
-        return _from_sentencepiece(folder, config, vocab_size)
-    if not has_json:
+    tokenizer_config, given = (
+        read_json(path) if (path := folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "config.json")
+    )
+    file = open_tokenizer_file(folder, tokenizer_config, given if config is None else config)
+    source = _Source(folder, vocab_size, rules, tokenizer_config, file)
+    return _finish(source, _DRAFTS[_layout(source)](source))
+
+
+def _layout(source: _Source) -> Layout:
+    """The first layout of the family whose files are there."""
+    rules, file = source.rules, source.file
+    if source.config.get("tokenizer_class") in rules.byte_level_classes and file:
+        return Layout.BYTE_LEVEL
+    like_sentencepiece = file is not None and file.is_sentencepiece_like()
+    there = {
+        Layout.SENTENCEPIECE: (source.folder / "tokenizer.model").is_file(),
+        Layout.LLAMA_HF: like_sentencepiece,
+        Layout.GEMMA4: like_sentencepiece,
+        Layout.BYTE_LEVEL: file is not None,
+    }
+    layout = next((layout for layout in rules.layouts if there[layout]), None)
+    if layout is None:
         raise MissingFileError(
-            f"{folder}: no tokenizer.json and no tokenizer.model",
+            f"{source.folder}: no tokenizer.json and no tokenizer.model that a model of this family can have",
             hint="Save the tokenizer beside the model: tokenizer.save_pretrained(folder).",
         )
-    tokenizer = _HuggingFace(folder / "tokenizer.json")
-    if tokenizer.model.get("type") != "BPE":
-        raise UnsupportedError(f"{tokenizer.path}: a {tokenizer.model.get('type')} tokenizer; BPE can be converted")
-    if tokenizer.model.get("byte_fallback"):
-        return _from_byte_fallback(folder, tokenizer, config, vocab_size)
-    return _from_byte_level(folder, tokenizer, vocab_size)
+    return Layout.LLAMA_HF if layout is Layout.BYTE_LEVEL and like_sentencepiece else layout
 
 
-class _HuggingFace:
-    """A `tokenizer.json`: as JSON, and as the `tokenizers` package reads it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.json = read_json(path)
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises bare Exception
-            raise FormatError(f"{path}: the tokenizers package cannot read it ({error})") from None
-        self.model: Mapping[str, Any] = self.json["model"]
-        self.vocab: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
-        self.added: dict[int, AddedToken] = self.tokenizer.get_added_tokens_decoder()
-
-    @property
-    def text(self) -> str:
-        return self.path.read_text(encoding="utf-8")
-
-    def entries(self, vocab_size: int, score: float) -> _Entries:
-        highest = max(self.vocab.values(), default=-1)
-        if highest >= vocab_size:
-            raise FormatError(f"{self.path}: token ids go up to {highest}, config.json says vocab_size {vocab_size}")
-        return _Entries(vocab_size, score)
-
-    def differences(self) -> list[str]:
-        """What about it llama.cpp's BPE does not do."""
-        model, processor = self.model, self.json.get("post_processor")
-        flags = [token.content for token in self.added.values() if token.lstrip or token.rstrip or token.single_word]
-        missing = 256 - len(set(_BYTE_SYMBOLS) & set(self.vocab))
-        affixes = [model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")]
-        checks = (
-            (self.json.get("normalizer") is None, "it normalizes text"),
-            (pretokenizer_name(self.json) is not None, "llama.cpp has no pre-tokenizer that cuts text as it does"),
-            (missing == 0, f"{missing} of 256 bytes are not in its vocabulary"),
-            (not any(affixes) and not model.get("dropout"), "its BPE has affixes or dropout"),
-            (not flags, f"the added token {flags[0]!r} takes the spaces around it" if flags else ""),
-            (_adds_only_ends(processor), "its post-processor does more than add a first and a last token"),
-        )
-        return [reason for ok, reason in checks if not ok]
-
-
-def _byte_symbols() -> list[str]:
-    """GPT-2's printable stand-in for each byte (`bytes_to_unicode`, github.com/openai/gpt-2)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(others))]
-
-
-_BYTE_SYMBOLS = _byte_symbols()
-
-
-def _adds_only_ends(processor: Mapping[str, Any] | None) -> bool:
-    parts = [processor] if processor else []
-    if processor and processor.get("type") == "Sequence":
-        parts = processor.get("processors", [])
-    for part in parts:
-        if part.get("type") == "TemplateProcessing":
-            kinds = ["A" if "Sequence" in item else "special" for item in part.get("single", [])]
-            if kinds not in (["A"], ["special", "A"], ["A", "special"], ["special", "A", "special"]):
-                return False
-        elif part.get("type") != "ByteLevel":
-            return False
-    return True
-
-
-def _from_byte_level(folder: Path, tokenizer: _HuggingFace, vocab_size: int) -> Vocabulary:
-    entries = tokenizer.entries(vocab_size, 0.0)
-    for token, number in tokenizer.vocab.items():
-        if number in tokenizer.added:
-            _set_added(entries, number, token, special=tokenizer.added[number].special)
+def _byte_level(source: _Source) -> _Draft:
+    """As `get_vocab_base` (conversion/base.py)."""
+    file = source.json
+    entries = source.entries(0.0)
+    for token, number in file.vocab.items():
+        if number in file.added:
+            _set_added(entries, number, file.spelled(number), special=file.added[number].special)
         else:
             entries.set(number, token, TokenType.NORMAL)
-    # Unknown to llama.cpp means that it refuses to load: a file with its own tokenizer takes the plainest name.
-    pre = pretokenizer_name(tokenizer.json) or "gpt-2"
-    return _finish(folder, entries, "gpt2", pre, tokenizer.text, tokenizer.differences(), with_scores=False)
+    cut = cut_of(file.json)
+    name = NAME_OF_HASH.get(file.hash) or (name_of(cut) if cut else None)
+    reasons = byte_level_differences(file, name)
+    # A name unknown to llama.cpp means that it refuses to load: a file with its own tokenizer takes the plainest one.
+    pre = name or "gpt-2"
+    example = byte_level_example(file, pre) if reasons else ""
+    return _Draft(entries, "gpt2", pre, _merges(source), reasons, example, file.text, with_scores=False)
 
 
-def _from_byte_fallback(
-    folder: Path, tokenizer: _HuggingFace, config: Mapping[str, Any], vocab_size: int
-) -> Vocabulary:
+def _llama_hf(source: _Source) -> _Draft:
     """As `LlamaHfVocab` (gguf/vocab.py), which knows no scores: llama.cpp merges in another order than training did."""
-    entries = tokenizer.entries(vocab_size, UNUSED_SCORE)
-    special = _special_tokens(config) | {token.content for token in tokenizer.added.values() if token.special}
-    base_size = tokenizer.tokenizer.get_vocab_size(with_added_tokens=False)
-    for token, number in tokenizer.vocab.items():
-        kind = TokenType.CONTROL if token in special else TokenType.NORMAL
-        if BYTE_TOKEN.fullmatch(token):
+    file, entries = source.json, _hf_entries(source)
+    prefix = True if source.space_prefix is None else source.space_prefix
+    example = sentencepiece_example(file, entries.tokens, entries.scores, entries.types, prefix=prefix)
+    return _Draft(entries, "llama", "default", None, [NO_SCORES], example, file.text, n_vocab=source.size)
+
+
+def _gemma4(source: _Source) -> _Draft:
+    """As `Gemma4Model.set_vocab` (conversion/gemma.py)."""
+    file, entries = source.json, _hf_entries(source)
+    for number, token in enumerate(entries.tokens):
+        if token in source.rules.visible:
+            entries.types[number] = int(TokenType.USER_DEFINED)
+    reasons = [GEMMA4_LINES, *added_differences(file)]
+    return _Draft(entries, "gemma4", None, _merges(source), reasons, "", file.text)
+
+
+def _hf_entries(source: _Source) -> _Entries:
+    file, entries = source.json, source.entries(UNUSED_SCORE)
+    base_size = file.tokenizer.get_vocab_size(with_added_tokens=False)
+    for token, number in file.vocab.items():
+        kind = TokenType.CONTROL if token in file.special else TokenType.NORMAL
+        if number >= base_size:
+            kind = TokenType.CONTROL if token in file.special else TokenType.USER_DEFINED
+        elif BYTE_TOKEN.fullmatch(token):
             kind = TokenType.BYTE
-        elif number >= base_size and token not in special:
-            kind = TokenType.USER_DEFINED
         entries.set(number, token, kind)
-    reason = "it is SentencePiece-like and has no tokenizer.model with scores"
-    return _finish(folder, entries, "llama", "default", tokenizer.text, [reason], with_scores=True)
+    return entries
 
 
-def _from_sentencepiece(folder: Path, config: Mapping[str, Any], vocab_size: int) -> Vocabulary:
-    path = folder / "tokenizer.model"
+def _sentencepiece(source: _Source) -> _Draft:
+    """As `_create_vocab_sentencepiece` (conversion/base.py), and `Phi3MiniModel.set_vocab` (conversion/phi.py)."""
+    path = source.folder / "tokenizer.model"
     model = read_sentencepiece(path)
-    if len(model.pieces) > vocab_size:
-        raise FormatError(f"{path}: holds {len(model.pieces)} pieces, config.json says vocab_size {vocab_size}")
-    entries = _Entries(vocab_size, UNUSED_SCORE)
+    if len(model.pieces) > source.size:
+        raise FormatError(f"{path}: holds {len(model.pieces)} pieces, config.json says vocab_size {source.size}")
+    entries = _Entries(source.size, UNUSED_SCORE)
     for number, piece in enumerate(model.pieces):
-        entries.set(number, piece.text, piece.type, piece.score)
-    for token, number in _added_tokens(folder, config, vocab_size).items():
+        kind = TokenType.NORMAL if piece.type == USER_DEFINED_PIECE else piece.type
+        entries.set(number, piece.text, kind, piece.score)
+    for token, number in _added_tokens(source).items():
         entries.set(number, token, TokenType.USER_DEFINED)
-    for number, added in _decoder_tokens(config, vocab_size).items():
-        _set_added(entries, number, added.content, special=added.special)
-    prefix = bool(config.get("add_prefix_space", model.adds_prefix))
-    reasons = _sentencepiece_differences(model)
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = _HuggingFace(folder / "tokenizer.json")
-        reasons += _set_others(entries, model, tokenizer, vocab_size) + _spaces_differ(tokenizer, prefix)
-        carried = tokenizer.text
-    elif reasons:
+    set_added = _set_as_spelled if source.rules.json_tokens else _set_added
+    for number, added in _decoder_tokens(source).items():
+        set_added(entries, number, added.content, special=added.special)
+    own_prefix = bool(source.config.get("add_prefix_space", model.adds_prefix))
+    prefix = True if source.space_prefix is None else source.space_prefix  # llama.cpp's default
+    refused = _sentencepiece_differences(model)
+    reasons = [*refused, *_pieces_differ(model, entries), *([] if own_prefix == prefix else [OTHER_PREFIX])]
+    if source.file:
+        if source.rules.json_tokens:
+            source.entries(UNUSED_SCORE)  # its ids fit
+            for number, added in source.file.added.items():
+                _set_as_spelled(entries, number, added.content, special=added.special)
+        reasons += _set_others(entries, model, source, source.file) + _spaces_differ(source.file, prefix)
+        carried = source.file.text
+    elif refused:
         raise UnsupportedError(
-            f"{path}: llama.cpp cannot tokenize as it does: {'; '.join(reasons)}",
+            f"{path}: llama.cpp cannot tokenize as it does: {'; '.join(refused)}",
             hint="Save a tokenizer.json beside it: AutoTokenizer.from_pretrained(folder).save_pretrained(folder).",
         )
     else:
-        carried, reasons = _made_json(folder, model, config, vocab_size), [NO_SPACE_AFTER_SPECIAL]
-    vocabulary = _finish(folder, entries, "llama", "default", carried, reasons, with_scores=True)
-    if prefix:
-        return vocabulary  # llama.cpp's default
-    metadata = {**vocabulary.metadata, "tokenizer.ggml.add_space_prefix": False}
-    return replace(vocabulary, metadata=metadata)
+        carried, reasons = _made_json(source, model), [*reasons, NO_SPACE_AFTER_SPECIAL]
+    file = source.file or TokenizerFile(path, carried, {}, {})
+    example = ""
+    if reasons:
+        example = sentencepiece_example(file, entries.tokens, entries.scores, entries.types, prefix=prefix)
+    return _Draft(entries, "llama", "default", None, reasons, example, carried, n_vocab=source.size)
 
 
-def _made_json(folder: Path, model: SentencePieceModel, config: Mapping[str, Any], vocab_size: int) -> str:
-    extra = _added_tokens(folder, config, vocab_size).items()
-    added = {number: AddedToken(token, normalized=False) for token, number in extra}
-    added |= _decoder_tokens(config, vocab_size)
+_DRAFTS = {
+    Layout.SENTENCEPIECE: _sentencepiece,
+    Layout.LLAMA_HF: _llama_hf,
+    Layout.BYTE_LEVEL: _byte_level,
+    Layout.GEMMA4: _gemma4,
+}
+
+
+def _merges(source: _Source) -> list[str]:
+    """Pairs as llama.cpp splits them, at the first space; a space inside a part is spelled Ġ."""
+    pairs: Any = source.json.model.get("merges") or []
+    if not pairs and (path := source.folder / "merges.txt").is_file():
+        pairs = list(merges_of_text(path))
+    if not pairs:
+        raise UnsupportedError(f"{source.json.path}: has no merges")
+    if isinstance(pairs[0], str):
+        return list(pairs)
+    return [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in pairs]
+
+
+def _made_json(source: _Source, model: SentencePieceModel) -> str:
+    config = source.config
+    added = {number: AddedToken(token, normalized=False) for token, number in _added_tokens(source).items()}
+    added |= _decoder_tokens(source)
     first = _content(config.get("bos_token", "<s>")) if config.get("add_bos_token", True) else ""
     last = _content(config.get("eos_token", "</s>")) if config.get("add_eos_token") else ""
     text = sentencepiece_json(model, added, config, (first, last))
     try:
         Tokenizer.from_str(text)
     except Exception as error:  # the package raises bare Exception
-        raise UnsupportedError(f"{folder}: its tokenizer cannot be made from tokenizer.model ({error})") from None
+        raise UnsupportedError(
+            f"{source.folder}: its tokenizer cannot be made from tokenizer.model ({error})"
+        ) from None
     return text
 
 
@@ -245,30 +324,35 @@ def _content(value: Any) -> str:
     return str(value.get("content") if isinstance(value, Mapping) else value or "")
 
 
-def _set_others(entries: _Entries, model: SentencePieceModel, tokenizer: _HuggingFace, vocab_size: int) -> list[str]:
+def _set_others(entries: _Entries, model: SentencePieceModel, source: _Source, file: TokenizerFile) -> list[str]:
     """Take the tokens that only tokenizer.json has; returns what it has under other ids than tokenizer.model."""
-    tokenizer.entries(vocab_size, UNUSED_SCORE)  # its ids fit
+    source.entries(UNUSED_SCORE)  # its ids fit
     others = []
-    for token, number in tokenizer.vocab.items():
+    for token, number in file.vocab.items():
         if number < len(model.pieces):
-            known = number in tokenizer.added or token == model.pieces[number].text
+            known = number in file.added or token == model.pieces[number].text
             others += [] if known else [f"{token!r} is {number}"]
         elif entries.types[number] == TokenType.UNUSED:
-            _set_added(entries, number, token, special=number in tokenizer.added and tokenizer.added[number].special)
+            _set_added(entries, number, token, special=number in file.added and file.added[number].special)
     return [f"its tokenizer.json has other tokens than its tokenizer.model ({others[0]})"] if others else []
 
 
-def _spaces_differ(tokenizer: _HuggingFace, prefix: bool) -> list[str]:
+def _spaces_differ(file: TokenizerFile, prefix: bool) -> list[str]:
     """What llama.cpp's SentencePiece does otherwise: it puts a space before the text and after each special token."""
-    normalizer, cut = tokenizer.json.get("normalizer") or {}, tokenizer.json.get("pre_tokenizer") or {}
+    normalizer, cut = file.json.get("normalizer") or {}, file.json.get("pre_tokenizer") or {}
     parts = normalizer.get("normalizers", []) if normalizer.get("type") == "Sequence" else [normalizer]
     kinds = [part.get("type") for part in parts if part]
     scheme = cut.get("prepend_scheme") if cut.get("type") == "Metaspace" else cut.get("type")
     equal = [(["Prepend", "Replace"], None)] if prefix else [(["Replace"], None), ([], "never")]
     if cut.get("split") or (kinds, scheme) not in equal:
         return [NO_SPACE_AFTER_SPECIAL]
-    flags = [token.content for token in tokenizer.added.values() if token.lstrip or token.rstrip or token.single_word]
-    return [f"the added token {flags[0]!r} takes the spaces around it"] if flags else []
+    return added_differences(file)
+
+
+def _pieces_differ(model: SentencePieceModel, entries: _Entries) -> list[str]:
+    user = (number for number, piece in enumerate(model.pieces) if piece.type == USER_DEFINED_PIECE)
+    plain = next((entries.tokens[number] for number in user if entries.types[number] == TokenType.NORMAL), None)
+    return [] if plain is None else [f"its token {plain!r} is always whole, and an ordinary one for llama.cpp"]
 
 
 def _sentencepiece_differences(model: SentencePieceModel) -> list[str]:
@@ -289,6 +373,10 @@ def _set_added(entries: _Entries, number: int, token: str, *, special: bool) -> 
         entries.set(number, token.replace("▁", " "), TokenType.USER_DEFINED)
 
 
+def _set_as_spelled(entries: _Entries, number: int, token: str, *, special: bool) -> None:
+    entries.set(number, token, TokenType.CONTROL if special else TokenType.USER_DEFINED)
+
+
 def _looks_special(token: str) -> bool:
     """Some models forget to mark control tokens (`does_token_look_special`, conversion/base.py)."""
     if token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
@@ -296,59 +384,47 @@ def _looks_special(token: str) -> bool:
     return any(token.startswith(a) and token.endswith(b) for a, b in (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">")))
 
 
-def _special_tokens(config: Mapping[str, Any]) -> set[str]:
-    named = [config.get(key) for key in NAMED_TOKENS]
-    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    values = [*named, *(more.values() if isinstance(more, Mapping) else more)]
-    contents = [value.get("content") if isinstance(value, Mapping) else value for value in values]
-    return {content for content in contents if isinstance(content, str)}
-
-
-def _added_tokens(folder: Path, config: Mapping[str, Any], vocab_size: int) -> dict[str, int]:
-    path = folder / "added_tokens.json"
+def _added_tokens(source: _Source) -> dict[str, int]:
+    path, size = source.folder / "added_tokens.json", source.size
     tokens = read_json(path) if path.is_file() else {}
-    if bad := [token for token, number in tokens.items() if type(number) is not int or not 0 <= number < vocab_size]:
-        raise FormatError(f"{path}: token {bad[0]!r} has id {tokens[bad[0]]!r}, the vocabulary has {vocab_size}")
+    if bad := [token for token, number in tokens.items() if type(number) is not int or not 0 <= number < size]:
+        raise FormatError(f"{path}: token {bad[0]!r} has id {tokens[bad[0]]!r}, the vocabulary has {size}")
     return tokens
 
 
-def _decoder_tokens(config: Mapping[str, Any], vocab_size: int) -> dict[int, AddedToken]:
+def _decoder_tokens(source: _Source) -> dict[int, AddedToken]:
     found = {}
-    for key, entry in (config.get("added_tokens_decoder") or {}).items():
+    for key, entry in (source.config.get("added_tokens_decoder") or {}).items():
         number = int(key) if str(key).isdecimal() else -1
-        if not 0 <= number < vocab_size or not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
-            problem = f"added_tokens_decoder has {key!r}, the vocabulary has {vocab_size}"
+        if not 0 <= number < source.size or not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
+            problem = f"added_tokens_decoder has {key!r}, the vocabulary has {source.size}"
             raise FormatError(f"tokenizer_config.json: {problem}")
         flags = {name: bool(entry.get(name)) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}
         found[number] = AddedToken(entry["content"], **flags)
     return found
 
 
-def _finish(
-    folder: Path,
-    entries: _Entries,
-    model: str,
-    pre: str,
-    carried: str,
-    reasons: Sequence[str],
-    *,
-    with_scores: bool,
-) -> Vocabulary:
-    _check_unique(folder, entries)
-    metadata: dict[str, Value] = {"tokenizer.ggml.model": model, "tokenizer.ggml.pre": pre}
+def _finish(source: _Source, draft: _Draft) -> Vocabulary:
+    entries = draft.entries
+    _check_unique(source.folder, entries)
+    metadata: dict[str, Value] = {"tokenizer.ggml.model": draft.model}
+    if draft.pre is not None:
+        metadata["tokenizer.ggml.pre"] = draft.pre
     metadata["tokenizer.ggml.tokens"] = entries.tokens
-    if with_scores:
+    if draft.with_scores:
         metadata["tokenizer.ggml.scores"] = entries.scores
     metadata["tokenizer.ggml.token_type"] = entries.types
-    metadata |= _special_metadata(folder, len(entries.tokens), load_merges=model == "gpt2")
-    ends, notices = end_tokens(folder, metadata, len(entries.tokens))
-    metadata |= ends
-    notices += lost_templates(folder, metadata)
-    metadata["edgelora.tokenizer"] = HUGGINGFACE if reasons else NATIVE
-    if reasons:
-        metadata["tokenizer.huggingface.json"] = carried
+    if draft.merges is not None:
+        metadata["tokenizer.ggml.merges"] = draft.merges
+    metadata |= _special_metadata(source, draft)
+    metadata |= end_tokens(source.folder, metadata, len(entries.tokens))
+    notices = lost_templates(source.folder, metadata)
+    metadata["edgelora.tokenizer"] = HUGGINGFACE if draft.reasons else NATIVE
+    if draft.reasons:
+        metadata["tokenizer.huggingface.json"] = draft.carried
+        said = ". ".join(part for part in ("; ".join(draft.reasons), draft.example) if part)
         notices.append(
-            f"tokenizer: {'; '.join(reasons)}. A tokenizer.json is kept in the file and edgelora uses it; "
+            f"tokenizer: {said}. A tokenizer.json is kept in the file and edgelora uses it; "
             "other llama.cpp programs would cut some text otherwise"
         )
     return Vocabulary(tuple(entries.tokens), metadata, tuple(notices))
@@ -361,18 +437,28 @@ def _check_unique(folder: Path, entries: _Entries) -> None:
             raise UnsupportedError(f"{folder}: tokens {first} and {number} are both {token!r}; llama.cpp would abort")
 
 
-def _special_metadata(folder: Path, n_vocab: int, *, load_merges: bool) -> dict[str, Value]:
-    """Merges, ids of bos, eos ..., whether they are added, chat templates: through gguf, as llama.cpp's converter."""
-    writer = gguf.GGUFWriter(None, "")
-    try:
-        special = gguf.SpecialVocab(folder, load_merges=load_merges, n_vocab=n_vocab)
-        if (template := folder / "chat_template.jinja").is_file():
-            special.chat_template = template.read_text(encoding="utf-8")  # as transformers does: the file wins
-        if load_merges:  # without these, llama.cpp decides by the pre-tokenizer's name
-            special.add_special_token = {"bos": False, "eos": False, **special.add_special_token}
-        special.add_to_gguf(writer, quiet=True)
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise FormatError(f"{folder}: its tokenizer files cannot be understood ({error})") from None
-    if load_merges and not special.merges:
-        raise UnsupportedError(f"{folder / 'tokenizer.json'}: has no merges")
-    return {key: pair.value for key, pair in writer.kv_data[0].items() if key != "general.architecture"}
+def _special_metadata(source: _Source, draft: _Draft) -> dict[str, Value]:
+    """Ids of bos, eos ..., whether they are added, chat templates, and what the family pins."""
+    folder, rules, file = source.folder, source.rules, source.file
+    found = read_special(folder, n_vocab=draft.n_vocab)
+    for kind, text in rules.named.items():
+        if kind not in found.ids:
+            if file is None or text not in file.vocab:
+                raise UnsupportedError(
+                    f"{folder}: its tokenizer has no token {text!r}, which its family ends turns with"
+                )
+            found.ids[kind] = file.vocab[text]
+    for kind, number in rules.ids_for(source.size).items():
+        again = read_special(folder, kinds=(*KINDS, kind)).ids
+        found.ids[kind] = again.get(kind, number)
+    if (folder / "chat_template.jinja").is_file():
+        found.template = template_of_files(folder)  # as transformers does: the file wins
+    metadata = found.metadata()
+    pinned = rules.add_bos_for(source.size)
+    if pinned is None and draft.pre in ADDS_BOS:
+        pinned = found.adds.get("bos", False)
+    if pinned is not None:
+        metadata[ADD_KEYS["bos"]] = pinned
+    if source.space_prefix is not None:
+        metadata[SPACE_PREFIX] = source.space_prefix
+    return metadata

@@ -1,6 +1,7 @@
 """Where a reply ends, and which chat template there is, when a model folder says more than a GGUF file can hold.
 
-Several ids may end a reply (`eos_token_id: [128001, 128009]`); the file has room for two, eos and eot.
+Several ids may end a reply (`eos_token_id: [128001, 128009]`); llama.cpp's converter writes the one that
+tokenizer_config.json names. The others go into a key of our own.
 """
 
 from __future__ import annotations
@@ -11,30 +12,29 @@ from typing import Any
 
 from converters.checkpoint import read_json
 from converters.errors import FormatError
+from converters.special_tokens import ID_KEYS, TEMPLATE
 from converters.writer import Value
 
-EOS, EOT, TEMPLATE = "tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.chat_template"
+ENDS = "edgelora.end_token_ids"
 
 
-def end_tokens(folder: Path, metadata: Mapping[str, Value], n_vocab: int) -> tuple[dict[str, Value], list[str]]:
-    """The keys to add for the ids that end a reply, and a notice for those that find no place.
+def end_tokens(folder: Path, metadata: Mapping[str, Value], n_vocab: int) -> dict[str, Value]:
+    """The keys to add for the ids that end a reply.
 
     Args:
-        metadata: with the eos of tokenizer_config.json, which goes before those of the other files.
+        metadata: with the eos of tokenizer_config.json, which goes before those of the other files. Without one, the
+            first of the others takes its place: llama.cpp would take id 2 or 11 for it.
 
     Raises:
         FormatError: an id that is not one.
     """
     ids = [number for name in ("generation_config.json", "config.json") for number in _eos_ids(folder / name, n_vocab)]
-    ids = list(dict.fromkeys(ids))
+    taken = {metadata.get(ID_KEYS["eos"]), metadata.get(ID_KEYS["eot"])} - {None}
+    left = [number for number in dict.fromkeys(ids) if number not in taken]
     found: dict[str, Value] = {}
-    taken = {metadata.get(EOS), metadata.get(EOT)} - {None}
-    left = [number for number in ids if number not in taken]
-    for key in (EOS, EOT):
-        if left and key not in metadata:
-            found[key] = left.pop(0)
-    lost = ", ".join(map(str, left))
-    return found, [f"eos_token_id: a reply may end in {lost} too, for which a GGUF file has no place"] if left else []
+    if left and ID_KEYS["eos"] not in metadata:
+        found[ID_KEYS["eos"]] = left.pop(0)
+    return {**found, ENDS: left} if left else found
 
 
 def _eos_ids(path: Path, n_vocab: int) -> list[int]:

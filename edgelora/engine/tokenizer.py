@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
@@ -21,6 +21,7 @@ from edgelora.errors import ModelFileError
 
 UNKNOWN, CONTROL, LEFT_STRIP, RIGHT_STRIP = 1 << 0, 1 << 3, 1 << 7, 1 << 8  # llama.h, enum llama_token_attr
 HUGGINGFACE_KEY, HUGGINGFACE_JSON = "edgelora.tokenizer", "tokenizer.huggingface.json"
+ENDS_KEY = "edgelora.end_token_ids"  # ids that end a reply beside the file's eos and eot
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,16 @@ class SpecialToken:
 
 
 class Tokenizer(ABC):
-    """Common part: special tokens come from the GGUF vocabulary whichever engine tokenizes."""
+    """Common part: special tokens come from the GGUF vocabulary whichever engine tokenizes.
 
-    def __init__(self, vocab: Any) -> None:
+    Args:
+        ends: ids that end a reply, beside those that llama.cpp takes for ends.
+    """
+
+    def __init__(self, vocab: Any, ends: Collection[int] = ()) -> None:
         self.vocab = vocab
         self.size: int = llama().llama_vocab_n_tokens(vocab)
+        self._ends = frozenset(ends)
 
     @abstractmethod
     def encode(self, text: str, *, special: bool) -> list[int]:
@@ -82,7 +88,8 @@ class Tokenizer(ABC):
         library = llama()
         candidates = {token.id for token in self.control_tokens.values()}
         candidates |= {library.llama_vocab_eos(self.vocab), library.llama_vocab_eot(self.vocab)}
-        return frozenset(t for t in candidates if t >= 0 and library.llama_vocab_is_eog(self.vocab, t))
+        native = {t for t in candidates if t >= 0 and library.llama_vocab_is_eog(self.vocab, t)}
+        return frozenset(native | {t for t in self._ends if 0 <= t < self.size})
 
     def text_of(self, which: str) -> str:
         """The text of the `bos` or `eos` token; empty where the vocabulary has none."""
@@ -106,8 +113,8 @@ class Decoder(ABC):
 class LlamaTokenizer(Tokenizer):
     """llama.cpp's tokenizer (SentencePiece, BPE with a pre-tokenizer it knows, WordPiece, ...)."""
 
-    def __init__(self, vocab: Any, *, strip_first_space: bool) -> None:
-        super().__init__(vocab)
+    def __init__(self, vocab: Any, ends: Collection[int] = (), *, strip_first_space: bool) -> None:
+        super().__init__(vocab, ends)
         self._strip_first_space = strip_first_space
         self._pieces: dict[tuple[int, int], bytes] = {}
 
@@ -157,8 +164,8 @@ class HuggingFaceTokenizer(Tokenizer):
         ModelFileError: the JSON is not a tokenizer, or gives ids that the base does not have.
     """
 
-    def __init__(self, vocab: Any, tokenizer_json: str) -> None:
-        super().__init__(vocab)
+    def __init__(self, vocab: Any, tokenizer_json: str, ends: Collection[int] = ()) -> None:
+        super().__init__(vocab, ends)
         from tokenizers import Tokenizer as HFTokenizer
 
         try:
@@ -168,8 +175,20 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the package raises bare Exception
             raise ModelFileError(f"{HUGGINGFACE_JSON} in this base is not a tokenizer: {error}") from None
 
+    @cached_property
+    def control_tokens(self) -> Mapping[str, SpecialToken]:
+        """Those of the GGUF vocabulary and those of the tokenizer, which the GGUF may have as ordinary tokens."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        own = {
+            token.content: SpecialToken(number, token.content, token.lstrip, token.rstrip)
+            for number, token in added
+            if token.special and token.content
+        }
+        return {**super().control_tokens, **own}
+
     def encode(self, text: str, *, special: bool) -> list[int]:
         self._tokenizer.encode_special_tokens = not special
+        text = text.encode("utf-8", errors="replace").decode("utf-8")  # half a character, as the other engine has it
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         if ids and max(ids) >= self.size:
             raise ModelFileError(f"the tokenizer gave id {max(ids)}; this base has {self.size} tokens")
@@ -198,14 +217,14 @@ def open_tokenizer(vocab: Any, metadata: Mapping[str, Any]) -> Tokenizer:
     wanted = metadata.get(HUGGINGFACE_KEY, "llama.cpp")
     if metadata.get("tokenizer.ggml.model", "no_vocab") in ("no_vocab", "none"):
         raise ModelFileError("this base has no vocabulary, so no text can go in or out")
+    ends = [number for number in metadata.get(ENDS_KEY) or () if type(number) is int]
     if wanted == "huggingface" and isinstance(text := metadata.get(HUGGINGFACE_JSON), str):
-        return HuggingFaceTokenizer(vocab, text)
+        return HuggingFaceTokenizer(vocab, text, ends)
     if wanted != "llama.cpp":
         raise ModelFileError(f"{HUGGINGFACE_KEY} is {wanted!r} and its data is missing or unknown to this version")
     is_sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
-    return LlamaTokenizer(
-        vocab, strip_first_space=is_sentencepiece and metadata.get("tokenizer.ggml.add_space_prefix", True)
-    )
+    strips = is_sentencepiece and bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    return LlamaTokenizer(vocab, ends, strip_first_space=strips)
 
 
 def join_controls(tokenizer: Tokenizer, parts: Sequence[SpecialToken | str]) -> list[int]:
