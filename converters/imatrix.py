@@ -146,7 +146,7 @@ def _problems(entry: Importance) -> Iterator[str]:
     elif (entry.sums < 0).any():
         yield f"a sum of squares of {entry.sums.min()}"
     if (entry.counts < 0).any():
-        yield f"a count of {entry.counts.min()}"
+        yield "counts that are no numbers of rows (negative, too large, or NaN)"
     if entry.sums.size % entry.counts.size:
         yield f"{entry.sums.size} sums cannot be shared by {entry.counts.size} counts"
 

@@ -116,13 +116,18 @@ def values(node: Node) -> npt.NDArray[Any]:
         raise EdgeloraError(f"the node {weight_name(node)!r} has values of ggml type {node.type}, expected F32 or I32")
     size = _function("ggml_nbytes", ctypes.c_size_t, ctypes.c_void_p)(ctypes.addressof(node))
     memory: Any
-    if _function("ggml_backend_buffer_is_host", ctypes.c_bool, ctypes.c_void_p)(node.buffer):
+    if is_host(node):
         memory = (ctypes.c_char * size).from_address(node.data)
     else:
         memory = ctypes.create_string_buffer(size)
         get = _function("ggml_backend_tensor_get", None, *[ctypes.c_void_p] * 2, *[ctypes.c_size_t] * 2)
         get(ctypes.addressof(node), ctypes.addressof(memory), 0, size)
     return np.ndarray(tuple(node.ne[::-1]), dtype, buffer=memory, strides=tuple(node.nb[::-1]))
+
+
+def is_host(node: Node) -> bool:
+    """Whether the node's values lie in memory that the CPU can read."""
+    return bool(_function("ggml_backend_buffer_is_host", ctypes.c_bool, ctypes.c_void_p)(node.buffer))
 
 
 def weight_name(node: Node) -> str:

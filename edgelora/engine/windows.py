@@ -32,9 +32,9 @@ from edgelora.messages import Conversation
 from edgelora.template import BUILTIN, ChatTemplate
 
 BATCH_TOKENS, UBATCH_TOKENS = 2048, 512
-"""llama.cpp's tools decode so many tokens at a time, and compute so many at once (`common_params`, common/common.h)."""
+"""llama.cpp's tools decode so many tokens at a time, and compute so many at once (`common_params`, common.h)."""
 LOGITS_BUDGET_BYTES = 512 << 20
-"""Where the logits of a whole batch take more than this, a batch is one window: the tools do so with `-b CHUNK_SIZE`."""
+"""Where the logits of a whole batch take more, a batch is one window: what the tools do with `-b CHUNK_SIZE`."""
 MIN_CHUNK_SIZE = 16  # llama-imatrix looks at no fewer rows at once
 
 Source = CalibrationText | str | Sequence[int]
@@ -202,7 +202,7 @@ class Windows:
         return token if library.llama_vocab_get_add_bos(vocab) and token >= 0 else None
 
     def tokens(self, source: Source) -> list[int]:
-        """The tokens of a text, or of conversations one after the other; tokens that are given are only checked.
+        """The tokens of a text, of conversations one after the other, or those that are given; led by `bos`.
 
         Raises:
             DataFileError: too few for one window, or ids the base does not have, or conversations that its chat
