@@ -137,21 +137,22 @@ def _is_offline() -> bool:
 
 def _from_cache(reference: HubReference, wanted: Kind | None, problem: DownloadError) -> Path:
     """What was downloaded before, if it is complete; else `problem`, with what is missing."""
-    folder = cached_snapshot(reference.repository, reference.revision)
+    with translated(reference):
+        folder = cached_snapshot(reference.repository, reference.revision)
+        missing, names = (missing_from(folder), set(os.listdir(folder))) if folder is not None else ([], set[str]())
     if folder is None:
         raise DownloadError(f"{problem.message}; nor is it in the cache", hint=problem.hint)
-    if missing := missing_from(folder):
+    if missing:
         raise DownloadError(
             f"{problem.message}; in the cache it is incomplete, without {', '.join(missing)}", hint=problem.hint
         )
-    names = {path.name for path in folder.iterdir()}
     _check_kind(str(reference), Kind.ADAPTER if is_adapter(names) else Kind.MODEL, wanted)
     return folder
 
 
 def _check_kind(name: str, found: Kind, wanted: Kind | None) -> None:
-    if wanted not in (None, found):
-        raise FormatError(f"{name}: {found.value}, and {wanted.value if wanted else ''} is wanted here")
+    if wanted is not None and wanted is not found:
+        raise FormatError(f"{name}: {found.value}, and {wanted.value} is wanted here")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 _SNAPSHOT = re.compile(r"models--(?:([^/]+?)--)?([^/]+)/snapshots/[^/]+/?$")
+_MODEL_WEIGHTS = re.compile(r"model[^/]*\.safetensors|pytorch_model[^/]*\.bin")
 _COMMIT_START = re.compile(r"[0-9a-f]{7,40}")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -46,17 +47,7 @@ def cached_snapshot(repository: str, revision: str) -> Path | None:
 
 def is_adapter(names: set[str]) -> bool:
     """Whether a repository's file names are those of an adapter: its configuration, and no weights of a model."""
-    return ADAPTER_CONFIG in names and not base_weights(names) and not any(map(_is_model_pickle, names))
-
-
-def base_weights(names: set[str]) -> list[str]:
-    """The safetensors files at the top that are a model's, without copies in another layout (`consolidated*`)."""
-    weights = (name for name in names if name.endswith(".safetensors") and "/" not in name)
-    return sorted(name for name in weights if not name.startswith(("adapter_", "consolidated")))
-
-
-def _is_model_pickle(name: str) -> bool:
-    return name.startswith("pytorch_model") and name.endswith(".bin")
+    return ADAPTER_CONFIG in names and not any(_MODEL_WEIGHTS.fullmatch(name) for name in names)
 
 
 def missing_from(folder: Path) -> list[str]:

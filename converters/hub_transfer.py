@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,10 @@ class Transfer:
         self._done = self._total = 0
         self._lock, self._stop = threading.Lock(), threading.Event()
 
+    def is_there(self, file: HubFile) -> bool:
+        path = self.path(file)
+        return path.is_file() and path.stat().st_size == file.size_bytes  # a crash may have cut it
+
     def path(self, file: HubFile) -> Path:
         """Where a file's content lies once it is there."""
         linked = self.folder / "snapshots" / self.commit / file.name
@@ -86,7 +91,7 @@ class Transfer:
             HTTPError: huggingface_hub's or of the HTTP client below it, when trying again did not help.
             OSError: the cache cannot be written.
         """
-        missing = [file for file in files if not self.path(file).is_file()]
+        missing = [file for file in files if not self.is_there(file)]
         self._total = sum(file.size_bytes for file in files)
         self._done = self._total - sum(file.size_bytes for file in missing)
         self._check_space(missing)
@@ -119,12 +124,8 @@ class Transfer:
                 raise
 
     def _fetch_one(self, file: HubFile) -> None:
-        from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
-        locks = self.folder.parent / ".locks" / self.folder.name
-        locks.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(locks / f"{file.digest}.lock"):  # the lock that huggingface_hub takes too
-            if self._blob(file).is_file():
+        with self._locked(file):
+            if self.is_there(file):  # by another process, while this one waited
                 self._report(file, file.size_bytes)
                 return
             resumed = _size(self._partial(file)) > 0
@@ -134,6 +135,27 @@ class Transfer:
                     hint="Run it again. If it happens again, something between here and the hub changes the contents.",
                 )
 
+    @contextmanager
+    def _locked(self, file: HubFile) -> Iterator[None]:
+        """The lock that huggingface_hub takes too for this content; given up when this transfer is."""
+        from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+        locks = self.folder.parent / ".locks" / self.folder.name
+        locks.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            while not self._stop.is_set():
+                try:
+                    stack.enter_context(WeakFileLock(locks / f"{file.digest}.lock", timeout=1.0))
+                except TimeoutError:
+                    continue
+                break
+            self._raise_if_stopped()
+            yield
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop.is_set():
+            raise DownloadError(f"{self.repository}: stopped", hint=KEPT)
+
     def _arrived_whole(self, file: HubFile) -> bool:
         partial = self._partial(file)
         if _size(partial) > file.size_bytes:
@@ -141,6 +163,7 @@ class Transfer:
         self._report(file, _size(partial))
         self._complete(file, partial)
         if _digest(partial, len(file.digest)) == file.digest:
+            _sync(partial)
             os.replace(partial, self._blob(file))
             return True
         partial.unlink()
@@ -192,8 +215,7 @@ class Transfer:
     def _receive(self, file: HubFile, response: Any, out: Any) -> None:
         left = file.size_bytes - os.fstat(out.fileno()).st_size
         for chunk in response.iter_bytes():
-            if self._stop.is_set():
-                raise DownloadError(f"{self.repository}: stopped", hint=KEPT)
+            self._raise_if_stopped()
             piece = memoryview(chunk)[:left]  # never more than was listed, whatever arrives
             while piece:
                 written = out.write(piece)
@@ -227,6 +249,11 @@ def _is_passing(error: Exception) -> bool:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _digest(path: Path, n_digits: int) -> str:

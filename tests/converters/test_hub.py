@@ -6,6 +6,7 @@ environment when it is imported.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,9 +22,10 @@ from typing import Any
 
 import pytest
 
-from converters.errors import ConversionError, MissingFileError, UnsupportedError
+from converters.errors import ConversionError, DiskFullError, MissingFileError, UnsupportedError
 from converters.hub import fetch
 from converters.hub_cache import is_adapter, missing_from
+from converters.hub_problems import translated
 from converters.hub_reference import HubReference, hub_reference, is_hub_id
 from tests.conftest import ROOT
 from tests.converters.hub_server import Hub, Repository, commit_of, serving
@@ -356,10 +358,12 @@ class TestInterrupted:
         total = sum(map(len, MODEL.values()))
         assert result["progress"][-1][:2] == [total, total]
 
-    def test_goes_on_after_kill_9(self, hub: Hub, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("killed_by", [signal.SIGKILL, signal.SIGINT])
+    def test_goes_on_after_it_was_killed(self, hub: Hub, tmp_path: Path, killed_by: signal.Signals) -> None:
         hub.still["model.safetensors"] = self.CUT
         command = [sys.executable, "-c", SCRIPT, json.dumps([{"source": "owner/model"}])]
-        process = subprocess.Popen(command, env=environment(hub, tmp_path), stdout=subprocess.DEVNULL)
+        env = environment(hub, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="1")
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         digest = hashlib.sha256(MODEL["model.safetensors"]).hexdigest()
         partial = tmp_path / "hub/models--owner--model/blobs" / f"{digest}.incomplete"
         deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -368,9 +372,12 @@ class TestInterrupted:
                 assert time.monotonic() < deadline
                 assert process.poll() is None
                 time.sleep(0.02)
+            process.send_signal(killed_by)
+            errors = process.communicate(timeout=10)[1]
         finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait(10)
+            process.kill()
+            process.communicate(timeout=10)
+        assert killed_by is signal.SIGKILL or errors.endswith("KeyboardInterrupt\n")
         hub.requests.clear()
         [result] = fetched(hub, tmp_path, "owner/model")
         assert contents(result) == MODEL
@@ -416,6 +423,13 @@ class TestInterrupted:
         assert "trouble of its own (the hub is being mended)" in result["message"]
         assert len(hub.asked("GET", "/cdn/")) == 5
 
+    def test_a_content_that_a_crash_cut(self, hub: Hub, tmp_path: Path) -> None:
+        [result] = fetched(hub, tmp_path, "owner/model")
+        weights = (Path(result["path"]) / "model.safetensors").resolve()
+        weights.write_bytes(weights.read_bytes()[: self.CUT])
+        [result] = fetched(hub, tmp_path, "owner/model")
+        assert contents(result) == MODEL
+
     def test_two_at_once(self, hub: Hub, tmp_path: Path) -> None:
         command = [sys.executable, "-c", SCRIPT, json.dumps([{"source": "owner/sharded"}])]
         env = environment(hub, tmp_path)
@@ -455,7 +469,8 @@ class TestRefused:
         assert contents(result) == MODEL
 
     @pytest.mark.parametrize(
-        ("status", "message"), [(500, "trouble of its own"), (403, "refuses"), (429, "wants fewer requests")]
+        ("status", "message"),
+        [(500, "trouble of its own"), (403, "refuses"), (429, "wants fewer requests"), (400, "refuses")],
     )
     def test_by_status(self, hub: Hub, tmp_path: Path, status: int, message: str) -> None:
         hub.failures["/api/models/owner/model"] = (status, 1000)
@@ -472,11 +487,10 @@ class TestRefused:
         assert "HF_HOME" in result["hint"]
         assert not hub.asked("GET", "/resolve/")
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-    def test_a_cache_that_cannot_be_written(self, hub: Hub, tmp_path: Path) -> None:
-        (tmp_path / "hub").mkdir(mode=0o500)
-        [result] = fetched(hub, tmp_path, "owner/model")
-        assert result["error"] == "WriteError"
+    def test_a_disk_that_fills_up_meanwhile(self) -> None:
+        with pytest.raises(DiskFullError, match="/there: the disk is full") as caught, translated(HubReference("a/b")):
+            raise OSError(errno.ENOSPC, "No space left on device", "/there")
+        assert "is kept" in caught.value.hint
 
     def test_a_cache_that_is_a_file(self, hub: Hub, tmp_path: Path) -> None:
         (tmp_path / "hub").write_text("")
@@ -523,11 +537,18 @@ class TestOffline:
         assert f"{endpoint} (HF_ENDPOINT) cannot be reached" in nothing["message"]
         assert "--local-dir other" in nothing["hint"]
 
-    def test_something_else_answers(self, hub: Hub, tmp_path: Path) -> None:
-        address = f"{hub.url}/owner/model/resolve/main/README.md?"
-        [result] = fetched_anew(hub, tmp_path, "owner/model", HF_ENDPOINT=address)
+    @pytest.mark.parametrize(
+        ("address", "message"),
+        [
+            ("/owner/model/resolve/main/README.md?", "does not answer as a Hugging Face hub does"),
+            ("/some/where", "does not have it"),
+        ],
+    )
+    def test_something_else_answers(self, hub: Hub, tmp_path: Path, address: str, message: str) -> None:
+        [result] = fetched_anew(hub, tmp_path, "owner/model", HF_ENDPOINT=hub.url + address)
         assert result["error"] == "DownloadError"
-        assert "does not answer as a Hugging Face hub does" in result["message"]
+        assert message in result["message"]
+        assert "HF_ENDPOINT" in result["hint"]
 
 
 class TestNames:
@@ -614,4 +635,5 @@ def test_an_adapter_is_told_by_its_files() -> None:
     assert is_adapter(set(ADAPTER))
     assert not is_adapter(set(ADAPTER) | {"model.safetensors"})
     assert not is_adapter(set(ADAPTER) | {"pytorch_model.bin"})
+    assert is_adapter(set(ADAPTER) | {"value_head.safetensors", "merged/model.safetensors"})
     assert not is_adapter(set(MODEL))
