@@ -1,56 +1,131 @@
 """Rows of float32 to rows of blocks, byte for byte as llama.cpp makes them.
 
-F32, F16 and BF16 are numpy casts. Everything else is llama.cpp's own `ggml_quantize_chunk`, called in the
-`libggml-base` that llama-cpp-python installs, without importing it. ctypes lets go of the interpreter lock, so threads
-work side by side.
+F32, F16 and BF16 are numpy casts. Everything else is llama.cpp's own `ggml_quantize_chunk` (ggml/src/ggml.c), called in
+the `libggml-base` that llama-cpp-python installs. Its quantizers end the process where they meet what they do not
+expect: all of that is refused here first.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import threading
 from collections.abc import Callable, Mapping
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from converters.block_types import BlockType
 from converters.errors import UnsupportedError
-from converters.quant_types import BlockType
+from converters.ggml_base import encoder
+from converters.ggml_base import library_path as _library_path
+from converters.quant_types import ABORTS_WITHOUT_IMATRIX
+
+__all__ = ["Bytes", "Floats", "_library_path", "quantize_rows", "quantize_slab"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-_FIRST_USE = threading.Lock()
+
+# These look a point up in a grid, and abort where there is none: values that are not finite, or so large that their
+# squares overflow (`iq2_find_best_neighbour` and its kin, ggml/src/ggml-quants.c).
+_ON_A_GRID = frozenset(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"))
+_LARGEST_ON_A_GRID = 1e9
 
 
-def quantize_rows(rows: Floats, block_type: BlockType) -> Bytes:
+def quantize_rows(rows: Floats, block_type: BlockType, importance: Floats | None = None) -> Bytes:
     """Encode rows.
 
+    Rows do not look at one another: chunks of a tensor give the bytes of the whole.
+
     Args:
-        rows: float32, shape (n_rows, n_cols), n_cols a multiple of the type's block.
-        block_type: a row of `quant_types.TYPES`.
+        rows: float32, shape (n_rows, n_cols), n_cols a multiple of the type's block. From F16 or BF16 they are
+            turned to float32 first, which loses nothing: llama-quantize does the same.
+        block_type: a row of `block_types.TYPES`.
+        importance: float32, shape (n_cols,): a row of an importance matrix, finite and not negative. F32, F16, BF16,
+            Q8_0 and MXFP4 do not look at it. Experts have a row each: see `quantize_slab`.
 
     Returns:
         uint8, shape (n_rows, bytes of a row).
 
     Raises:
-        UnsupportedError: llama-cpp-python's library is not there, or cannot make this type.
+        UnsupportedError: llama-cpp-python's library is not there, or cannot make this type, or not from these values,
+            or not without importance.
     """
     rows = np.ascontiguousarray(rows, np.float32)
     cast = _CASTS.get(block_type.name)
     if cast is not None:
         return cast(rows).view(np.uint8).reshape(rows.shape[0], -1)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    _check(rows, block_type, weights)
     out = np.empty((rows.shape[0], block_type.row_bytes(rows.shape[1])), np.uint8)
-    library = _library(block_type.number)
-    written = library.ggml_quantize_chunk(
-        block_type.number, rows.ctypes.data, out.ctypes.data, 0, rows.shape[0], rows.shape[1], None
+    written = encoder(block_type.number).ggml_quantize_chunk(
+        block_type.number, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, _address(weights)
     )
     if written != out.nbytes:
         raise UnsupportedError(f"llama.cpp wrote {written} bytes of {block_type.name}, expected {out.nbytes}")
     return out
+
+
+def quantize_slab(
+    rows: Floats, block_type: BlockType, importance: Floats | None, first_row: int, rows_per_matrix: int
+) -> Bytes:
+    """Encode some rows of a tensor of experts, each expert with its own row of the importance matrix.
+
+    As `llama_tensor_quantize_impl` (src/llama-quant.cpp) does it.
+
+    Args:
+        rows: float32, shape (n_rows, n_cols), rows of the tensor seen as (n_experts * rows_per_matrix, n_cols).
+        importance: float32, n_experts * n_cols values in any shape; an importance matrix file holds them so. For a
+            plain matrix that is n_cols values. None: without.
+        first_row: where `rows` start in the tensor.
+        rows_per_matrix: rows of one expert.
+
+    Returns:
+        uint8, shape (n_rows, bytes of a row).
+
+    Raises:
+        UnsupportedError: as `quantize_rows`.
+    """
+    if importance is None:
+        return quantize_rows(rows, block_type)
+    by_matrix, parts, start = importance.reshape(-1, rows.shape[1]), [], 0
+    while start < len(rows):
+        matrix, row = divmod(first_row + start, rows_per_matrix)
+        stop = start + rows_per_matrix - row
+        parts.append(quantize_rows(rows[start:stop], block_type, by_matrix[matrix]))
+        start = stop
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _check(rows: Floats, block_type: BlockType, importance: Floats | None) -> None:
+    if not block_type.can_be_made:
+        raise UnsupportedError(f"llama.cpp cannot quantize to {block_type.name}", hint="Choose another type.")
+    if rows.shape[1] % block_type.block:
+        raise UnsupportedError(f"rows of {rows.shape[1]} do not fill {block_type.name}'s blocks of {block_type.block}")
+    if importance is None:
+        if block_type.name in ABORTS_WITHOUT_IMATRIX:
+            raise UnsupportedError(
+                f"{block_type.name} has too few bits to do without an importance matrix",
+                hint="Give one with --imatrix, or make one with --calibrate TEXT.",
+            )
+    elif importance.shape != rows.shape[1:]:
+        raise UnsupportedError(f"importance has shape {importance.shape}, rows have {rows.shape[1]} values")
+    elif not (np.isfinite(importance).all() and (importance >= 0).all()):
+        raise UnsupportedError(
+            "the importance matrix has values that are negative or not finite", hint="Compute it again."
+        )
+    if block_type.name in _ON_A_GRID and rows.size and not _fits_a_grid(rows):
+        raise UnsupportedError(
+            f"{block_type.name} cannot hold values that are not finite, or beyond {_LARGEST_ON_A_GRID:.0e}",
+            hint="Choose a type of the Q family for this tensor; the model itself looks damaged.",
+        )
+
+
+def _fits_a_grid(rows: Floats) -> bool:
+    # A NaN makes both extremes NaN, and every comparison false.
+    return bool(rows.min() >= -_LARGEST_ON_A_GRID and rows.max() <= _LARGEST_ON_A_GRID)
+
+
+def _address(values: Floats | None) -> int | None:
+    return None if values is None else int(values.ctypes.data)
 
 
 def _to_f32(rows: Floats) -> npt.NDArray[Any]:
@@ -72,29 +147,3 @@ def _to_bf16(rows: Floats) -> npt.NDArray[Any]:
 
 
 _CASTS: Mapping[str, Callable[[Floats], npt.NDArray[Any]]] = {"F32": _to_f32, "F16": _to_f16, "BF16": _to_bf16}
-
-
-@lru_cache
-def _library(type_number: int) -> ctypes.CDLL:
-    """`libggml-base`, with the tables of one type filled in; that must not happen in two threads at once."""
-    with _FIRST_USE:
-        library = ctypes.CDLL(str(_library_path()))
-        library.ggml_quantize_chunk.restype = ctypes.c_size_t
-        pointer, count = ctypes.c_void_p, ctypes.c_int64
-        library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
-        library.ggml_quantize_init.argtypes = [ctypes.c_int]
-        library.ggml_quantize_init(type_number)
-        return library
-
-
-def _library_path() -> Path:
-    package = importlib.util.find_spec("llama_cpp")
-    folders = [Path(folder) / "lib" for folder in (package.submodule_search_locations or [])] if package else []
-    for folder in folders:
-        for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll"):
-            if (folder / name).is_file():
-                return folder / name
-    raise UnsupportedError(
-        "llama-cpp-python is not installed, and its library makes the quantized types",
-        hint="pip install llama-cpp-python, or convert to f32, f16 or bf16.",
-    )
