@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.architectures import Dimensions, Family, Place, find_gguf_family
+from converters.architectures import Family, Place, Sizes, find_gguf_family
 from converters.base import Progress
 from converters.checkpoint import Checkpoint, Floats, Tensors, missing_weights
 from converters.errors import BaseMismatchError, FormatError, UnsupportedAdapterError, UnsupportedError, listed
 from converters.fingerprint import fingerprint_of, fingerprint_of_header
 from converters.methods import METHODS, Factors
-from converters.model import describe, norms, understand
+from converters.model import norms, understand
+from converters.model_card import describe
 from converters.peft_config import PeftConfig, read_peft_config
 from converters.quant_types import RECIPES, TYPES, BlockType, tensor_order
 from converters.quantize import quantize_rows
@@ -71,7 +72,7 @@ class Base:
 
     name: str
     family: Family
-    dimensions: Dimensions
+    sizes: Sizes
     shapes: Mapping[str, tuple[int, ...]]
     fingerprint: str
 
@@ -88,10 +89,10 @@ def read_base(path: Path) -> Base:
 def _base_of_folder(folder: Path) -> Base:
     with Checkpoint(folder) as checkpoint:
         model = understand(checkpoint)
-        shapes = {name: checkpoint.tensors[place.hf_name].shape for name, place in model.places.items()}
-        hashed = fingerprint_of(model.dimensions, model.vocabulary.tokens, norms(checkpoint, model.places))
-    name = str(describe(folder, model.family.architecture, 0)["general.name"])
-    return Base(name, model.family, model.dimensions, shapes, hashed)
+        shapes = {name: view.shape for name, view in model.views.items()}
+        hashed = fingerprint_of(model.sizes, model.vocabulary.tokens, norms(model))
+    name = str(describe(folder, model.family.architecture, shapes)["general.name"])
+    return Base(name, model.family, model.sizes, shapes, hashed)
 
 
 def _base_of_gguf(path: Path) -> Base:
@@ -102,9 +103,9 @@ def _base_of_gguf(path: Path) -> Base:
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     if "token_embd.weight" not in shapes:
         raise FormatError(f"{path}: has no token_embd.weight")
-    dimensions = Dimensions.from_metadata(header.metadata, shapes["token_embd.weight"][0])
+    sizes = Sizes(header.architecture, shapes["token_embd.weight"][0], header.metadata)
     name = str(header.metadata.get("general.name") or path.stem)
-    return Base(name, family, dimensions, shapes, fingerprint_of_header(header))
+    return Base(name, family, sizes, shapes, fingerprint_of_header(header))
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ class Target:
     place: Place
     factors: Factors
 
-    def load(self, dimensions: Dimensions) -> tuple[Floats, Floats]:
+    def load(self, sizes: Sizes) -> tuple[Floats, Floats]:
         """(A, B) as llama.cpp wants them: B's rows in the base's order; an embedding's A transposed."""
         a, b = self.factors.load_a(), self.factors.load_b()
-        order = self.place.row.row_order(dimensions)
+        order = self.place.row_order(sizes)
         if self.factors.is_embedding:
             return np.ascontiguousarray(a.T), b
         return a, b if order is None else b[order]
@@ -168,7 +169,7 @@ def convert_adapter(
         header = header_bytes(pairs, specs)
         check_output(out, file_size(header, specs), force=force, inputs=_inputs(folder, Path(base)))
         notices = (*lossy, *_notices(targets))
-        _write(out, header, targets, known.dimensions, block_type, progress)
+        _write(out, header, targets, known.sizes, block_type, progress)
     return AdapterReport(
         path=out,
         size_bytes=file_size(header, specs),
@@ -235,7 +236,7 @@ def _targets(folder: Path, config: PeftConfig, tensors: Tensors, base: Base, dty
 
 def _halves(config: PeftConfig, tensors: Tensors, family: Family) -> list[str]:
     """Target modules that this family has and the file has nothing of: a part of the adapter is missing."""
-    known = {row.hf.rpartition(".")[2] for row in family.rows}
+    known = {module.rpartition(".")[2] for row in family.rows for module in row.modules}
     wanted = [name for name in config.target_modules if name.rpartition(".")[2] in known]
     absent = [name for name in wanted if not any(f".{name}.lora_" in tensor for tensor in tensors.tensors)]
     return [f"target_modules has {name!r}, and no tensor belongs to it" for name in absent]
@@ -323,14 +324,14 @@ def _write(
     out: Path,
     header: bytes,
     targets: list[Target],
-    dimensions: Dimensions,
+    sizes: Sizes,
     block_type: BlockType,
     progress: Progress | None,
 ) -> None:
     done, total = len(header), file_size(header, [spec for target in targets for spec in target.specs(block_type)])
     with create(out, header) as file:
         for target in targets:
-            for values, spec in zip(target.load(dimensions), target.specs(block_type), strict=True):
+            for values, spec in zip(target.load(sizes), target.specs(block_type), strict=True):
                 data = quantize_rows(values, block_type)
                 file.write(data.data)
                 done += data.nbytes + file.end_tensor(spec)

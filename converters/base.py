@@ -1,37 +1,37 @@
 """A Hugging Face base to a GGUF file, in one pass: no intermediate file, and memory that does not grow with the model.
 
-Rows are read, turned to float32, put in llama.cpp's order, quantized on every core and written in order; at any moment
-a few chunks of `CHUNK_BYTES` are alive. A 70B model needs the memory of a 1B one.
+Every tensor's type and place is decided first (`plan_base`); then the weights stream through (`converters.stream`).
+A 70B model needs the memory of a 1B one.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from converters.architectures import Dimensions, Place
+from converters.architectures import Family
 from converters.checkpoint import Checkpoint, Floats
-from converters.errors import FormatError, listed
+from converters.errors import UnsupportedError
 from converters.fingerprint import fingerprint_of
-from converters.model import Model, describe, norms, understand
-from converters.quant_types import ModelShape, choose_types, find_recipe
-from converters.quantize import Bytes, quantize_rows
-from converters.writer import TensorSpec, Value, check_output, create, file_size, header_bytes
+from converters.model import Model, norms, understand
+from converters.model_card import describe
+from converters.model_shape import ModelShape
+from converters.quant_types import TYPES, find_recipe, plan_types
+from converters.stream import CHUNK_BYTES, Progress, Source, write_tensors
+from converters.view import View
+from converters.writer import TensorSpec, Value, check_output, file_size, header_bytes
 
-Progress = Callable[[int, int, str], None]
-"""Called with bytes written, bytes in all, and the tensor that is being written."""
+__all__ = ["BaseReport", "Plan", "Progress", "convert_base", "plan_base"]
 
-CHUNK_BYTES = 4 << 20
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION, ggml/include/ggml.h
+TRANSPOSED_CHUNK_BYTES = 16 << 20  # each chunk of a transposed matrix reads all of it
+OUTPUT = "output.weight"
+ReadRows = Callable[[int, int], Floats]
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,6 @@ class BaseReport:
     fingerprint: str
     chat_template: str | None
     notices: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Source:
-    """One tensor to be made.
-
-    Attributes:
-        read: rows `start` to `stop` of it as float32, in llama.cpp's order; a vector is one row.
-    """
-
-    spec: TensorSpec
-    read: Callable[[int, int], Floats]
 
 
 @dataclass(frozen=True)
@@ -96,6 +84,8 @@ def convert_base(
     metadata: Mapping[str, Value] | None = None,
     progress: Progress | None = None,
     force: bool = False,
+    strict: bool = False,
+    untie: bool = False,
     dry_run: bool = False,
 ) -> BaseReport:
     """Convert a model folder.
@@ -107,7 +97,9 @@ def convert_base(
         threads: for quantization; None takes every core.
         metadata: more keys for the file; they win over those found in the folder.
         progress: see `Progress`.
-        force: overwrite `out`, and write weights that are NaN or infinite.
+        force: overwrite `out`.
+        strict: refuse weights that are NaN or infinite, which are otherwise written as they are, with a notice.
+        untie: write the output as a tensor of its own where the model ties it to the embeddings.
         dry_run: plan and check everything, write nothing.
 
     Raises:
@@ -115,11 +107,11 @@ def convert_base(
     """
     started = time.monotonic()
     with Checkpoint(Path(folder)) as checkpoint:
-        plan = plan_base(checkpoint, quant, metadata or {})
+        plan = plan_base(checkpoint, quant, metadata or {}, untie=untie)
         check_output(Path(out), plan.size_bytes, force=force, inputs=_inputs(checkpoint))
         notices = list(plan.notices)
         if not dry_run:
-            notices += _write(plan, Path(out), threads or os.cpu_count() or 1, progress, force=force)
+            notices += write_tensors(Path(out), plan.header, plan.sources, threads, progress, strict=strict)
     template = plan.metadata.get("tokenizer.chat_template")
     return BaseReport(
         path=Path(out),
@@ -136,143 +128,77 @@ def convert_base(
     )
 
 
-def plan_base(checkpoint: Checkpoint, quant: str, metadata: Mapping[str, Value]) -> Plan:
+def plan_base(checkpoint: Checkpoint, quant: str, metadata: Mapping[str, Value], *, untie: bool = False) -> Plan:
     """Decide every tensor's type and place, and the whole header.
 
     Raises:
         ConversionError: what cannot be converted, by name.
     """
     recipe, model = find_recipe(quant), understand(checkpoint)
-    readers = _readers(checkpoint, model)
-    shapes = {name: shape for name, (shape, _) in readers.items()}
-    types = choose_types(shapes, recipe, model_shape(model.dimensions))
-    sources = tuple(Source(TensorSpec(name, shapes[name], kind), readers[name][1]) for name, kind in types.items())
-    fingerprint = fingerprint_of(model.dimensions, model.vocabulary.tokens, norms(checkpoint, model.places))
+    tensors = {**{name: _from_view(view) for name, view in model.views.items()}, **_untied(model, untie), **_computed(model)}
+    shapes = {name: source.spec.shape for name, source in tensors.items()}
+    stored = {name: source.spec.block_type for name, source in tensors.items() if source.read_blocks}
+    named: dict[str, Value] = {"general.architecture": model.family.architecture, **model.metadata}
+    types = plan_types(shapes, recipe, ModelShape.from_metadata(named)).types
+    sources = tuple(
+        _typed(tensors[name], TensorSpec(name, shapes[name], stored.get(name, kind))) for name, kind in types.items()
+    )
+    fingerprint = fingerprint_of(model.sizes, model.vocabulary.tokens, norms(model))
     pairs: dict[str, Value] = {
-        **describe(checkpoint.folder, model.family.architecture, sum(prod(shape) for shape in shapes.values())),
-        **model.hyperparameters,
+        **describe(checkpoint.folder, model.family.architecture, shapes),
+        **model.metadata,
         "general.file_type": recipe.file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
         **model.vocabulary.metadata,
         "edgelora.fingerprint": fingerprint,
         **metadata,
     }
+    kept = [f"{len(stored)} tensors are MXFP4 in the checkpoint and stay so, whatever the quantization"] if stored else []
     header = header_bytes(pairs, [source.spec for source in sources])
-    return Plan(checkpoint.folder, sources, pairs, model.notices, header)
+    return Plan(checkpoint.folder, sources, pairs, (*model.notices, *kept), header)
 
 
-def model_shape(sizes: Dimensions) -> ModelShape:
-    return ModelShape(sizes.architecture, sizes.layers, sizes.heads, sizes.heads_kv)
+def _typed(source: Source, spec: TensorSpec) -> Source:
+    return Source(spec, source.read, source.read_blocks, source.importance, source.chunk_bytes)
 
 
-Reader = Callable[[int, int], Floats]
+def _from_view(view: View) -> Source:
+    name = view.place.gguf_name
+    if view.place.row.mxfp4:
+        return Source(TensorSpec(name, view.shape, TYPES["MXFP4"]), read_blocks=view.read_blocks)
+    chunk = TRANSPOSED_CHUNK_BYTES if view.is_transposed else CHUNK_BYTES
+    return Source(TensorSpec(name, view.shape, TYPES["F32"]), view.read, chunk_bytes=chunk)
 
 
-def _readers(checkpoint: Checkpoint, model: Model) -> dict[str, tuple[tuple[int, ...], Reader]]:
-    """GGUF name to shape and reader, of the checkpoint's tensors and of those that are computed."""
-    readers: dict[str, tuple[tuple[int, ...], Reader]] = {}
-    for name, place in model.places.items():
-        readers[name] = checkpoint.tensors[place.hf_name].shape, _reader(checkpoint, place, model.dimensions)
-    for name, values in model.family.computed(checkpoint.config).items():
-        readers[name] = values.shape, partial(_rows_of, values.reshape(1, -1))
-    return readers
+def _untied(model: Model, untie: bool) -> dict[str, Source]:
+    """The embeddings once more as the output, where that is asked for.
+
+    Raises:
+        UnsupportedError: llama.cpp's graph of this family always takes the embeddings.
+    """
+    if not untie or OUTPUT in model.views:
+        return {}
+    if not _has_output(model.family):
+        raise UnsupportedError(f"--untie: llama.cpp's {model.family.architecture} has no output tensor of its own")
+    embedding = model.views["token_embd.weight"]
+    return {OUTPUT: Source(TensorSpec(OUTPUT, embedding.shape, TYPES["F32"]), embedding.read)}
 
 
-def _rows_of(rows: Floats, start: int, stop: int) -> Floats:
-    return rows[start:stop]
+def _has_output(family: Family) -> bool:
+    return any(row.gguf == "output" for row in family.rows)
 
 
-def _reader(checkpoint: Checkpoint, place: Place, dimensions: Dimensions) -> Reader:
-    name, order = place.hf_name, place.row.row_order(dimensions)
-
-    def read(start: int, stop: int) -> Floats:
-        if order is None:
-            return checkpoint.rows(name, start, stop)
-        if place.suffix == "bias":
-            return checkpoint.rows(name)[:, order]
-        # A row order moves rows within a head, so the rows from the lowest to the highest are few more than are needed.
-        picked = order[start:stop]
-        low, high = int(picked.min()), int(picked.max()) + 1
-        return checkpoint.rows(name, low, high)[picked - low]
-
-    return read
+def _computed(model: Model) -> dict[str, Source]:
+    return {
+        name: Source(TensorSpec(name, values.shape, TYPES["F32"]), _reader_of(values))
+        for name, values in model.family.computed(model.config).items()
+    }
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    source: Source
-    data: Bytes
-    is_finite: bool
-    overflowed: bool
-    is_last: bool
+def _reader_of(values: Floats) -> ReadRows:
+    rows = np.ascontiguousarray(values.reshape(-1, values.shape[-1]))
+    return lambda start, stop: rows[start:stop]
 
 
 def _inputs(checkpoint: Checkpoint) -> list[Path]:
     return [*checkpoint.folder.iterdir(), *{tensor.file for tensor in checkpoint.tensors.values()}]
-
-
-def _write(plan: Plan, out: Path, threads: int, progress: Progress | None, *, force: bool) -> list[str]:
-    """Stream every tensor into the file; returns notices about values that are not finite.
-
-    Raises:
-        FormatError: weights that are not finite in the checkpoint, without `force`.
-    """
-    done, total = len(plan.header), plan.size_bytes
-    broken: dict[str, str] = {}
-    overflowed: dict[str, str] = {}
-    with ThreadPoolExecutor(threads) as pool, create(out, plan.header) as file:
-        for chunk in _in_order(pool, _jobs(plan), ahead=threads + 2):
-            name = chunk.source.spec.name
-            file.write(chunk.data.data)
-            done += chunk.data.nbytes
-            if not chunk.is_finite:
-                broken.setdefault(name, f"{name}: holds values that are NaN or infinite")
-            elif chunk.overflowed:
-                overflowed.setdefault(name, f"{name}: holds values too large for F16, which became infinite")
-            if chunk.is_last:
-                done += file.end_tensor(chunk.source.spec)
-            if progress:
-                progress(done, total, name)
-        if broken and not force:
-            raise FormatError(
-                f"{plan.folder}: its weights are broken, nothing was written:{listed(list(broken.values()))}",
-                hint="Download the model again, or write them as they are with --force.",
-            )
-    return list({**overflowed, **broken}.values())
-
-
-def _jobs(plan: Plan) -> Iterator[Callable[[], _Chunk]]:
-    for source in plan.sources:
-        n_cols, n_rows = source.spec.shape[-1], prod(source.spec.shape[:-1])
-        step = max(1, CHUNK_BYTES // (4 * n_cols))
-        for start in range(0, n_rows, step):
-            yield partial(_encode, source, start, min(n_rows, start + step), is_last=start + step >= n_rows)
-
-
-def _encode(source: Source, start: int, stop: int, *, is_last: bool) -> _Chunk:
-    """Read, reorder and quantize some rows; runs in a thread."""
-    rows, block_type = source.read(start, stop), source.spec.block_type
-    is_finite = bool(np.isfinite(rows).all())
-    data = quantize_rows(rows, block_type)
-    overflowed = block_type.name == "F16" and is_finite and _has_f16_infinity(data)
-    return _Chunk(source, data, is_finite, overflowed, is_last)
-
-
-def _has_f16_infinity(data: Bytes) -> bool:
-    """By its bits: numpy's own test of float16 is ten times slower."""
-    return bool((data.view(np.uint16) & np.uint16(0x7FFF)).max() >= 0x7C00)
-
-
-def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], _Chunk]], ahead: int) -> Iterator[_Chunk]:
-    """Results in the order of the jobs, with at most `ahead` of them in memory."""
-    waiting: deque[Future[_Chunk]] = deque()
-    try:
-        for job in jobs:
-            waiting.append(pool.submit(job))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()

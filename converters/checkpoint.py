@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,7 @@ from converters.errors import (
 from converters.safetensors_file import StoredTensor, read_tensors
 
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 READABLE: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
@@ -108,6 +110,12 @@ class Tensors:
             return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return raw.astype(np.float32, copy=False)
 
+    def raw_rows(self, name: str, start: int, stop: int, row_bytes: int) -> Bytes:
+        """Bytes of a tensor as rows of `row_bytes`, uint8 (stop - start, row_bytes), whatever its dtype."""
+        tensor = self.tensors[name]
+        data = self._read(tensor, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+        return np.frombuffer(data, np.uint8).reshape(stop - start, row_bytes)
+
     def _read(self, tensor: StoredTensor, offset: int, count: int) -> bytes:
         descriptor, pieces = self._descriptors[tensor.file], []
         while count:
@@ -140,6 +148,17 @@ class Checkpoint(Tensors):
             raise MissingFileError(f"{folder}: no such folder")
         self.config = read_json(folder / "config.json")
         super().__init__(_find_tensors(folder))
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors other names; those that get none are forgotten.
+
+        Raises:
+            FormatError: two get the same.
+        """
+        twice = [name for name, count in Counter(names.values()).items() if count > 1]
+        if twice:
+            raise FormatError(f"{self.folder}: has more than one tensor for{listed(twice)}")
+        self.tensors = {names[stored]: tensor for stored, tensor in self.tensors.items() if stored in names}
 
 
 def _find_tensors(folder: Path) -> dict[str, StoredTensor]:

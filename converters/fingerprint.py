@@ -13,12 +13,11 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 
-from converters.architectures import Dimensions
+from converters.architectures import Sizes
 from converters.checkpoint import Checkpoint, Floats
 from converters.errors import FormatError
 from converters.model import norms, understand
@@ -47,7 +46,7 @@ def fingerprint(path: Path) -> str:
 def _of_folder(folder: Path) -> str:
     with Checkpoint(folder) as checkpoint:
         model = understand(checkpoint)
-        return fingerprint_of(model.dimensions, model.vocabulary.tokens, norms(checkpoint, model.places))
+        return fingerprint_of(model.sizes, model.vocabulary.tokens, norms(model))
 
 
 def fingerprint_of_header(header: GGUFHeader) -> str:
@@ -61,24 +60,24 @@ def fingerprint_of_header(header: GGUFHeader) -> str:
     raw = header.metadata.raw(TOKENS)
     if raw.kind != ARRAY or raw.item_kind != STRING:
         raise FormatError(f"{header.path}: {TOKENS} is not a list of strings")
-    dimensions = Dimensions.from_metadata(header.metadata, raw.count)
-    return _digest(dimensions, raw.data, ((name, _vector(header, name)) for name in header.tensors if _is_norm(name)))
+    sizes = Sizes(header.architecture, raw.count, header.metadata)
+    return _digest(sizes, raw.data, ((name, _vector(header, name)) for name in header.tensors if _is_norm(name)))
 
 
-def fingerprint_of(dimensions: Dimensions, tokens: Sequence[str], norms: Iterable[tuple[str, Floats]]) -> str:
+def fingerprint_of(sizes: Sizes, tokens: Sequence[str], norms: Iterable[tuple[str, Floats]]) -> str:
     """The fingerprint from its parts.
 
     Args:
-        dimensions: the model's sizes.
+        sizes: the model's sizes.
         tokens: the vocabulary, by id.
         norms: GGUF name and float32 values of every norm vector, in any order.
     """
     encoded = (token.encode("utf-8") for token in tokens)
-    return _digest(dimensions, b"".join(struct.pack("<Q", len(token)) + token for token in encoded), norms)
+    return _digest(sizes, b"".join(struct.pack("<Q", len(token)) + token for token in encoded), norms)
 
 
-def _digest(dimensions: Dimensions, vocabulary: bytes, norms: Iterable[tuple[str, Floats]]) -> str:
-    digest = hashlib.sha256(repr(astuple(dimensions)).encode())
+def _digest(sizes: Sizes, vocabulary: bytes, norms: Iterable[tuple[str, Floats]]) -> str:
+    digest = hashlib.sha256(repr(sizes.identity).encode())
     digest.update(vocabulary)
     for name, values in sorted(norms, key=lambda norm: norm[0]):
         digest.update(name.encode() + b"\0" + values.astype("<f4").tobytes())

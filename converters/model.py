@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
-from converters.architectures import Dimensions, Family, Place, find_family
+from converters.architectures import Config, Family, Place, Sizes, find_family
+from converters.architectures.settings import complete, flatten, problems_of
 from converters.checkpoint import READABLE, Checkpoint, Floats
 from converters.errors import FormatError, UnsupportedError, listed
-from converters.hub_cache import repository_of
 from converters.tokenizer import Vocabulary, load_vocabulary
-from converters.writer import Typed, Value
+from converters.view import View, scales_of
 
-# gguf's remarks about model cards and post-processors go to whoever configured logging, not to the terminal.
-for _logger in ("gguf", "metadata"):
-    logging.getLogger(_logger).addHandler(logging.NullHandler())
-
-EMBEDDING = "model.embed_tokens.weight"
 COMPARED_BYTES = 4 << 20
-F32_MAX = 3.4e38
 UNTIED = (
-    "config.json ties the output to the embeddings, but lm_head.weight differs from them: it is kept as an output of "
-    "its own, as transformers does"
+    "config.json ties the output to the embeddings, but the output's weights differ from them: they are kept as an "
+    "output of their own, as transformers does"
+)
+# What multimodal checkpoints hold beside the text model (`TextModel.filter_tensors`, conversion/base.py).
+OTHER_PARTS = re.compile(
+    r"(?:^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector|multimodal_projector|mm_projector|embed_vision|"
+    r"embed_audio|image_newline|connector)(?:\.|$)"
+)
+# Classes whose code was published beside the weights before transformers had it. Others keep their name and change
+# what they compute, so they are refused.
+PUBLISHED_WITH_CODE = frozenset(
+    "PhiForCausalLM Phi3ForCausalLM FalconForCausalLM RWForCausalLM StableLmForCausalLM StableLMEpochForCausalLM "
+    "Ernie4_5_ForCausalLM Ernie4_5ForCausalLM Exaone4ForCausalLM Glm4ForCausalLM GPTNeoXForCausalLM".split()
 )
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint understood: its family, sizes, vocabulary, and where each tensor goes."""
+    """A checkpoint understood.
+
+    Attributes:
+        config: complete: see `architectures.settings.complete`.
+        metadata: the hyperparameters under their GGUF keys.
+        views: GGUF name to the tensor to be made, for all that come from the checkpoint.
+        tied_to: the HF tensor that stands for the output, "" where there is an output of its own.
+    """
 
     family: Family
-    dimensions: Dimensions
-    hyperparameters: Mapping[str, Any]
+    config: Config
+    sizes: Sizes
+    metadata: Mapping[str, Any]
     vocabulary: Vocabulary
-    places: Mapping[str, Place]
+    views: Mapping[str, View]
+    tied_to: str
     notices: tuple[str, ...]
 
 
@@ -50,53 +64,122 @@ def understand(checkpoint: Checkpoint) -> Model:
         UnsupportedError: configuration or tensors that this family cannot take.
         FormatError: tensors that are missing or have a shape that config.json contradicts.
     """
-    config, folder = checkpoint.config, checkpoint.folder
-    family = find_family(config, folder)
-    if problems := family.problems(config):
-        raise UnsupportedError(f"{folder / 'config.json'}: cannot be converted exactly:{listed(problems)}")
-    hyperparameters = family.hyperparameters(config)
-    named = {"general.architecture": family.architecture, **hyperparameters}
-    dimensions = Dimensions.from_metadata(named, config["vocab_size"])
-    places = _places(checkpoint, family, dimensions)
-    vocabulary = load_vocabulary(folder, config["vocab_size"])
-    untied = config.get("tie_word_embeddings") and any(place.row.absent_if_tied for place in places.values())
-    notices = (*family.notices(config), *([UNTIED] if untied else []), *vocabulary.notices)
-    return Model(family, dimensions, hyperparameters, vocabulary, places, notices)
+    folder, flat = checkpoint.folder, flatten(checkpoint.config)
+    family = find_family(flat, folder)
+    names, left_out = _renamed(checkpoint, family, flat)
+    config = complete(flat, family, family.extra_layers(checkpoint.tensors))
+    problems, remote = problems_of(config, flat, family), _remote_code(flat)
+    if problems or (remote and flat["architectures"][0] not in PUBLISHED_WITH_CODE):
+        refused = [f"the model is code of its own ({remote}), which is not run"] if remote else []
+        raise UnsupportedError(f"{folder / 'config.json'}: cannot be converted exactly:{listed([*problems, *refused])}")
+    checkpoint.rename(names)
+    metadata = {f"{family.architecture}.{key}": value for key, value in family.hyperparameters(config).items()}
+    sizes = Sizes(family.architecture, config["vocab_size"], metadata)
+    views, tied_to, untied = _views(checkpoint, family, sizes, config)
+    vocabulary = load_vocabulary(folder, config["vocab_size"], family.tokenizer, config)
+    notices = [*family.notices(config), *vocabulary.notices, *_left_out(left_out), *([UNTIED] if untied else [])]
+    if remote:
+        notices.append(f"config.json names code of its own ({remote}), which was not run: read as transformers' own")
+    return Model(family, config, sizes, metadata, vocabulary, views, tied_to, tuple(notices))
 
 
-def _places(checkpoint: Checkpoint, family: Family, dimensions: Dimensions) -> dict[str, Place]:
-    """GGUF name to place, for every tensor of the checkpoint that is written."""
-    config = checkpoint.config
-    places = {place.hf_name: place for place in family.places(dimensions, config)}
-    unread = _unread(checkpoint, places)
-    expected = {name: place for name, place in places.items() if name not in unread}
-    found, problems = {}, []
-    for name, tensor in checkpoint.tensors.items():
-        place = expected.get(name)
-        if place is None:
-            if not name.endswith(family.ignored) and name not in unread:
-                problems.append(f"{name}: no tensor of a {family.architecture} model with this config.json")
+def _remote_code(config: Config) -> str:
+    return str((config.get("auto_map") or {}).get("AutoModelForCausalLM") or "")
+
+
+def _renamed(checkpoint: Checkpoint, family: Family, config: Config) -> tuple[dict[str, str], list[str]]:
+    """Stored names to those of the family's rows, and the tensors of parts that are not the text model."""
+    found, left_out = {}, []
+    is_multimodal = isinstance(checkpoint.config.get("text_config"), dict)
+    has_prefix = any(name.startswith(family.prefix) for name in checkpoint.tensors)
+    for stored in checkpoint.tensors:
+        if is_multimodal and OTHER_PARTS.search(stored):
+            left_out.append(stored)
             continue
-        shape = place.row.shape_of(place.suffix, dimensions)
-        if tensor.shape != shape:
-            problems.append(f"{name}: has shape {tensor.shape}, config.json gives {shape}")
-        found[place.gguf_name] = place
-    problems += [f"{name}: is missing" for name, place in expected.items() if place.gguf_name not in found]
+        name = stored.replace("language_model.", "") if is_multimodal else stored
+        name = family.rename(name, config)
+        if not has_prefix and not name.startswith((family.prefix, "lm_head.", "embed_out.")):
+            name = family.prefix + name  # a checkpoint of the bare model
+        found[stored] = name
+    return found, left_out
+
+
+def _left_out(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    parts = Counter(match[1] for name in names if (match := OTHER_PARTS.search(name)))
+    shown = ", ".join(f"{part} ({count} tensors)" for part, count in parts.items())
+    return [f"the text model is converted; left out: {shown}"]
+
+
+def _views(
+    checkpoint: Checkpoint, family: Family, sizes: Sizes, config: Config
+) -> tuple[dict[str, View], str, bool]:
+    """GGUF name to tensor; what the output is tied to; whether it was to be tied and is not.
+
+    An output that differs from the embeddings is a weight of its own, whatever config.json says: transformers does
+    not tie it either (`tie_weights`, modeling_utils.py).
+    """
+    ways: dict[str, list[Place]] = {}
+    for place in family.places(sizes, config):
+        ways.setdefault(place.gguf_name, []).append(place)
+    embedding = ways["token_embd.weight"][0].hf_names(sizes)[0]
+    output = ways.get("output.weight", [None])[0]
+    tied = config.get("tie_word_embeddings", False) if output is None or output.row.absent_if_tied else False
+    own = output.hf_names(sizes)[0] if output else "lm_head.weight"
+    has_own = own in checkpoint.tensors and not (tied and _is_copy(checkpoint, own, embedding))
+    problems, used, views = [], set(), {}
+    if has_own and output is None:
+        problems.append(f"{own}: differs from {embedding}, and llama.cpp's {family.architecture} ties the two")
+    used |= {own} if own in checkpoint.tensors and not has_own else set()
+    for gguf_name, places in ways.items():
+        if gguf_name == "output.weight" and tied and not has_own:
+            continue
+        place = next((place for place in places if _stored(place, sizes)[0] in checkpoint.tensors), places[0])
+        needed = _stored(place, sizes)
+        used |= set(needed)
+        missing = [name for name in needed if name not in checkpoint.tensors]
+        problems += [f"{name}: is missing" for name in missing]
+        problems += [] if missing else _shape_problems(checkpoint, place, sizes)
+        views[gguf_name] = View.of(checkpoint, place, sizes)
+    ignored = re.compile("|".join(family.ignored))
+    problems += [
+        f"{name}: no tensor of a {family.architecture} model with this config.json"
+        for name in checkpoint.tensors
+        if name not in used and not ignored.fullmatch(name)
+    ]
     if problems:
         raise FormatError(f"{checkpoint.folder}: its tensors do not fit its config.json:{listed(problems)}")
-    return found
+    return views, "" if has_own or not tied else embedding, bool(has_own and tied)
 
 
-def _unread(checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[str]:
-    """The outputs that tied embeddings stand for: those that are absent, or copies of them bit by bit.
+def _stored(place: Place, sizes: Sizes) -> tuple[str, ...]:
+    """Every HF tensor of a place, the exponents of MXFP4 blocks among them."""
+    names = place.hf_names(sizes)
+    return (*names, *map(scales_of, names)) if place.row.mxfp4 else names
 
-    An output that differs is a weight of its own, whatever config.json says: transformers does not tie it either
-    (`tie_weights`, modeling_utils.py).
-    """
-    if not checkpoint.config.get("tie_word_embeddings"):
-        return []
-    outputs = [name for name, place in places.items() if place.row.absent_if_tied]
-    return [name for name in outputs if name not in checkpoint.tensors or _is_copy(checkpoint, name, EMBEDDING)]
+
+def _shape_problems(checkpoint: Checkpoint, place: Place, sizes: Sizes) -> list[str]:
+    if place.row.mxfp4:
+        return _mxfp4_problems(checkpoint, place, sizes)
+    wanted = place.hf_shape(sizes)
+    return [
+        f"{name}: has shape {checkpoint.tensors[name].shape}, config.json gives {wanted}"
+        for name in place.hf_names(sizes)
+        if checkpoint.tensors[name].shape != wanted
+    ]
+
+
+def _mxfp4_problems(checkpoint: Checkpoint, place: Place, sizes: Sizes) -> list[str]:
+    """Blocks are (experts, rows, groups of 32 values, 16 bytes); exponents the same without the last."""
+    blocks = place.hf_names(sizes)[0]
+    *outer, columns = place.hf_shape(sizes)
+    groups = (*outer, columns // 32)
+    return [
+        f"{name}: has shape {tensor.shape} and dtype {tensor.dtype}, config.json gives {wanted} and U8"
+        for name, wanted in ((blocks, (*groups, 16)), (scales_of(blocks), groups))
+        if (tensor := checkpoint.tensors[name]).shape != wanted or tensor.dtype not in ("U8", "F8_E8M0")
+    ]
 
 
 def _is_copy(checkpoint: Checkpoint, name: str, other: str) -> bool:
@@ -114,38 +197,10 @@ def _is_copy(checkpoint: Checkpoint, name: str, other: str) -> bool:
     )
 
 
-def norms(checkpoint: Checkpoint, places: Mapping[str, Place]) -> Iterator[tuple[str, Floats]]:
-    """GGUF name and values of every norm vector."""
-    for name, place in places.items():
+def norms(model: Model) -> Iterator[tuple[str, Floats]]:
+    """GGUF name and values of every norm."""
+    for name, view in model.views.items():
         if name.endswith("_norm.weight"):
-            yield name, checkpoint.rows(place.hf_name)[0]
+            yield name, view.read_all().reshape(-1)
 
 
-def describe(folder: Path, architecture: str, n_parameters: int) -> dict[str, Value]:
-    """The `general.*` keys from model card, generation_config.json and folder name, as llama.cpp's converter."""
-    folder = folder.resolve()
-    try:
-        card = gguf.Metadata.load(None, folder, None, n_parameters)
-    except Exception as error:  # gguf and its YAML parser raise anything
-        raise FormatError(f"{folder}: README.md or generation_config.json cannot be understood ({error})") from None
-    card.name = card.name or folder.name
-    if (repository := repository_of(folder)) and card.name == gguf.Metadata.id_to_title(folder.name):
-        card.name = repository.rpartition("/")[2]
-    card.size_label = card.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
-    writer = gguf.GGUFWriter(None, architecture)
-    writer.add_type("model")
-    card.set_gguf_meta_model(writer)
-    return {key: _typed(folder, key, pair) for key, pair in writer.kv_data[0].items()}
-
-
-def _typed(folder: Path, key: str, pair: Any) -> Value:
-    """gguf's value, checked: it takes whatever the model card and generation_config.json say."""
-    kinds: dict[str, Any] = {"INT32": int, "UINT32": int, "FLOAT32": (int, float), "STRING": str, "ARRAY": list}
-    value, wanted = pair.value, kinds[pair.type.name]
-    largest = 2**31 - 1 if wanted is int else F32_MAX
-    is_number = isinstance(value, (int, float))
-    if not isinstance(value, wanted) or isinstance(value, bool) or (is_number and not abs(value) <= largest):
-        raise FormatError(f"{folder}: {key} is {value!r} in its README.md or generation_config.json")
-    if pair.type.name == "INT32":
-        return Typed("i", value)
-    return float(value) if pair.type.name == "FLOAT32" else value

@@ -7,98 +7,98 @@ order as the weight they change.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from converters.errors import FormatError
+from converters.architectures.sizes import Sizes
+from converters.tokenizer_rules import BYTE_LEVEL_RULES, TokenizerRules
 
 Config = Mapping[str, Any]
 Indices = npt.NDArray[np.int64]
-SUFFIXES = ("weight", "bias")
+Floats = npt.NDArray[np.float32]
+Order = Callable[[Sizes], Indices]
+Present = Callable[[Config, int | None], bool]
+IGNORED = (r".*\.rotary_emb\.inv_freq", r".*\.attention\.bias", r".*\.attention\.masked_bias")
 
 
 @dataclass(frozen=True)
-class Dimensions:
-    """The sizes that give every tensor its shape, read from GGUF metadata whichever way the model came."""
+class Value:
+    """A change to every value on the way into the file, and the way back."""
 
-    architecture: str
-    vocab: int
-    embedding: int
-    feed_forward: int
-    layers: int
-    heads: int
-    heads_kv: int
-    head_dim: int
-
-    @property
-    def q_rows(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def kv_rows(self) -> int:
-        return self.heads_kv * self.head_dim
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any], vocab: int) -> Dimensions:
-        """From the keys of a GGUF base.
-
-        Raises:
-            FormatError: a key is missing or not a positive whole number.
-        """
-        architecture = str(metadata.get("general.architecture"))
-
-        def size(key: str, default: int | None = None) -> int:
-            value = metadata.get(f"{architecture}.{key}", default)
-            if not isinstance(value, int) or value < 1:
-                raise FormatError(f"{architecture}.{key} is {value!r}, expected a positive whole number")
-            return value
-
-        embedding, heads = size("embedding_length"), size("attention.head_count")
-        return cls(
-            architecture=architecture,
-            vocab=vocab,
-            embedding=embedding,
-            feed_forward=size("feed_forward_length"),
-            layers=size("block_count"),
-            heads=heads,
-            heads_kv=size("attention.head_count_kv", heads),
-            head_dim=size("attention.key_length", embedding // heads),
-        )
+    forward: Callable[[Floats], Floats]
+    back: Callable[[Floats], Floats]
 
 
-RowOrder = Callable[[Dimensions], Indices]
+PLUS_ONE = Value(lambda x: x + np.float32(1), lambda x: x - np.float32(1))  # norms that transformers adds 1 to
+# In double precision: the nearest float32, which no library's own float32 exp is sure to give.
+MINUS_EXP = Value(
+    lambda x: (-np.exp(x.astype(np.float64))).astype(np.float32),
+    lambda x: np.log(-x.astype(np.float64)).astype(np.float32),
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of tensor.
+    """One kind of tensor: a GGUF tensor as rows of one or more tensors of transformers.
 
     Attributes:
-        hf: the module's name in transformers; `{layer}` stands for the layer's number.
-        gguf: the tensor's name in llama.cpp, without ".weight" (llm_tensor names, src/llama-arch.cpp).
-        shape: names of `Dimensions`, rows first; a bias has the first one only.
-        order: for each row of the GGUF tensor, the row of the HF tensor it is; None where they are the same.
-        bias: the configuration key that gives the module a bias; "" where it never has one.
+        hf: the module's name in transformers; `{layer}` stands for the layer's number, `{each}` for a number below
+            the size `each`. Several modules, or `{each}`, are put one after the other, row by row.
+        gguf: the tensor's name in llama.cpp, without its ending (llm_tensor names, src/llama-arch.cpp).
+        shape: of the GGUF tensor: names of `sizes.NAMES` in numpy order, the row length last.
+        rows: for each row of the GGUF tensor, the row of the HF tensors it is; None where they are the same.
+        columns: likewise for its columns.
+        hf_shape: of each HF tensor, where it is not `shape` (nor, with `{each}`, all but its first).
+        transposed: the HF tensor holds the transpose (its last two dimensions); `rows` counts rows of the result.
+        value: what is done to each value; None for nothing.
+        ends: endings of the weight's name, in transformers and in GGUF.
+        bias: whether the module has a bias too: always, never, or where a configuration key is true.
+        when: whether a layer of this configuration has it; None: always.
+        each: the size that `{each}` counts.
         absent_if_tied: the output, which a model with tied embeddings does not have.
+        mxfp4: the checkpoint holds blocks of MXFP4 (`_blocks`) and their exponents (`_scales`), which go over as they
+            are, whatever the quantization.
     """
 
-    hf: str
+    hf: str | tuple[str, ...]
     gguf: str
-    shape: tuple[str, ...]
-    order: RowOrder | None = None
-    bias: str = ""
+    shape: tuple[str | int, ...]
+    rows: Order | None = None
+    columns: Order | None = None
+    hf_shape: tuple[str | int, ...] = ()
+    transposed: bool = False
+    value: Value | None = None
+    ends: tuple[str, str] = (".weight", ".weight")
+    bias: bool | str = False
+    when: Present | None = None
+    each: str = ""
     absent_if_tied: bool = False
+    mxfp4: bool = False
 
-    def shape_of(self, suffix: str, dimensions: Dimensions) -> tuple[int, ...]:
-        symbols = self.shape[:1] if suffix == "bias" else self.shape
-        return tuple(getattr(dimensions, symbol) for symbol in symbols)
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return (self.hf,) if isinstance(self.hf, str) else self.hf
 
-    def row_order(self, dimensions: Dimensions) -> Indices | None:
-        return self.order(dimensions) if self.order else None
+    def has_bias(self, config: Config) -> bool:
+        return bool(config.get(self.bias)) if isinstance(self.bias, str) else self.bias
+
+    def stored_shape(self) -> tuple[str | int, ...]:
+        """Of one HF tensor."""
+        if self.hf_shape:
+            return self.hf_shape
+        shape = self.shape[1:] if self.each else self.shape
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
+
+    @property
+    def is_plain(self) -> bool:
+        """One linear module of transformers is one GGUF matrix, its rows perhaps in another order."""
+        return isinstance(self.hf, str) and not (
+            self.each or self.transposed or self.columns or self.hf_shape or self.value or self.ends[0] != ".weight"
+        )
 
 
 @dataclass(frozen=True)
@@ -107,23 +107,39 @@ class Place:
 
     row: Row
     layer: int | None
-    suffix: str
+    is_bias: bool = False
 
-    @property
-    def hf_module(self) -> str:
-        return self.row.hf.replace("{layer}", str(self.layer))
+    def _filled(self, name: str) -> str:
+        return name.replace("{layer}", str(self.layer))
 
     @property
     def gguf_module(self) -> str:
-        return self.row.gguf.replace("{layer}", str(self.layer))
-
-    @property
-    def hf_name(self) -> str:
-        return f"{self.hf_module}.{self.suffix}"
+        return self._filled(self.row.gguf)
 
     @property
     def gguf_name(self) -> str:
-        return f"{self.gguf_module}.{self.suffix}"
+        return self.gguf_module + (".bias" if self.is_bias else self.row.ends[1])
+
+    def hf_names(self, sizes: Sizes) -> tuple[str, ...]:
+        """The HF tensors it is made of, in order."""
+        ending = ".bias" if self.is_bias else self.row.ends[0]
+        names = [self._filled(module) + ending for module in self.row.modules]
+        if not self.row.each:
+            return tuple(names)
+        return tuple(name.replace("{each}", str(n)) for name in names for n in range(sizes.at(self.layer)[self.row.each]))
+
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        shape = sizes.at(self.layer).shape(self.row.shape)
+        return shape[:-1] if self.is_bias and len(shape) > 1 else shape
+
+    def hf_shape(self, sizes: Sizes) -> tuple[int, ...]:
+        return self.shape(sizes) if self.is_bias else sizes.at(self.layer).shape(self.row.stored_shape())
+
+    def row_order(self, sizes: Sizes) -> Indices | None:
+        return self.row.rows(sizes.at(self.layer)) if self.row.rows else None
+
+    def column_order(self, sizes: Sizes) -> Indices | None:
+        return self.row.columns(sizes.at(self.layer)) if self.row.columns and not self.is_bias else None
 
 
 @dataclass(frozen=True)
@@ -132,38 +148,72 @@ class Family:
 
     Attributes:
         architecture: `general.architecture`.
-        rows: every kind of tensor it has.
-        hyperparameters: configuration to GGUF metadata, keys complete ("llama.block_count").
-        problems: what in this configuration cannot be converted, each with its key and value.
+        rows: every kind of tensor it has. Rows of one GGUF name are other ways to store it; the first whose HF
+            tensors are there is taken.
+        hyperparameters: a complete configuration to GGUF metadata, without the architecture before each key.
+        defaults: what transformers takes where the configuration has no such key.
+        aliases: older or own names of configuration keys, to those used here.
+        activations: values of `hidden_act` that llama.cpp computes; the first is what an absent key means.
+        fixed: keys that must have this value, where they are there: llama.cpp knows no other.
+        problems: what else in a configuration cannot be converted, each with its key and value.
         notices: what converts, but should be known.
         computed: tensors that are in the GGUF file and in no checkpoint, by GGUF name.
-        ignored: endings of HF tensors that are not weights.
+        ignored: regular expressions of HF tensors that are no weights of the text model.
+        tokenizer: how its vocabulary is written.
+        fills_head_dim: transformers writes `head_dim` into a configuration that has none.
+        derived: settings that follow from others, where the configuration does not have them.
+        derived_wins: they are right even where it has them.
+        rename: other names of tensors to those of `rows`.
+        extra_layers: how many layers beyond `num_hidden_layers` there are, by the names of the tensors.
     """
 
     architecture: str
     rows: tuple[Row, ...]
     hyperparameters: Callable[[Config], dict[str, Any]]
-    problems: Callable[[Config], list[str]]
-    notices: Callable[[Config], list[str]]
-    computed: Callable[[Config], dict[str, npt.NDArray[np.float32]]]
-    ignored: tuple[str, ...] = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    activations: tuple[str, ...] = ("silu", "swish")
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    problems: Callable[[Config], list[str]] = lambda config: []
+    notices: Callable[[Config], list[str]] = lambda config: []
+    computed: Callable[[Config], dict[str, Floats]] = lambda config: {}
+    ignored: tuple[str, ...] = IGNORED
+    tokenizer: TokenizerRules = BYTE_LEVEL_RULES
+    fills_head_dim: bool = False
+    derived: Callable[[Config], dict[str, Any]] = lambda config: {}
+    derived_wins: bool = False
+    rename: Callable[[str, Config], str] = lambda name, config: name
+    extra_layers: Callable[[Iterable[str]], int] = lambda names: 0
+
+    @property
+    def prefix(self) -> str:
+        """What tensors' names begin with, which checkpoints of the bare model leave out ("model.")."""
+        return self.rows[0].modules[0].partition(".")[0] + "."
 
     def from_hf(self, name: str) -> Place | None:
-        """The place of a transformers tensor ("model.layers.3.mlp.up_proj.weight"), or None."""
+        """The place of a transformers module or tensor that is a matrix of its own, or None.
+
+        "model.layers.3.mlp.up_proj" and "model.layers.3.mlp.up_proj.weight" give the weight.
+        """
         module, _, suffix = name.rpartition(".")
-        if suffix not in SUFFIXES:
-            return None
+        if suffix not in ("weight", "bias"):
+            module, suffix = name, "weight"
         found = re.search(r"\.(0|[1-9]\d{0,8})\.", module)
         general = module[: found.start()] + ".{layer}." + module[found.end() :] if found else module
-        row = next((row for row in self.rows if row.hf == general), None)
-        return Place(row, int(found[1]) if found else None, suffix) if row else None
+        row = next((row for row in self.rows if row.hf == general and row.is_plain), None)
+        return Place(row, int(found[1]) if found else None, suffix == "bias") if row else None
 
-    def places(self, dimensions: Dimensions, config: Config) -> Iterator[Place]:
-        """Every tensor that a model of these sizes and this configuration has; the output also where it is tied."""
+    def places(self, sizes: Sizes, config: Config) -> Iterator[Place]:
+        """Every tensor that a model of these sizes and this configuration has; the output also where it is tied.
+
+        A tensor with several ways to store it comes once for each.
+        """
         for row in self.rows:
-            suffixes = SUFFIXES if row.bias and config.get(row.bias) else SUFFIXES[:1]
-            for layer in range(dimensions.layers) if "{layer}" in row.hf else (None,):
-                yield from (Place(row, layer, suffix) for suffix in suffixes)
+            for layer in range(sizes["layers"]) if "{layer}" in row.gguf else (None,):
+                if row.when is None or row.when(config, layer):
+                    yield Place(row, layer)
+                    if row.has_bias(config):
+                        yield Place(row, layer, is_bias=True)
 
 
 def interleaved_rows(heads: int, head_dim: int) -> Indices:
@@ -174,3 +224,26 @@ def interleaved_rows(heads: int, head_dim: int) -> Indices:
     """
     order = np.arange(heads * head_dim, dtype=np.int64).reshape(heads, 2, head_dim // 2)
     return order.swapaxes(1, 2).reshape(-1)
+
+
+def grouped_rows(groups: int, parts: tuple[int, ...], take: tuple[int, ...]) -> Indices:
+    """Rows of a matrix whose heads are stored group by group, taken part by part.
+
+    Args:
+        groups: how often the parts follow one another.
+        parts: rows of each part within a group (q, k and v of one head, say).
+        take: which parts, in the order in which they come out; each from all groups.
+    """
+    order = np.arange(groups * sum(parts), dtype=np.int64).reshape(groups, sum(parts))
+    starts = np.cumsum((0, *parts))
+    return np.concatenate([order[:, starts[n] : starts[n + 1]].reshape(-1) for n in take])
+
+
+def part_of_each(count: int, rows: int, start: int, stop: int) -> Indices:
+    """Rows `start` to `stop` of each of `count` matrices of `rows` rows: the gates of fused gate_up experts, say."""
+    return grouped_rows(count, (start, stop - start, rows - stop), (1,))
+
+
+def every_second(count: int, first: int) -> Indices:
+    """Rows first, first + 2 ...: where two matrices were stored in turns."""
+    return np.arange(first, count, 2, dtype=np.int64)

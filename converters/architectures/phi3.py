@@ -1,0 +1,84 @@
+"""Phi-3, Phi-3.5 and Phi-4-mini: q, k and v in one matrix, gate and up in another, which llama.cpp takes as they are.
+
+llama.cpp: src/models/phi3.cpp; its converter: conversion/phi.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from converters.architectures.blocks import BLK, LAYER, embeddings, fused_mlp, norm
+from converters.architectures.family import Config, Family, Row
+from converters.architectures.settings import common, full_rope, rope_type_problems
+from converters.tokenizer_rules import PHI_3_RULES
+
+LONG_ROPES = ("longrope", "su")
+ROWS = (
+    *embeddings(),
+    norm("input_layernorm", "attn_norm"),
+    Row(f"{LAYER}.self_attn.qkv_proj", f"{BLK}.attn_qkv", ("qkv_rows", "embedding")),
+    Row(f"{LAYER}.self_attn.o_proj", f"{BLK}.attn_output", ("embedding", "o_columns")),
+    norm("post_attention_layernorm", "ffn_norm"),
+    *fused_mlp(),
+)
+
+
+def rotary_dim(config: Config) -> int:
+    share = full_rope(config).get("partial_rotary_factor", 1.0)
+    return int(share * config["hidden_size"]) // int(config["num_attention_heads"])
+
+
+def old_context(config: Config) -> int:
+    return int(full_rope(config)["original_max_position_embeddings"])
+
+
+def hyperparameters(config: Config) -> dict[str, Any]:
+    rope = full_rope(config)
+    values = {key: value for key, value in common(config).items() if not key.startswith("rope.")}
+    values |= {
+        "rope.scaling.original_context_length": old_context(config),
+        "rope.dimension_count": rotary_dim(config),
+        "rope.freq_base": float(rope["rope_theta"]),
+        "attention.sliding_window": config.get("sliding_window") or 0,  # 0 tells Phi-4 from the others
+    }
+    if rope["rope_type"] in LONG_ROPES:
+        stretch = config["max_position_embeddings"] / old_context(config)
+        factor = math.sqrt(1 + math.log(stretch) / math.log(old_context(config))) if stretch > 1 else 1.0
+        values["rope.scaling.attn_factor"] = factor
+    return values
+
+
+def computed(config: Config) -> dict[str, npt.NDArray[np.float32]]:
+    rope = full_rope(config)
+    if rope["rope_type"] not in LONG_ROPES:
+        return {}
+    return {f"rope_factors_{name}.weight": np.array(rope[f"{name}_factor"], np.float32) for name in ("long", "short")}
+
+
+def problems(config: Config) -> list[str]:
+    rope = full_rope(config)
+    found = rope_type_problems("default", *LONG_ROPES)(config)
+    for name in ("long_factor", "short_factor") if rope["rope_type"] in LONG_ROPES else ():
+        factors = rope.get(name)
+        if not isinstance(factors, list) or len(factors) != rotary_dim(config) // 2:
+            found.append(f"{name} is {factors!r}, expected a list of {rotary_dim(config) // 2} numbers")
+    return found
+
+
+FAMILY = Family(
+    "phi3",
+    ROWS,
+    hyperparameters,
+    defaults={
+        "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 1.0,
+    },
+    fixed={"attention_bias": False},
+    problems=problems,
+    computed=computed,
+    tokenizer=PHI_3_RULES,
+)  # fmt: skip

@@ -1,0 +1,166 @@
+"""Tensors into a GGUF file, one after the other: read in rows, quantized on every core, written in order.
+
+At any moment a few chunks of `CHUNK_BYTES` are alive, so memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from converters.errors import FormatError, listed
+from converters.quantize import Bytes, Floats, quantize_rows
+from converters.writer import TensorSpec, create, file_size
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes written, bytes in all, and the tensor that is being written."""
+
+CHUNK_BYTES = 4 << 20  # of float32 rows
+# llama.cpp ends the process where these meet a value that is no number (the grids of ggml/src/ggml-quants.c).
+NEEDS_FINITE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor to be made.
+
+    Attributes:
+        read: rows `start` to `stop` of it as float32; a vector is one row.
+        read_blocks: the same as blocks of the tensor's own type, where they go over as they are.
+        importance: float32 (row length,), or (experts, row length) for a stack of experts; None without.
+        chunk_bytes: of float32 rows to read at a time.
+    """
+
+    spec: TensorSpec
+    read: Callable[[int, int], Floats] | None = None
+    read_blocks: Callable[[int, int], Bytes] | None = None
+    importance: Floats | None = None
+    chunk_bytes: int = CHUNK_BYTES
+
+    @property
+    def rows_of_importance(self) -> int:
+        """How many rows share their importance: those of one expert, or all."""
+        shape = self.spec.shape
+        return shape[-2] if self.importance is not None and self.importance.ndim == 2 else max(1, prod(shape[:-1]))
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    source: Source
+    data: Bytes
+    is_finite: bool
+    overflowed: bool
+    is_last: bool
+
+
+def default_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_tensors(
+    out: Path, header: bytes, sources: Sequence[Source], threads: int | None, progress: Progress | None, *, strict: bool
+) -> list[str]:
+    """Write a whole file; returns notices about values that are not finite.
+
+    Raises:
+        FormatError: values that are NaN or infinite, with `strict`, or where the type cannot hold them.
+        ConversionError: a source that cannot be read, or a file that cannot be written; nothing is left behind.
+    """
+    threads = threads or default_threads()
+    done, total = len(header), file_size(header, [source.spec for source in sources])
+    broken: dict[str, str] = {}
+    overflowed: dict[str, str] = {}
+    with ThreadPoolExecutor(threads) as pool, create(out, header) as file:
+        for chunk in _in_order(pool, _jobs(sources), ahead=threads + 2):
+            name = chunk.source.spec.name
+            file.write(chunk.data.data)
+            done += chunk.data.nbytes
+            if not chunk.is_finite:
+                broken.setdefault(name, f"{name}: holds values that are NaN or infinite")
+            elif chunk.overflowed:
+                overflowed.setdefault(name, f"{name}: holds values too large for F16, which became infinite")
+            if chunk.is_last:
+                done += file.end_tensor(chunk.source.spec)
+            if progress:
+                progress(done, total, name)
+        if broken and strict:
+            raise FormatError(
+                f"{out}: the weights are broken, nothing was written:{listed(list(broken.values()))}",
+                hint="Download the model again, or write them as they are without --strict.",
+            )
+    return list({**overflowed, **broken}.values())
+
+
+def peak_memory(sources: Iterable[Source], threads: int | None = None) -> int:
+    """Bytes that chunks in flight take at most: each is read, held as float32 and quantized."""
+    largest = max((_chunk_rows(source) * source.spec.shape[-1] * 4 for source in sources), default=0)
+    return ((threads or default_threads()) + 2) * 3 * largest
+
+
+def _chunk_rows(source: Source) -> int:
+    rows = max(1, source.chunk_bytes // (4 * source.spec.shape[-1]))
+    return min(rows, source.rows_of_importance)
+
+
+def _jobs(sources: Iterable[Source]) -> Iterator[Callable[[], _Chunk]]:
+    for source in sources:
+        n_rows, unit, step = prod(source.spec.shape[:-1]), source.rows_of_importance, _chunk_rows(source)
+        starts = (start for first in range(0, n_rows, unit) for start in range(first, first + unit, step))
+        for start in starts:
+            stop = min(start + step, (start // unit + 1) * unit)
+            yield partial(_encode, source, start, stop, is_last=stop >= n_rows)
+
+
+def _encode(source: Source, start: int, stop: int, *, is_last: bool) -> _Chunk:
+    """Read and quantize some rows; runs in a thread."""
+    if source.read_blocks is not None:
+        return _Chunk(source, source.read_blocks(start, stop), True, False, is_last)
+    assert source.read is not None
+    rows, block_type = source.read(start, stop), source.spec.block_type
+    is_finite = bool(np.isfinite(rows).all())
+    if not is_finite and block_type.name in NEEDS_FINITE:
+        raise FormatError(
+            f"{source.spec.name}: holds values that are NaN or infinite, which {block_type.name} cannot hold",
+            hint="Download the model again, or choose another quantization.",
+        )
+    importance = _importance_of(source, start)
+    data = quantize_rows(rows, block_type) if importance is None else quantize_rows(rows, block_type, importance)
+    overflowed = block_type.name == "F16" and is_finite and _has_f16_infinity(data)
+    return _Chunk(source, data, is_finite, overflowed, is_last)
+
+
+def _importance_of(source: Source, start: int) -> Floats | None:
+    importance = source.importance
+    if importance is None or importance.ndim == 1:
+        return importance
+    of_expert: Floats = importance[start // source.rows_of_importance]
+    return of_expert
+
+
+def _has_f16_infinity(data: Bytes) -> bool:
+    """By its bits: numpy's own test of float16 is ten times slower."""
+    return bool((data.view(np.uint16) & np.uint16(0x7FFF)).max() >= 0x7C00)
+
+
+def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], _Chunk]], ahead: int) -> Iterator[_Chunk]:
+    """Results in the order of the jobs, with at most `ahead` of them in memory."""
+    waiting: deque[Future[_Chunk]] = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(job))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
