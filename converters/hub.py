@@ -139,14 +139,15 @@ def _from_cache(reference: HubReference, wanted: Kind | None, problem: DownloadE
     """What was downloaded before, if it is complete; else `problem`, with what is missing."""
     with translated(reference):
         folder = cached_snapshot(reference.repository, reference.revision)
-        missing, names = (missing_from(folder), set(os.listdir(folder))) if folder is not None else ([], set[str]())
+        missing = missing_from(folder) if folder is not None else []
     if folder is None:
         raise DownloadError(f"{problem.message}; nor is it in the cache", hint=problem.hint)
     if missing:
         raise DownloadError(
             f"{problem.message}; in the cache it is incomplete, without {', '.join(missing)}", hint=problem.hint
         )
-    _check_kind(str(reference), Kind.ADAPTER if is_adapter(names) else Kind.MODEL, wanted)
+    found = Kind.ADAPTER if is_adapter(set(os.listdir(folder))) else Kind.MODEL
+    _check_kind(str(reference), found, wanted)
     return folder
 
 
