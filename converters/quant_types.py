@@ -263,7 +263,7 @@ RECIPES: Mapping[str, Recipe] = {
                 "ffn_down": _when(_has_imatrix, None, _when(_first_part(8), "Q4_K", "Q3_K")),
                 "attn_output": _attn_output(eight_experts="Q5_K", dense="IQ3_S"),
             },
-            embedding="IQ3_S",
+            output="Q5_K", embedding="IQ3_S",
         ),
         _low_bit("iq2_m", 29, "IQ2_S", better="IQ3_S", output="IQ3_S"),
         _low_bit("iq2_s", 28, "IQ2_XS", better="IQ3_S", output="IQ3_S"),
