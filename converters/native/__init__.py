@@ -1,8 +1,9 @@
 """Quantization several times faster than llama.cpp's, with its bytes, where this machine can build and prove it.
 
-`kquants.c` is compiled at first use for the processor at hand and kept in the user's cache (`build`). In each process,
-before a type is first used, its kernel and `ggml_quantize_chunk` encode the same nasty rows (`proof`); a type whose
-bytes differ is left to llama.cpp, as is everything where there is no compiler. `EDGELORA_NATIVE=0` turns all of it off.
+`kquants.c` and its headers are compiled at first use for the processor at hand and kept in the user's cache (`build`).
+In each process, before a type is first used, its kernel and `ggml_quantize_chunk` encode the same nasty rows (`proof`);
+a type whose bytes differ is left to llama.cpp, as is everything where there is no compiler. `EDGELORA_NATIVE=0` turns
+all of it off.
 Either way the bytes are llama.cpp's, so nothing is said about which of the two made them.
 """
 

@@ -214,7 +214,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_failed_build_is_silent_and_not_repeated(compiler: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert build.library() is None
     calls = compiler.read_text().splitlines()
-    assert len(calls) == len(build.PROCESSOR_FLAGS)
+    assert len(calls) == len(build.TUNING)
     assert all(call.startswith("--its-own ") for call in calls)
     assert build.library() is None
     assert compiler.read_text().splitlines() == calls
@@ -226,7 +226,7 @@ def test_failed_build_is_tried_again_another_day(compiler: Path, tmp_path: Path)
     (marker,) = (tmp_path / "cache").rglob(build.FAILED)
     os.utime(marker, (0, 0))
     assert build.library() is None
-    assert len(compiler.read_text().splitlines()) == 2 * len(build.PROCESSOR_FLAGS)
+    assert len(compiler.read_text().splitlines()) == 2 * len(build.TUNING)
 
 
 SMALL_SOURCE = """
