@@ -311,16 +311,15 @@ def llama3_factors(config: Config) -> dict[str, npt.NDArray[np.float32]]:
         return {}
     factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     old_context = float(rope["original_max_position_embeddings"])
-    # In float32 at every step: llama.cpp's converter computes with torch's float32 scalars.
+    # In float32 at every step, a number by a tensor as torch divides it: the reciprocal, times the number.
     steps = np.arange(0, head_dim(config), 2, dtype=np.float32) / np.float32(head_dim(config))
     frequencies = np.float32(1.0) / np.power(np.float32(rope["rope_theta"]), steps)
-    factors = []
-    for wavelength in np.float32(2 * math.pi) / frequencies:
+    factors, one = [], np.float32(1)
+    for wavelength in one / frequencies * np.float32(2 * math.pi):
         if wavelength < old_context / high or wavelength > old_context / low:
             factors.append(1.0 if wavelength < old_context / high else factor)
             continue
-        smooth = (np.float32(old_context) / wavelength - np.float32(low)) / np.float32(high - low)
-        one = np.float32(1)
+        smooth = (one / wavelength * np.float32(old_context) - np.float32(low)) / np.float32(high - low)
         factors.append(float(one / ((one - smooth) / np.float32(factor) + smooth)))
     return {"rope_freqs.weight": np.array(factors, np.float32)}
 
