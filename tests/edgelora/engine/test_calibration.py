@@ -19,7 +19,7 @@ import pytest
 from converters.imatrix import ImportanceMatrix
 from edgelora.calibration_text import CalibrationText, read_calibration
 from edgelora.engine import graph
-from edgelora.engine.calibration import compute_imatrix
+from edgelora.engine.calibration import Collector, compute_imatrix
 from edgelora.engine.native import llama
 from edgelora.errors import DataFileError, EdgeloraError, ModelFileError, SettingsError
 from edgelora.template import ChatTemplate
@@ -225,6 +225,17 @@ def test_experts_are_measured_on_the_tokens_routed_to_them(experts_base: Path, t
     np.testing.assert_allclose(router.sums * USED, sums["blk.0.ffn_up_exps.weight"].sum(0), rtol=TOLERANCE)
     other, _ = routed(experts_base, ids[1:] + ids[:1] * 2)
     assert not np.allclose(imatrix.entries["blk.0.ffn_up_exps.weight"].sums, other["blk.0.ffn_up_exps.weight"].ravel())
+
+
+def test_a_stack_of_matrices_is_measured_matrix_by_matrix() -> None:
+    """As MLA has it (a matrix for each head): `i2 % ne02` says which one rows belong to; one count for all."""
+    rows = np.random.default_rng(0).standard_normal((1, 4, 150, 8)).astype(np.float32)
+    collector = Collector()
+    collector._add_plain("blk.0.attn_k_b.weight", (1, 2), rows)
+    entry = collector.matrix("text", SIZE).entries["blk.0.attn_k_b.weight"]
+    wanted = [(rows[0, first::2].astype(np.float64) ** 2).sum((0, 1)) for first in (0, 1)]
+    np.testing.assert_allclose(entry.sums.reshape(2, 8), wanted, rtol=TOLERANCE)
+    assert entry.counts.tolist() == [4 * 150 // 2]
 
 
 def test_values_that_lie_on_a_device_are_fetched(
