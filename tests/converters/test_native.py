@@ -175,12 +175,20 @@ def test_fused_multiply_adds_are_found_out(cache: Path, name: str) -> None:
 
 
 @needs_compiler
+def test_a_wrong_type_goes_back_to_llama_cpp(cache: Path, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = library("-DTIES_TO_EVEN=0")
+    monkeypatch.setattr(build, "library", lambda: wrong)
+    assert native.quantizer(TYPES["F16"], encoder(1)) is None
+    assert native.quantizer(TYPES["Q8_0"], encoder(8)) is not None
+
+
+@needs_compiler
 @needs_fma
-def test_only_a_wrong_type_goes_back_to_llama_cpp(cache: Path, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_arithmetic_turns_all_types_off(cache: Path, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     fused = library(*FUSED)
     monkeypatch.setattr(build, "library", lambda: fused)
-    assert native.quantizer(TYPES["Q4_K"], encoder(12)) is None
-    assert native.quantizer(TYPES["F16"], encoder(1)) is not None
+    assert proof.holds(kernel("F16", *FUSED), TYPES["F16"], encoder(1))
+    assert native.quantizer(TYPES["F16"], encoder(1)) is None
 
 
 def test_no_compiler(fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +348,7 @@ print(build.library().kquants_try())
 def test_threads_share_one_proof(cache: Path, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     proofs: list[str] = []
     holds = proof.holds
-    monkeypatch.setattr(proof, "holds", lambda *arguments: proofs.append("") or holds(*arguments))
+    monkeypatch.setattr(proof, "holds", lambda *arguments: proofs.append(arguments[1].name) or holds(*arguments))
     barrier = threading.Barrier(4)
 
     def first_use(_: int) -> native.Quantizer | None:
@@ -349,5 +357,6 @@ def test_threads_share_one_proof(cache: Path, fresh: None, monkeypatch: pytest.M
 
     with ThreadPoolExecutor(4) as pool:
         found = set(pool.map(first_use, range(4)))
-    assert len(found) == len(proofs) == 1
+    assert proofs == [native.CANARY.name, "Q6_K"]
+    assert len(found) == 1
     assert None not in found
