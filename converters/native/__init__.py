@@ -21,8 +21,8 @@ Quantizer = Callable[[int, int, int, int, int | None], None]
 """(address of the rows, address of the output, n_rows, n_cols, address of n_cols importances or None)."""
 
 CANARY = TYPES["Q5_K"]
-"""The type on which other arithmetic shows at once. Where llama.cpp was compiled with fused multiply-adds, the blocks of
-Q5_K differ one time in four, but those of Q3_K one time in 4,000: no type is trusted unless this one is equal, too."""
+"""The type on which other arithmetic shows at once: where llama.cpp was compiled with fused multiply-adds, one block of
+Q5_K in four differs, but one of Q3_K in 4,000. No type is trusted unless this one is equal, too."""
 
 _FIRST_USE = threading.Lock()
 _known: dict[int, Quantizer | None] = {}
