@@ -26,7 +26,7 @@ def dequantize_rows(blocks: Bytes, block_type: BlockType, n_cols: int) -> Floats
         n_cols: values in a row, a multiple of the type's block.
 
     Returns:
-        float32, shape (n_rows, n_cols).
+        float32, shape (n_rows, n_cols); of F32 it is a view of `blocks`.
 
     Raises:
         FormatError: rows that do not have the bytes of `n_cols` values.

@@ -16,10 +16,7 @@ import numpy.typing as npt
 from converters.block_types import BlockType
 from converters.errors import UnsupportedError
 from converters.ggml_base import encoder
-from converters.ggml_base import library_path as _library_path
 from converters.quant_types import ABORTS_WITHOUT_IMATRIX
-
-__all__ = ["Bytes", "Floats", "_library_path", "quantize_rows", "quantize_slab"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]

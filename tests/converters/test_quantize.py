@@ -1,15 +1,20 @@
-"""Casts are those of llama.cpp, and recipes know more shapes than small models have."""
+"""Casts are those of llama.cpp; rows stand alone, experts have their own importance; what would abort is refused."""
 
 from __future__ import annotations
 
 import ctypes
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from converters.quant_types import TYPES, ModelShape, choose_types, find_recipe
-from converters.quantize import _library_path, quantize_rows
+from converters.block_types import BlockType
+from converters.errors import UnsupportedError
+from converters.ggml_base import library_path
+from converters.quant_types import ABORTS_WITHOUT_IMATRIX, TYPES
+from converters.quantize import quantize_rows, quantize_slab
 
 # Every kind of float32: normal, subnormal, zero, infinite, the largest, the F16 limits, and halves that round to even.
 EDGES = [
@@ -43,7 +48,7 @@ def floats() -> np.ndarray:
 def test_casts_are_bit_equal_to_llama_cpps(name: str, function: str) -> None:
     values = floats()
     theirs = np.empty(len(values), np.uint16)
-    row = getattr(ctypes.CDLL(str(_library_path())), function)
+    row = getattr(ctypes.CDLL(str(library_path())), function)
     row.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     row(values.ctypes.data, theirs.ctypes.data, len(values))
     ours = quantize_rows(values.reshape(1, -1), TYPES[name]).view(np.uint16)[0]
@@ -58,39 +63,109 @@ def test_nan_stays_nan() -> None:
     assert np.isnan(bits.view(np.float32)).all()
 
 
-def layers(count: int, rows: int = 256) -> dict[str, tuple[int, ...]]:
-    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-    shapes = {f"blk.{layer}.{name}.weight": (rows, rows) for layer in range(count) for name in names}
-    return {**shapes, "token_embd.weight": (512, rows), "blk.0.attn_norm.weight": (rows,)}
+MADE = [kind for kind in TYPES.values() if kind.can_be_made]
+# Filling the tables of the others takes llama.cpp seconds.
+QUICK = [kind for kind in MADE if kind.name[:3] not in ("IQ1", "IQ2")]
 
 
-def chosen(shapes: dict[str, tuple[int, ...]], model: ModelShape) -> dict[str, str]:
-    return {name: kind.name for name, kind in choose_types(shapes, find_recipe("q4_k_m"), model).items()}
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
-def test_the_70b_shape_gets_more_for_its_values() -> None:
-    small = chosen(layers(80), ModelShape("llama", 80, 64, 64))
-    large = chosen(layers(80), ModelShape("llama", 80, 64, 8))
-    assert small["blk.10.attn_v.weight"] == "Q4_K"
-    assert large["blk.10.attn_v.weight"] == "Q5_K"
-    assert small["blk.9.attn_v.weight"] == large["blk.9.attn_v.weight"] == "Q6_K"
+def importance(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).random(shape, np.float32)
 
 
-def test_eight_experts() -> None:
-    types = chosen(layers(4), ModelShape("llama", 4, 8, 2, n_expert=8))
-    assert types["blk.2.attn_v.weight"] == types["blk.2.attn_k.weight"] == "Q8_0"
-    assert types["blk.2.attn_output.weight"] == "Q5_K"
+@pytest.mark.parametrize("kind", QUICK, ids=lambda kind: kind.name)
+def test_chunks_are_the_whole(kind: BlockType) -> None:
+    rows, weights = normal(7, 256), importance(256)
+    whole = quantize_rows(rows, kind, weights)
+    assert whole.shape == (7, kind.row_bytes(256))
+    parts = [quantize_rows(rows[start:stop], kind, weights) for start, stop in ((0, 3), (3, 4), (4, 7))]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    assert not np.array_equal(quantize_rows(rows[::-1], kind, weights), whole)
 
 
-def test_tied_embeddings_are_the_output() -> None:
-    shapes = layers(1)
-    assert chosen(shapes, ModelShape("llama", 1, 8, 8))["token_embd.weight"] == "Q6_K"
-    untied = chosen({**shapes, "output.weight": (512, 256)}, ModelShape("llama", 1, 8, 8))
-    assert (untied["token_embd.weight"], untied["output.weight"]) == ("Q4_K", "Q6_K")
+@pytest.mark.parametrize("name", ["Q4_K", "Q4_0", "Q5_1", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "Q2_K", "Q3_K"])
+def test_importance_changes_bytes(name: str) -> None:
+    rows = normal(4, 256)
+    plain = quantize_rows(rows, TYPES[name])
+    assert not np.array_equal(quantize_rows(rows, TYPES[name], importance(256)), plain)
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(256, "Q4_K"), (288, "Q5_0"), (300, "F16")])
-def test_rows_that_do_not_fill_blocks(rows: int, expected: str) -> None:
-    types = chosen(layers(1, rows), ModelShape("llama", 1, 4, 4))
-    assert types["blk.0.attn_q.weight"] == expected
-    assert types["blk.0.attn_norm.weight"] == "F32"
+@pytest.mark.parametrize("name", ["Q8_0", "MXFP4", "BF16"])
+def test_importance_does_not_change_bytes(name: str) -> None:
+    rows = normal(4, 256)
+    np.testing.assert_array_equal(quantize_rows(rows, TYPES[name], importance(256)), quantize_rows(rows, TYPES[name]))
+
+
+def test_chunks_of_experts_take_each_experts_importance() -> None:
+    """3 experts of 4 rows, in chunks that start and end within one."""
+    rows, weights, kind = normal(12, 256), importance(3, 256), TYPES["Q4_K"]
+    each = [quantize_rows(rows[4 * index : 4 * index + 4], kind, weights[index]) for index in range(3)]
+    whole = np.concatenate(each)
+    np.testing.assert_array_equal(quantize_slab(rows, kind, weights.reshape(-1), 0, 4), whole)
+    for start, stop in ((0, 4), (1, 3), (2, 11), (5, 12), (8, 12)):
+        np.testing.assert_array_equal(quantize_slab(rows[start:stop], kind, weights, start, 4), whole[start:stop])
+    assert not np.array_equal(quantize_slab(rows, kind, weights[::-1], 0, 4), whole)
+    assert not np.array_equal(quantize_slab(rows[5:], kind, weights, 0, 4), whole[5:])
+
+
+def test_without_importance_experts_are_like_any_rows() -> None:
+    rows = normal(12, 256)
+    np.testing.assert_array_equal(quantize_slab(rows, TYPES["Q4_K"], None, 0, 4), quantize_rows(rows, TYPES["Q4_K"]))
+
+
+def test_what_needs_importance_aborts_in_llama_cpp_and_is_refused_here() -> None:
+    requires = ctypes.CDLL(str(library_path())).ggml_quantize_requires_imatrix
+    requires.restype = ctypes.c_bool
+    assert {name for name, kind in TYPES.items() if requires(kind.number)} == ABORTS_WITHOUT_IMATRIX
+    for name in ABORTS_WITHOUT_IMATRIX:
+        with pytest.raises(UnsupportedError, match=f"{name} has too few bits") as raised:
+            quantize_rows(normal(2, 256), TYPES[name])
+        assert "--imatrix" in raised.value.hint
+
+
+@pytest.mark.parametrize("name", ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+def test_values_that_would_end_the_process_are_refused(name: str, value: float) -> None:
+    rows = normal(3, 256)
+    rows[1, 17] = value
+    with pytest.raises(UnsupportedError, match=f"{name} cannot hold values that are not finite"):
+        quantize_rows(rows, TYPES[name], importance(256))
+
+
+@pytest.mark.slow
+def test_they_do_end_the_process() -> None:
+    program = (
+        "import numpy as np; from converters import quantize as q; from converters.block_types import TYPES;"
+        "q._fits_a_grid = lambda rows: True; rows = np.ones((1, 256), np.float32); rows[0, 3] = np.{value};"
+        "q.quantize_rows(rows, TYPES['IQ3_S'])"
+    )
+    for value, aborts in (("nan", True), ("pi", False)):
+        done = subprocess.run([sys.executable, "-c", program.format(value=value)], capture_output=True, check=False)
+        assert (done.returncode != 0) == aborts
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+def test_importance_that_makes_no_sense_is_refused(value: float) -> None:
+    weights = importance(256)
+    weights[3] = value
+    with pytest.raises(UnsupportedError, match="negative or not finite"):
+        quantize_rows(normal(2, 256), TYPES["Q4_K"], weights)
+
+
+def test_importance_of_another_width_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"importance has shape \(512,\), rows have 256 values"):
+        quantize_rows(normal(2, 256), TYPES["Q4_K"], importance(512))
+
+
+def test_rows_that_fill_no_blocks_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="rows of 300 do not fill Q4_K's blocks of 256"):
+        quantize_rows(normal(2, 300), TYPES["Q4_K"])
+
+
+@pytest.mark.parametrize("name", ["Q8_1", "Q8_K", "I32"])
+def test_types_that_cannot_be_made_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"llama.cpp cannot quantize to {name}"):
+        quantize_rows(normal(2, 256), TYPES[name])
