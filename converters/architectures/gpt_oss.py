@@ -34,7 +34,8 @@ def _columns(first: int) -> Order:
 def _gate_or_up(name: str, first: int) -> tuple[Row, ...]:
     hf, gguf = f"{EXPERTS}.gate_up_proj", f"{BLK}.ffn_{name}_exps"
     return (
-        Row(hf, gguf, WIDE, rows=_rows(first), mxfp4=True, ends=BLOCKS_END),
+        Row(hf, gguf, WIDE, rows=_rows(first), mxfp4=True, ends=BLOCKS_END,
+            hf_shape=("experts", "two_expert_feed_forward", "embedding")),
         Row(hf, gguf, WIDE, rows=_rows(first), hf_shape=FUSED, transposed=True, ends=("", ".weight")),
         Row(f"{hf}_bias", gguf, ("experts", "expert_feed_forward"), columns=_columns(first),
             hf_shape=("experts", "two_expert_feed_forward"), ends=("", ".bias")),
