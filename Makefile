@@ -15,7 +15,11 @@ CMAKE_cuda   := -DGGML_CUDA=on
 CMAKE_metal  := -DGGML_METAL=on
 CMAKE_vulkan := -DGGML_VULKAN=on
 
-.PHONY: help setup demo test test-all check docs clean
+# llama.cpp's converter, quantizer and vocabularies, in the source package of llama-cpp-python: what tests compare with.
+REFERENCE := build/reference/convert_hf_to_gguf.py
+TAR_WILDCARDS := $(shell tar --version 2>/dev/null | grep -q GNU && echo --wildcards)
+
+.PHONY: help setup demo test test-all bench check docs reference clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -43,13 +47,24 @@ backend:
 		--force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
 	@echo $(BACKEND) > $(VENV)/.backend
 
+reference: $(REFERENCE)  ## unpack llama.cpp's sources, which the tests compare with, into build/reference
+
+$(REFERENCE): constraints.txt | $(STAMP)
+	rm -rf build/reference build/download
+	mkdir -p build/reference build/download
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest build/download \
+		$$(grep -i '^llama.cpp.python==' constraints.txt)
+	tar -xzf build/download/*.tar.gz -C build/reference --strip-components=3 $(TAR_WILDCARDS) '*/vendor/llama.cpp/*'
+	rm -rf build/download
+	touch $(REFERENCE)
+
 demo: setup  ## train two adapters on the bundled base, convert, chat, batch; everything lands in build/demo
 	$(BIN)/python examples/demo.py
 
-test: setup  ## the tests
+test: setup reference  ## the tests
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-all: setup  ## the tests, the slow ones too
+test-all: setup reference  ## the tests, the slow ones too
 	$(BIN)/python -m pytest -q
 
 check: setup  ## ruff, mypy, generated docs

@@ -84,7 +84,8 @@ ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
 def flatten(config: Config) -> dict[str, Any]:
     """A configuration with the text model's part on top of that of a multimodal one."""
     nested = config.get("text_config")
-    return {**config, **nested, "architectures": config.get("architectures")} if isinstance(nested, dict) else {**config}
+    whole = {key: config.get(key) for key in ("architectures", "model_type")}
+    return {**config, **nested, **whole} if isinstance(nested, dict) else {**config}
 
 
 def complete(flat: Config, family: Family, extra_layers: int = 0) -> dict[str, Any]:
