@@ -7,6 +7,7 @@ behind it that choose types alone (src/llama-ext.h), which are fast enough for e
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -286,6 +287,17 @@ def test_requantizing_needs_to_be_allowed(tmp_path: Path) -> None:
         theirs(source, tmp_path / "theirs.gguf", RECIPES["q4_0"])
 
 
+def test_llama_quantize_refuses_what_is_not_finite(tmp_path: Path) -> None:
+    """In the source, and where a value is too large for half precision: callers of our quantizer have to look."""
+    model, recipe = GGUFModel(n_layer=1), RECIPES["f16"]
+    for value, message in ((np.nan, "has invalid data"), (np.inf, "has invalid data"), (1e6, "validation failed")):
+        weights = random_weights(model.shapes)
+        weights["blk.0.ffn_up.weight"][1, 7] = value
+        source = write_gguf(tmp_path / "source.gguf", model.metadata, weights)
+        with pytest.raises(RuntimeError, match=message):
+            theirs(source, tmp_path / "theirs.gguf", recipe)
+
+
 # The twins: what is compared above, broken.
 
 
@@ -341,19 +353,24 @@ def test_another_model_is_seen(name: str, quant: str, wrong: dict[str, Any], wri
 
 # Types alone: every architecture, and random models.
 
+# All that llama.cpp can make a model of (`LLM_ARCH_NAMES`, src/llama-arch.cpp).
 ARCHITECTURES = (
     "llama", "llama4", "deci", "falcon", "grok", "gpt2", "gptneox", "mpt", "baichuan", "starcoder", "refact", "bert",
     "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "eurobert", "bloom",
     "stablelm", "qwen", "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen3moe", "qwen3next", "qwen3vl", "qwen3vlmoe",
-    "qwen35", "qwen35moe", "phi2", "phi3", "phimoe", "plamo", "plamo2", "plamo3", "codeshell", "orion", "internlm2",
-    "minicpm", "minicpm3", "gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma-embedding", "starcoder2", "mamba",
-    "mamba2", "jamba", "falcon-h1", "xverse", "command-r", "cohere2", "dbrx", "olmo", "olmo2", "olmoe", "openelm",
-    "arctic", "deepseek", "deepseek2", "chatglm", "glm4", "glm4moe", "glm-dsa", "bitnet", "t5", "t5encoder", "jais",
-    "jais2", "nemotron", "nemotron_h", "exaone", "exaone4", "exaone-moe", "rwkv6", "rwkv7", "granite", "granitemoe",
-    "granitehybrid", "chameleon", "plm", "bailingmoe", "bailingmoe2", "bailingmoe3", "dots1", "arcee", "afmoe",
-    "ernie4_5", "ernie4_5-moe", "hunyuan-moe", "hunyuan-dense", "smollm3", "gpt-oss", "lfm2", "lfm2moe", "dream",
-    "smallthinker", "llada", "seed_oss", "grovemoe", "apertus", "minimax-m2", "cogvlm", "mistral3", "mimo2",
-    "llama-embed", "kimi-linear", "glm5-next", "mellum", "nanbeige",
+    "qwen35", "qwen35moe", "qwen4exp", "phi2", "phi3", "phimoe", "plamo", "plamo2", "plamo3", "codeshell", "orion",
+    "internlm2", "minicpm", "minicpm3", "gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4-assistant",
+    "gemma-embedding", "starcoder2", "mamba", "mamba2", "maple", "jamba", "falcon-h1", "xverse", "command-r", "cohere2",
+    "cohere2moe", "dbrx", "olmo", "olmo2", "olmoe", "muse-glimmer", "openelm", "arctic", "deepseek", "deepseek2",
+    "deepseek2-ocr", "deepseek32", "deepseek4", "chatglm", "glm4", "glm4moe", "glm-dsa", "bitnet", "t5", "t5encoder",
+    "jais", "jais2", "nemotron", "nemotron_h", "nemotron_h_moe", "exaone", "exaone4", "exaone-moe", "rwkv6",
+    "rwkv6qwen2", "rwkv7", "arwkv7", "granite", "granitemoe", "granitehybrid", "graniteswitch", "granite_swa",
+    "chameleon", "wavtokenizer-dec", "plm", "bailingmoe", "bailingmoe2", "bailingmoe3", "dots1", "dots3note", "arcee",
+    "afmoe", "laguna", "ernie4_5", "ernie4_5-moe", "hunyuan-moe", "hunyuan-dense", "hunyuan_vl", "hy_v3", "hy_v4",
+    "smollm3", "gpt-oss", "lfm2", "lfm2moe", "dream", "smallthinker", "llada", "llada-moe", "seed_oss", "grovemoe",
+    "apertus", "minimax-01", "hrm_text", "minimax-m2", "minimax-m3", "cogvlm", "rnd1", "pangu-embedded", "mistral3",
+    "eagle3", "dflash", "mistral4", "paddleocr", "mimo2", "step35", "spark2_5", "llama-embed", "maincoder",
+    "kimi-linear", "kimi-k3", "glm5-next", "talkie", "mellum", "nanbeige", "qwen3tts", "pockettts",
 )  # fmt: skip
 PARTS = (
     *ATTENTION, *FEED_FORWARD, *EXPERTS, *SHARED_EXPERT, "attn_qkv", "attn_kv_b", "attn_q_a", "attn_q_b",
@@ -386,9 +403,37 @@ def names_of(types: Mapping[str, quant_types.BlockType]) -> dict[str, str]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture(architecture: str) -> None:
     for n_expert, tied in ((0, True), (8, False)):
-        model = GGUFModel(architecture, n_layer=2, n_expert=n_expert, tied=tied, parts=PARTS, others=WITH_EMBEDDINGS)
+        model = GGUFModel(architecture, n_layer=1, n_expert=n_expert, tied=tied, parts=PARTS, others=WITH_EMBEDDINGS)
+        shapes, shape = model.shapes, model.shape
         for recipe in RECIPES.values():
-            assert names_of(choose_types(model.shapes, recipe, model.shape)) == chosen(model, model.shapes, recipe)
+            assert names_of(choose_types(shapes, recipe, shape)) == chosen(model, shapes, recipe), recipe.name
+
+
+@pytest.mark.slow
+def test_hyperparameters_are_those_that_llama_cpp_reads(tmp_path: Path) -> None:
+    """Of every architecture that reads a file with the keys of `GGUFModel.metadata`, which are not all there are."""
+    parts = ("attn_q", "attn_v", "attn_qkv", "ffn_down", "ffn_up", "attn_output")
+    variants = [(0, {}), (8, {}), (0, SWA), (8, SWA)]
+    models = [
+        GGUFModel(name, 4, 8, 2, count, parts=parts, keys=keys) for name in ARCHITECTURES for count, keys in variants
+    ]
+    read = {model.architecture for model in models if equal_types_if_readable(model, tmp_path)}
+    assert len(read) == 133, sorted(set(ARCHITECTURES) - read)
+
+
+def equal_types_if_readable(model: GGUFModel, folder: Path) -> bool:
+    source = write_gguf(folder / "source.gguf", model.metadata, random_weights(model.shapes))
+    shape = ModelShape.from_metadata(read_header(source).metadata)
+    for recipe in (RECIPES["q2_k"], RECIPES["q4_k_m"], RECIPES["q3_k_m"]):
+        try:
+            found = theirs(source, folder / "out.gguf", recipe)
+        except RuntimeError as error:
+            if re.search("key not found|requires '", str(error)):
+                return False
+            raise
+        expected = {each: kind for each, (kind, _) in found.items()}
+        assert names_of(choose_types(model.shapes, recipe, shape)) == expected, (model, recipe.name)
+    return True
 
 
 def random_shapes(model: GGUFModel, pick: random.Random) -> dict[str, tuple[int, ...]]:
