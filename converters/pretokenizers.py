@@ -153,6 +153,6 @@ def _step(part: Json) -> tuple[str, ...] | None:
         return (DIGIT,)
     if kind == "Split" and "Regex" in part.get("pattern", {}):
         keeps_all = (part.get("behavior"), bool(part.get("invert"))) in {("Isolated", False), ("Removed", True)}
-        expression = part["pattern"]["Regex"]
+        expression = part["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n")
         return (SPELLINGS.get(expression, expression),) if keeps_all else None
     return None

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from converters.checkpoint import read_json
 from converters.errors import FormatError, MissingFileError, UnsupportedError
-from converters.pretokenizer_hashes import NAME_OF_HASH
-from converters.pretokenizers import ADDS_BOS, cut_of, name_of
+from converters.pretokenizers import ADDS_BOS
+from converters.sentencepiece_json import merges as all_merges
 from converters.sentencepiece_json import sentencepiece_json
 from converters.sentencepiece_model import SentencePieceModel, read_sentencepiece
 from converters.special_tokens import ADD_KEYS, KINDS, read_special, template_of_files
@@ -37,6 +38,9 @@ from converters.tokenizer_differences import (
     added_differences,
     byte_level_differences,
     byte_level_example,
+    gemma4_differences,
+    gemma4_example,
+    pretokenizer_name,
     sentencepiece_example,
 )
 from converters.tokenizer_ends import end_tokens, lost_templates
@@ -48,8 +52,8 @@ UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 NO_SPACE_AFTER_SPECIAL = "it puts no space after a special token, as llama.cpp does"
 OTHER_PREFIX = "llama.cpp would put a space before a text, or none, otherwise than it does"
+OTHER_ORDER = "its tokenizer.json merges in another order than the scores of its tokenizer.model"
 NO_SCORES = "it is SentencePiece-like and has no tokenizer.model with scores"
-GEMMA4_LINES = "llama.cpp does not merge line breaks"
 NATIVE, HUGGINGFACE = "llama.cpp", "huggingface"
 SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
 USER_DEFINED_PIECE = 4
@@ -204,8 +208,7 @@ def _byte_level(source: _Source) -> _Draft:
             _set_added(entries, number, file.spelled(number), special=file.added[number].special)
         else:
             entries.set(number, token, TokenType.NORMAL)
-    cut = cut_of(file.json)
-    name = NAME_OF_HASH.get(file.hash) or (name_of(cut) if cut else None)
+    name = pretokenizer_name(file)
     reasons = byte_level_differences(file, name)
     # A name unknown to llama.cpp means that it refuses to load: a file with its own tokenizer takes the plainest one.
     pre = name or "gpt-2"
@@ -227,8 +230,9 @@ def _gemma4(source: _Source) -> _Draft:
     for number, token in enumerate(entries.tokens):
         if token in source.rules.visible:
             entries.types[number] = int(TokenType.USER_DEFINED)
-    reasons = [GEMMA4_LINES, *added_differences(file)]
-    return _Draft(entries, "gemma4", None, _merges(source), reasons, "", file.text)
+    reasons = gemma4_differences(file)
+    example = gemma4_example(file) if reasons else ""
+    return _Draft(entries, "gemma4", None, _merges(source), reasons, example, file.text)
 
 
 def _hf_entries(source: _Source) -> _Entries:
@@ -269,6 +273,7 @@ def _sentencepiece(source: _Source) -> _Draft:
             for number, added in source.file.added.items():
                 _set_as_spelled(entries, number, added.content, special=added.special)
         reasons += _set_others(entries, model, source, source.file) + _spaces_differ(source.file, prefix)
+        reasons += [] if _merges_follow_scores(model, source.file) else [OTHER_ORDER]
         carried = source.file.text
     elif refused:
         raise UnsupportedError(
@@ -346,7 +351,22 @@ def _spaces_differ(file: TokenizerFile, prefix: bool) -> list[str]:
     equal = [(["Prepend", "Replace"], None)] if prefix else [(["Replace"], None), ([], "never")]
     if cut.get("split") or (kinds, scheme) not in equal:
         return [NO_SPACE_AFTER_SPECIAL]
-    return added_differences(file)
+    late = next((token.content for token in file.added.values() if token.normalized), None)
+    looked_for = [] if late is None else [f"the added token {late!r} is looked for after spaces are put"]
+    return looked_for + added_differences(file)
+
+
+def _merges_follow_scores(model: SentencePieceModel, file: TokenizerFile) -> bool:
+    """Whether merges by rank are merges by score, and every two pieces that make a third have one.
+
+    llama.cpp joins neighbours by score. The `▁▁` of Llama 2 has the lowest score and the lowest id, so that a
+    tokenizer.json made of ids alone, as transformers 5 makes it, cuts two spaces otherwise.
+    """
+    score_of = {piece.text: piece.score for piece in model.pieces}
+    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in file.model.get("merges") or []]
+    scores = [score_of.get("".join(pair), float("nan")) for pair in pairs]
+    falls = all(one >= other for one, other in pairwise(scores))
+    return falls and len(pairs) == len(all_merges(model))
 
 
 def _pieces_differ(model: SentencePieceModel, entries: _Entries) -> list[str]:

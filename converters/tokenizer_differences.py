@@ -15,7 +15,8 @@ from typing import Any
 from gguf.constants import TokenType
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from converters.pretokenizers import CUTS, Cut, cut_of
+from converters.pretokenizer_hashes import NAME_OF_HASH
+from converters.pretokenizers import CUTS, Cut, cut_of, name_of
 from converters.tokenizer_file import TokenizerFile
 
 Json = Mapping[str, Any]
@@ -39,11 +40,22 @@ SAMPLES = (
 )  # fmt: skip
 
 
-def byte_symbols() -> list[str]:
+def byte_symbols() -> dict[int, str]:
     """GPT-2's printable stand-in for each byte (`bytes_to_unicode`, github.com/openai/gpt-2)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(others))]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + at) for at, byte in enumerate(others)}
+
+
+def pretokenizer_name(file: TokenizerFile) -> str | None:
+    """llama.cpp's name for how a byte-level tokenizer cuts text, by its hash or else by its steps; None for neither."""
+    if name := NAME_OF_HASH.get(file.hash):
+        return name
+    cut = cut_of(file.json)
+    if cut is None:
+        return None
+    other = name_of(replace(cut, ignore_merges=not cut.ignore_merges))
+    return name_of(cut) or (other if other and _merges_make_every_token(file, cut) else None)
 
 
 def byte_level_differences(file: TokenizerFile, name: str | None) -> list[str]:
@@ -53,12 +65,15 @@ def byte_level_differences(file: TokenizerFile, name: str | None) -> list[str]:
         name: None where no name is known for it.
     """
     model, normalizer = file.model, file.json.get("normalizer")
-    missing = 256 - len(set(byte_symbols()) & set(file.vocab))
+    missing = _missing_bytes(file)
     affixes = [model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")]
     checks = (
         (normalizer is None, f"it normalizes text ({_kinds(normalizer)})"),
         (_cuts_equally(file, name), _cut_reason(file, name)),
-        (missing == 0, f"{missing} of 256 bytes are not in its vocabulary"),
+        (
+            not missing,
+            f"{len(missing)} of 256 bytes are not in its vocabulary ({', '.join(map(hex, missing[:3]))} ...)",
+        ),
         (not any(affixes) and not model.get("dropout"), "its BPE has affixes or dropout"),
         (
             adds_only_ends(file.json.get("post_processor")),
@@ -68,10 +83,16 @@ def byte_level_differences(file: TokenizerFile, name: str | None) -> list[str]:
     return [*(reason for ok, reason in checks if not ok), *added_differences(file)]
 
 
+def _missing_bytes(file: TokenizerFile) -> list[int]:
+    """Those without a token that text can hold: UTF-8 has no 0xC0, 0xC1, and none from 0xF5."""
+    symbol_of = byte_symbols()
+    return [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1) and symbol_of[byte] not in file.vocab]
+
+
 def added_differences(file: TokenizerFile) -> list[str]:
     """What llama.cpp does otherwise with added tokens in text."""
     flags = [token.content for token in file.added.values() if token.lstrip or token.rstrip or token.single_word]
-    plain = sorted(token for token in ALWAYS_CONTROL & set(file.vocab) if file.vocab[token] not in file.added)
+    plain = _promoted(file)
     crossing = _crossing([token.content for token in file.added.values()])
     checks = (
         (not flags, f"the added token {flags[0]!r} takes the spaces around it" if flags else ""),
@@ -82,6 +103,11 @@ def added_differences(file: TokenizerFile) -> list[str]:
         ),
     )
     return [reason for ok, reason in checks if not ok]
+
+
+def _promoted(file: TokenizerFile) -> list[str]:
+    """Ordinary tokens that llama.cpp takes for control tokens by their text."""
+    return sorted(token for token in ALWAYS_CONTROL & set(file.vocab) if file.vocab[token] not in file.added)
 
 
 def _crossing(tokens: Sequence[str]) -> str:
@@ -151,6 +177,7 @@ def llama_cpp_twin(file: TokenizerFile, cut: Cut) -> Any:
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     twin.model.ignore_merges = cut.ignore_merges
+    twin.add_special_tokens(_promoted(file))
     return twin
 
 
@@ -159,6 +186,30 @@ def byte_level_example(file: TokenizerFile, name: str) -> str:
     if name not in CUTS:
         return ""
     twin = llama_cpp_twin(file, CUTS[name])
+    return _example(file, lambda text: list(twin.encode(text, add_special_tokens=False).ids))
+
+
+def gemma4_differences(file: TokenizerFile) -> list[str]:
+    """What llama.cpp's BPE for Gemma 4 does otherwise: it puts ▁ for spaces and cuts lines from line breaks."""
+    normalizer, cut, model = file.json.get("normalizer") or {}, file.json.get("pre_tokenizer") or {}, file.model
+    replaces = (normalizer.get("type"), normalizer.get("pattern"), normalizer.get("content"))
+    whole = not cut or (cut.get("type"), cut.get("pattern")) == ("Split", {"String": " "})  # no space is left by then
+    mixed = sorted(token for token in file.vocab if "\n" in token and token.strip("\n"))
+    missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in file.vocab]
+    checks = (
+        (replaces == ("Replace", {"String": " "}, "▁"), "it does more to text than to put ▁ for spaces"),
+        (whole, "it cuts text before it merges"),
+        (not mixed, f"its token {mixed[0]!r} crosses a line break" if mixed else ""),
+        (not missing, f"{len(missing)} of 256 byte tokens are missing"),
+        (not model.get("ignore_merges") and not model.get("dropout"), "its BPE has dropout or ignores merges"),
+    )
+    return [*(reason for ok, reason in checks if not ok), *added_differences(file)]
+
+
+def gemma4_example(file: TokenizerFile) -> str:
+    """A sentence with a text that llama.cpp would cut otherwise: it takes an ordinary token in it for a control token."""
+    twin: Any = Tokenizer.from_str(file.text)
+    twin.add_special_tokens(_promoted(file))
     return _example(file, lambda text: list(twin.encode(text, add_special_tokens=False).ids))
 
 
@@ -172,7 +223,8 @@ def _example(file: TokenizerFile, llama_cpp: Encode) -> str:
 
 def _with_added(file: TokenizerFile) -> list[str]:
     tokens = [token.content for token in list(file.added.values())[:64]]
-    return [text for token in tokens for text in (f"{token}a", f"a {token} b")]
+    tokens += _promoted(file)
+    return [text for token in tokens for text in (f"{token}a", f"a {token} b", f"<b>{token}</b>")]
 
 
 def _short(text: str) -> str:
