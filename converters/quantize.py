@@ -7,7 +7,7 @@ expect: all of that is refused here first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from converters.block_types import BlockType
 from converters.errors import UnsupportedError
 from converters.ggml_base import encoder
 from converters.quant_types import ABORTS_WITHOUT_IMATRIX
+from converters.tensor_kinds import EMBEDDINGS
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -70,8 +71,7 @@ def quantize_slab(
 
     Args:
         rows: float32, shape (n_rows, n_cols), rows of the tensor seen as (n_experts * rows_per_matrix, n_cols).
-        importance: float32, n_experts * n_cols values in any shape; an importance matrix file holds them so. For a
-            plain matrix that is n_cols values. None: without.
+        importance: float32, shape (n_experts, n_cols), from `importance_for`; one row for a plain matrix.
         first_row: where `rows` start in the tensor.
         rows_per_matrix: rows of one expert.
 
@@ -83,13 +83,42 @@ def quantize_slab(
     """
     if importance is None:
         return quantize_rows(rows, block_type)
-    by_matrix, parts, start = importance.reshape(-1, rows.shape[1]), [], 0
+    parts, start = [], 0
     while start < len(rows):
         matrix, row = divmod(first_row + start, rows_per_matrix)
         stop = start + rows_per_matrix - row
-        parts.append(quantize_rows(rows[start:stop], block_type, by_matrix[matrix]))
+        parts.append(quantize_rows(rows[start:stop], block_type, importance[matrix]))
         start = stop
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def importance_for(name: str, shape: Sequence[int], imatrix: Mapping[str, Floats]) -> Floats | None:
+    """What an importance matrix has for one tensor, as `llama_model_quantize_impl` (src/llama-quant.cpp) looks it up.
+
+    Args:
+        name: of the tensor in GGUF.
+        shape: in numpy order; (n_experts, n_rows, n_cols) for experts.
+        imatrix: tensor name to float32 values.
+
+    Returns:
+        float32, shape (n_experts or 1, n_cols), for `quantize_slab`; None if there is nothing for it. Token embeddings
+        do without, too, if what there is has another size: embeddings are not multiplied, unless they are the output.
+
+    Raises:
+        UnsupportedError: it has another number of values than the tensor needs.
+    """
+    found = imatrix.get(name)
+    if found is None:
+        return None
+    matrices = shape[-3] if len(shape) > 2 else 1
+    if found.size != matrices * shape[-1]:
+        if name in EMBEDDINGS:
+            return None
+        raise UnsupportedError(
+            f"{name}: the importance matrix has {found.size} values for it, {matrices} x {shape[-1]} are needed",
+            hint="It was made from another model, or by an old llama.cpp: compute it again with --calibrate TEXT.",
+        )
+    return found.reshape(matrices, shape[-1])
 
 
 def _check(rows: Floats, block_type: BlockType, importance: Floats | None) -> None:

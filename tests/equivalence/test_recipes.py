@@ -31,7 +31,7 @@ from converters.quant_types import (
     plan_types,
     tensor_order,
 )
-from converters.quantize import quantize_slab
+from converters.quantize import importance_for, quantize_slab
 from converters.reader import read_header
 from tests.equivalence import llamacpp
 from tests.equivalence.gguf_models import (
@@ -142,7 +142,6 @@ def ours(
     recipe: Recipe,
     imatrix: Mapping[str, Floats] | None = None,
     overrides: Overrides | None = None,
-    allow: Callable[[str], bool] = lambda name: True,
 ) -> Stored:
     """Type and bytes of each tensor by our own code, from a GGUF file of any types."""
     header, data = read_header(path), path.read_bytes()
@@ -158,7 +157,7 @@ def ours(
             made[name] = kind.name, raw.tobytes()
             continue
         rows = dequantize_rows(raw.reshape(-1, sources[name].row_bytes(shape[-1])), sources[name], shape[-1])
-        importance = (imatrix or {}).get(name) if allow(name) else None
+        importance = importance_for(name, shape, imatrix or {})
         made[name] = kind.name, quantize_slab(rows, kind, importance, 0, shape[-2] if len(shape) > 1 else 1).tobytes()
     return made
 
@@ -285,6 +284,34 @@ def test_requantizing_needs_to_be_allowed(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "source.gguf", model.metadata, random_weights(model.shapes), kinds)
     with pytest.raises(RuntimeError, match="requantizing from type q8_0 is disabled"):
         theirs(source, tmp_path / "theirs.gguf", RECIPES["q4_0"])
+
+
+def test_an_imatrix_of_another_model(written: Writer, tmp_path: Path) -> None:
+    """Both do without it for token embeddings, and refuse it for anything else."""
+    model, recipe = MODELS["llama, tied, one layer"], RECIPES["q4_k_m"]
+    source, out, imatrix = written(model), tmp_path / "theirs.gguf", random_imatrix(model.shapes)
+    right = ours(source, recipe, imatrix)
+    imatrix["token_embd.weight"] = imatrix["token_embd.weight"][:-1].copy()
+    found = ours(source, recipe, imatrix)
+    assert found == theirs(source, out, recipe, imatrix=imatrix)
+    assert found["token_embd.weight"] != right["token_embd.weight"]
+    imatrix["blk.0.attn_q.weight"] = np.ones(512, np.float32)
+    with pytest.raises(RuntimeError, match="imatrix size 512 is different from tensor size 256"):
+        theirs(source, out, recipe, imatrix=imatrix)
+    with pytest.raises(UnsupportedError, match="has 512 values for it, 1 x 256 are needed"):
+        ours(source, recipe, imatrix)
+
+
+def test_an_imatrix_that_lacks_a_tensor(written: Writer, tmp_path: Path) -> None:
+    model, out = MODELS["llama, tied, one layer"], tmp_path / "theirs.gguf"
+    imatrix = random_imatrix(model.shapes)
+    del imatrix["blk.0.attn_q.weight"]
+    source = written(model)
+    assert ours(source, RECIPES["q4_k_m"], imatrix) == theirs(source, out, RECIPES["q4_k_m"], imatrix=imatrix)
+    with pytest.raises(RuntimeError, match="Missing importance matrix for tensor"):
+        theirs(source, out, RECIPES["iq3_xs"], imatrix=imatrix)
+    types = choose_types(model.shapes, RECIPES["iq3_xs"], model.shape, has_imatrix=True)
+    assert "blk.0.attn_q.weight" in set(needs_imatrix(types, RECIPES["iq3_xs"])) - set(imatrix)
 
 
 def test_llama_quantize_refuses_what_is_not_finite(tmp_path: Path) -> None:
