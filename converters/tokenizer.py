@@ -173,7 +173,7 @@ def load_vocabulary(
         read_json(path) if (path := folder / name).is_file() else {}
         for name in ("tokenizer_config.json", "config.json")
     )
-    file = open_tokenizer_file(folder, tokenizer_config, given if config is None else config)
+    file = open_tokenizer_file(folder, vocab_size, tokenizer_config, given if config is None else config)
     source = _Source(folder, vocab_size, rules, tokenizer_config, file)
     return _finish(source, _DRAFTS[_layout(source)](source))
 
@@ -282,7 +282,7 @@ def _sentencepiece(source: _Source) -> _Draft:
         )
     else:
         carried, reasons = _made_json(source, model), [*reasons, NO_SPACE_AFTER_SPECIAL]
-    file = source.file or TokenizerFile(path, carried, {}, {})
+    file = source.file or TokenizerFile(path, carried)
     example = ""
     if reasons:
         example = sentencepiece_example(file, entries.tokens, entries.scores, entries.types, prefix=prefix)

@@ -207,7 +207,7 @@ def gemma4_differences(file: TokenizerFile) -> list[str]:
 
 
 def gemma4_example(file: TokenizerFile) -> str:
-    """A sentence with a text that llama.cpp would cut otherwise: it takes an ordinary token in it for a control token."""
+    """A sentence with a text that llama.cpp would cut otherwise: it takes an ordinary token for a control token."""
     twin: Any = Tokenizer.from_str(file.text)
     twin.add_special_tokens(_promoted(file))
     return _example(file, lambda text: list(twin.encode(text, add_special_tokens=False).ids))

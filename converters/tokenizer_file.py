@@ -8,7 +8,7 @@ as `TokenizersBackend.__init__` does (tokenization_utils_tokenizers.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from converters.pretokenizer_hashes import PROBE, hash_of
 from converters.pretokenizers import QWEN2, QWEN35
 
 Json = Mapping[str, Any]
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 NFC = {"type": "NFC"}
 END = "<|endoftext|>"
@@ -81,6 +82,50 @@ CLASS_OF_MODEL: Mapping[str, str] = {
 }
 
 
+@dataclass(frozen=True)
+class AddedTokens:
+    """What the other files add to a tokenizer.
+
+    Attributes:
+        by_id: those of `added_tokens_decoder` or added_tokens.json.
+        named: special tokens with a name (bos_token ...); they are special wherever they are already.
+        listed: other special tokens.
+        size: of the vocabulary; there is no room for new tokens beyond.
+    """
+
+    by_id: Mapping[int, AddedToken]
+    named: Sequence[AddedToken]
+    listed: Sequence[AddedToken]
+    size: int
+
+    @property
+    def special(self) -> frozenset[str]:
+        return frozenset(token.content for token in (*self.named, *self.listed))
+
+    def add_to(self, tokenizer: Tokenizer) -> None:
+        """Add them in the order of `TokenizersBackend.__init__`, a token that is new under the next id."""
+        vocab, names = tokenizer.get_vocab(with_added_tokens=True), {token.content for token in self.named}
+        for number, token in sorted(self.by_id.items()):
+            if token.content in vocab or number == _next(tokenizer):
+                token.special = token.special or token.content in names
+                tokenizer.add_tokens([token])
+        known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+        for token in (*self.named, *self.listed):
+            if (there := known.get(token.content)) is None:
+                if token.content in vocab or _next(tokenizer) < self.size:
+                    tokenizer.add_tokens([token])
+            elif token.content in names and not there.special:
+                there.special = True
+                tokenizer.add_tokens([there])
+
+
+def _next(tokenizer: Tokenizer) -> int:
+    return int(tokenizer.get_vocab_size(with_added_tokens=True))
+
+
+NOTHING_ADDED = AddedTokens({}, (), (), 0)
+
+
 class TokenizerFile:
     """A tokenizer: as JSON, and as the `tokenizers` package reads it.
 
@@ -92,14 +137,12 @@ class TokenizerFile:
         added: the added tokens by id.
     """
 
-    def __init__(
-        self, path: Path, text: str, added: Mapping[int, AddedToken], special: Mapping[str, AddedToken]
-    ) -> None:
-        self.path, self.special = path, frozenset(special)
+    def __init__(self, path: Path, text: str, more: AddedTokens = NOTHING_ADDED) -> None:
+        self.path, self.special = path, more.special
         try:
             self.tokenizer = Tokenizer.from_str(text)
-            before = self.tokenizer.to_str() if added or special else ""
-            self._add(added, special)
+            before = self.tokenizer.to_str() if more.by_id or more.special else ""
+            more.add_to(self.tokenizer)
         except Exception as error:  # the package raises bare Exception
             raise FormatError(f"{path}: the tokenizers package cannot read it ({error})") from None
         if before and (after := self.tokenizer.to_str()) != before:
@@ -109,17 +152,6 @@ class TokenizerFile:
         self.model: Json = self.json["model"]
         self.vocab: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
         self.added: dict[int, AddedToken] = self.tokenizer.get_added_tokens_decoder()
-
-    def _add(self, added: Mapping[int, AddedToken], special: Mapping[str, AddedToken]) -> None:
-        vocab = self.tokenizer.get_vocab(with_added_tokens=True)
-        free = max(vocab.values(), default=-1) + 1
-        for number, token in sorted(added.items()):
-            if token.content in vocab or number == free:
-                token.special = token.special or token.content in special
-                self.tokenizer.add_tokens([token])
-                free = max(free, number + 1)
-        known = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
-        self.tokenizer.add_tokens([token for text, token in special.items() if text in vocab and text not in known])
 
     @property
     def hash(self) -> str:
@@ -138,10 +170,11 @@ class TokenizerFile:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
 
-def open_tokenizer_file(folder: Path, tokenizer_config: Json, config: Json) -> TokenizerFile | None:
+def open_tokenizer_file(folder: Path, size: int, tokenizer_config: Json, config: Json) -> TokenizerFile | None:
     """The tokenizer of a folder; None where it has neither tokenizer.json nor vocab.json with merges.txt.
 
     Args:
+        size: of the vocabulary.
         tokenizer_config: tokenizer_config.json, or empty.
         config: config.json, or empty: its `model_type` decides where nothing names a class.
 
@@ -159,8 +192,9 @@ def open_tokenizer_file(folder: Path, tokenizer_config: Json, config: Json) -> T
         text = _built(folder, name)
     else:
         return None
-    special = {token.content: token for token in _special_tokens(folder, tokenizer_config, name)}
-    return TokenizerFile(path, text, _added_tokens(folder, tokenizer_config, special), special)
+    named, listed = _special_tokens(folder, tokenizer_config, name)
+    special = {token.content for token in (*named, *listed)}
+    return TokenizerFile(path, text, AddedTokens(_added_tokens(folder, tokenizer_config, special), named, listed, size))
 
 
 def _read(path: Path) -> str:
@@ -222,22 +256,28 @@ def _token(entry: Any, *, special: bool) -> AddedToken | None:
     return AddedToken(text, **{**flags, "special": special or flags.get("special", False)})
 
 
-def _special_tokens(folder: Path, tokenizer_config: Json, name: str) -> list[AddedToken]:
-    """Those with a name, those of the class, and those that are listed."""
+def _special_tokens(
+    folder: Path, tokenizer_config: Json, name: str
+) -> tuple[Sequence[AddedToken], Sequence[AddedToken]]:
+    """Those with a name, of the files or of the class, and those that are listed."""
     given = dict(tokenizer_config)
     path = folder / "special_tokens_map.json"
     if "added_tokens_decoder" not in given and path.is_file():
         given |= read_json(path)
     by_class = PIPELINES[name].special if name in PIPELINES else SENTENCEPIECE_SPECIAL.get(name, {})
-    given = {**by_class, **given}
+    given = {**dict.fromkeys(NAMED), **by_class, **given}  # in this order
     more = given.get("extra_special_tokens") or given.get("additional_special_tokens") or []
     listed = [*(more.values() if isinstance(more, Mapping) else more if isinstance(more, list) else [])]
     named = [given[key] for key in given if key.endswith("_token") and not isinstance(given[key], bool)]
-    tokens = [_token(entry, special=True) for entry in (*named, *listed)]
-    return [token for token in tokens if token is not None]
+    return _unique(named), _unique(listed)
 
 
-def _added_tokens(folder: Path, tokenizer_config: Json, special: Mapping[str, AddedToken]) -> dict[int, AddedToken]:
+def _unique(entries: Iterable[Any]) -> Sequence[AddedToken]:
+    tokens = [_token(entry, special=True) for entry in entries]
+    return list({token.content: token for token in tokens if token is not None}.values())
+
+
+def _added_tokens(folder: Path, tokenizer_config: Json, special: Collection[str]) -> dict[int, AddedToken]:
     given: Any = tokenizer_config.get("added_tokens_decoder")
     if isinstance(given, Mapping):
         tokens = {int(key): _token(entry, special=False) for key, entry in given.items() if str(key).isdecimal()}

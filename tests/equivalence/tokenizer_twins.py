@@ -262,5 +262,7 @@ def sentencepiece_bytes(pieces: Sequence[Piece], *, prefix: bool = True) -> byte
         )
         for piece in pieces
     )
-    trainer = _varint(3 << 3) + _varint(2)
+    unknown = next((number for number, piece in enumerate(pieces) if piece.type == TokenType.UNKNOWN), 0)
+    fields = {3: 2, 35: 1, 40: unknown}  # model_type, byte_fallback, unk_id of TrainerSpec
+    trainer = b"".join(_varint(number << 3) + _varint(value) for number, value in fields.items())
     return body + _message(2, trainer) + _message(3, _message(1, b"identity") + _varint(3 << 3) + _varint(prefix))
