@@ -6,13 +6,15 @@ The bytes are the work of `converters`; this module adds what only edgelora know
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.errors import ConversionError
-from edgelora.contract import FILE_NAME, GOLDEN_MESSAGES, Contract, Value
+from edgelora.base_conversion import BaseProgress, BaseSettings, convert_base_source
+from edgelora.contract import FILE_NAME, GOLDEN_MESSAGES, Contract
 from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError, SettingsError
 from edgelora.messages import Message
 from edgelora.store import Store
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int, str], None]
 
-DEFAULT_QUANT = "q4_k_m"
 EXACT = {"kind": "exact"}
 """A LoRA's factors with the scale folded into B; all that is lost is rounding, which the converter keeps below 1e-3 by
 choosing F32 where F16 would lose more."""
@@ -36,7 +37,8 @@ class ConvertOptions:
     """What `edgelora convert` can be told.
 
     Attributes:
-        quant: quantization of a base (see `converters.quant_types`); None is `q4_k_m`.
+        quant: quantization of a base, for short; it wins over that of `settings`.
+        settings: everything about the conversion of a base.
         base: the base of an adapter: an HF folder or a GGUF; None lets the store find it.
         chat_template: a built-in name or a Jinja file, instead of the source's own.
         threads: cores to quantize on; None is all that the process may use.
@@ -44,10 +46,15 @@ class ConvertOptions:
     """
 
     quant: str | None = None
+    settings: BaseSettings = field(default_factory=BaseSettings)
     base: Path | None = None
     chat_template: str | None = None
     threads: int | None = None
     force: bool = False
+
+    @property
+    def base_settings(self) -> BaseSettings:
+        return replace(self.settings, quant=self.quant) if self.quant else self.settings
 
 
 def convert(
@@ -57,12 +64,14 @@ def convert(
     *,
     store: Store | None = None,
     progress: Progress | None = None,
+    measured: Callable[[int, int], None] | None = None,
 ) -> BaseReport | AdapterReport:
-    """Convert an HF base or a PEFT adapter to GGUF, whichever `source` is.
+    """Convert a base (a Hugging Face folder, or a GGUF file) or a PEFT adapter to GGUF, whichever `source` is.
 
     Args:
         out: a file, or a folder to put it in (text that ends in `/` is a folder); None is the current folder. The
             default name of a base is `NAME-QUANT.gguf`, that of an adapter `NAME.gguf`.
+        progress: called with bytes written, bytes in all, and the tensor; `measured` with windows of text read.
 
     Raises:
         ConversionError, EdgeloraError: `source` is neither, is damaged, or cannot be converted exactly.
@@ -71,42 +80,32 @@ def convert(
 
     options, store = options or ConvertOptions(), store or Store()
     kind = detect(source)
-    if kind is SourceKind.HF_BASE:
-        return _convert_base(source, out, options, store, progress)
+    if kind in (SourceKind.HF_BASE, SourceKind.GGUF_BASE):
+        return _convert_base(source, out, options, store, BaseProgress(progress, measured))
     if kind is SourceKind.PEFT_ADAPTER:
         return _convert_adapter(source, out, options, store, progress)
-    noun = "a GGUF base" if kind is SourceKind.GGUF_BASE else "a GGUF adapter"
     raise ConversionError(
-        f"{source} is {noun} already",
-        hint="Give the Hugging Face folder of a base, or the folder that PEFT wrote for an adapter.",
+        f"{source} is a GGUF adapter already",
+        hint="Give a base (a Hugging Face folder or a GGUF file), or the folder that PEFT wrote for an adapter.",
     )
 
 
 def _convert_base(
-    source: Path, out: Path | str | None, options: ConvertOptions, store: Store, progress: Progress | None
+    source: Path, out: Path | str | None, options: ConvertOptions, store: Store, progress: BaseProgress
 ) -> BaseReport:
-    from converters.base import convert_base
-
     if options.base:
         raise SettingsError(f"--base goes with an adapter, and {source} is a base")
-    quant = (options.quant or DEFAULT_QUANT).lower()
-    metadata: dict[str, Value] = {}
-    if options.chat_template:
-        metadata["tokenizer.chat_template"] = _checked_template(options.chat_template)
-    target = _target(out, f"{source_name(source)}-{quant}.gguf")
-    report = convert_base(
-        source, target, quant=quant, threads=options.threads, metadata=metadata, progress=progress, force=options.force
+    settings = options.base_settings
+    return convert_base_source(
+        source,
+        _target(out, f"{source_name(source)}-{settings.quant_name}.gguf"),
+        settings,
+        store,
+        threads=options.threads,
+        chat_template=options.chat_template,
+        force=options.force,
+        progress=progress,
     )
-    return _registered(report, store)
-
-
-def _registered(report: BaseReport, store: Store) -> BaseReport:
-    """Tell the store; the file is written and good, whatever the store says."""
-    try:
-        store.register(report.path)
-    except ModelFileError as error:
-        return replace(report, notices=(*report.notices, f"not remembered for later: {error.message}"))
-    return report
 
 
 def _convert_adapter(
@@ -114,14 +113,26 @@ def _convert_adapter(
 ) -> AdapterReport:
     from converters.adapter import convert_adapter
 
-    if options.quant:
-        raise SettingsError(f"--quant goes with a base, and {source} is an adapter")
+    if given := _given(options.base_settings):
+        raise SettingsError(f"{', '.join(given)}: goes with a base, and {source} is an adapter")
     base = find_base(source, options.base, store)
     contract = contract_for(source, base, store, chat_template=options.chat_template, force=options.force)
     target = _target(out, f"{source_name(source)}.gguf")
     return convert_adapter(
         source, base, target, metadata=contract.to_metadata(), progress=progress, force=options.force
     )
+
+
+# Options of the command line, by the settings that they fill, where the two are not named alike.
+_OPTION_NAMES = {"tensor_types": "tensor-type", "output_type": "output-tensor-type",
+                 "embedding_type": "token-embedding-type"}  # fmt: skip
+
+
+def _given(settings: BaseSettings) -> list[str]:
+    """The options that were used, of those about bases."""
+    usual = BaseSettings()
+    used = [field.name for field in fields(settings) if getattr(settings, field.name) != getattr(usual, field.name)]
+    return [f"--{_OPTION_NAMES.get(name, name.replace('_', '-'))}" for name in used]
 
 
 def adapter_from_folder(folder: Path, base: Path, store: Store, *, force: bool = False) -> Path:
@@ -256,12 +267,18 @@ def _token_text(value: Any) -> str:
     return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
 
 
-def source_name(folder: Path) -> str:
-    """What people call a folder: its name, or the model's where it is a snapshot in the Hugging Face cache."""
+def source_name(source: Path) -> str:
+    """What people call a folder: its name, or the model's where it is a snapshot in the Hugging Face cache; of a GGUF
+    file, what is before its quantization and the number of its part."""
     from converters.hub_cache import repository_of
+    from converters.quant_types import RECIPES
 
-    folder = folder.resolve()
-    return repository_of(folder).rpartition("/")[2] or folder.name
+    source = source.resolve()
+    if source.is_dir():
+        return repository_of(source).rpartition("/")[2] or source.name
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", source.stem)
+    before, separator, last = stem.rpartition("-" if "-" in stem else ".")
+    return before if separator and last.lower() in RECIPES else stem
 
 
 def _target(out: Path | str | None, name: str) -> Path:

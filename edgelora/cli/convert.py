@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelora.base_conversion import BaseSettings
 from edgelora.cli.options import FILE, config_option, template_option
-from edgelora.cli.progress import bytes_bar
+from edgelora.cli.progress import bytes_bar, windows_bar
 
 if TYPE_CHECKING:
     from converters.adapter import AdapterReport
     from converters.base import BaseReport
+    from converters.plan import Plan
+    from edgelora.engine.perplexity import PerplexityChange
 
 
 class QuantName(click.ParamType[str]):
@@ -27,54 +31,103 @@ class QuantName(click.ParamType[str]):
         return click.Choice([*RECIPES], case_sensitive=False)
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
-        return self._choice().get_metavar(param, ctx)
+        return self.name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return self._choice().convert(value, param, ctx)
 
 
 @click.command("convert")
-@click.argument("source", type=FILE)
+@click.argument("source")
 @click.option(
     "-o", "--out", type=click.Path(), help="File or folder to write.  [default: NAME-QUANT.gguf or NAME.gguf, here]"
 )
-@click.option(
-    "--quant",
-    type=QuantName(),
-    help="Quantization of a base.  [default: q4_k_m]",
-)
+@click.option("--quant", type=QuantName(), help="Quantization of a base: q8_0, q6_k, q4_k_m, iq4_xs, bf16 ... (README "
+              "lists all).  [default: q4_k_m]")  # fmt: skip
 @click.option("--base", type=FILE, help="The adapter's base: its HF folder, or a GGUF.  [default: found]")
 @template_option
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
+@click.option("--imatrix", type=FILE, help="Importance matrix (llama.cpp's GGUF or older format); IQ1 to IQ3 need one.")
+@click.option("--calibrate", type=FILE, metavar="TEXT", help="Measure an importance matrix on this text or JSONL.")
+@click.option("--calibrate-adapter", type=FILE, metavar="GGUF", help="Adapter to have active while it is measured.")
+@click.option("--calibrate-chunks", type=click.IntRange(min=1), metavar="N", help="Windows of 512 tokens to measure on.  "
+              "[default: all]")  # fmt: skip
+@click.option("--save-imatrix", type=FILE, metavar="FILE", help="Keep what --calibrate measures.")
+@click.option(
+    "--tensor-type", "tensor_types", multiple=True, metavar="EXPR=TYPE",
+    help="Type of tensors whose name an expression is found in, 'ffn_down=q6_k'; repeat for several.",
+)  # fmt: skip
+@click.option("--output-tensor-type", "output_type", metavar="TYPE", help="Type of the output.")
+@click.option("--token-embedding-type", "embedding_type", metavar="TYPE", help="Type of the token embeddings.")
+@click.option("--pure", is_flag=True, help="One type for all tensors, not the quantization's mixture.")
+@click.option("--untie", is_flag=True, help="Write a tied output as a tensor of its own: adapters may change it then.")
+@click.option("--allow-requantize", is_flag=True, help="Quantize a GGUF that has lost precision already.")
+@click.option("--split-max-size", default="", metavar="SIZE", help="Several files of at most 2G, 500M ... of tensors.")
+@click.option("--split-max-tensors", default=0, type=click.IntRange(min=0), metavar="N", help="Several files of at most "
+              "so many tensors.")  # fmt: skip
+@click.option("--check", type=FILE, metavar="TEXT", help="Compare perplexity before and after on this text.")
+@click.option("--check-chunks", type=click.IntRange(min=1), metavar="N", help="Windows of 512 tokens to compare on.  "
+              "[default: all]")  # fmt: skip
+@click.option("--strict", is_flag=True, help="Refuse weights that are NaN or infinite (without: a warning).")
+@click.option("--dry-run", is_flag=True, help="Show the plan: each tensor, sizes, memory, time. Write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON.")
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Cores to quantize on.  [default: all this process may use]"
 )
 @click.option("--force", is_flag=True, help="Replace OUT; convert an adapter against a base it was not made for.")
 @config_option
 def command(
-    source: Path,
+    source: str,
     out: str | None,
-    quant: str | None,
     base: Path | None,
     chat_template: str | None,
+    revision: str | None,
+    check: Path | None,
+    check_chunks: int | None,
+    as_json: bool,
     threads: int | None,
     force: bool,
+    **settings: Any,
 ) -> None:
-    """Turn an HF base or a PEFT adapter into GGUF.
+    """Turn a base or a PEFT adapter into GGUF.
 
-    What SOURCE is, is seen from its files. Weights convert exactly, or SOURCE is refused by name.
+    SOURCE is a model folder (config.json), a hub id (Qwen/Qwen3-0.6B, also with @REVISION), a GGUF base to quantize
+    again, or a PEFT adapter folder: which one is seen from its files. Weights convert exactly, or SOURCE is refused by
+    name. No intermediate file, and memory that does not grow with the model.
 
     \b
     Examples:
       edgelora convert my-model/ --quant q4_k_m
+      edgelora convert Qwen/Qwen3-0.6B --quant q8_0 --dry-run
+      edgelora convert my-model/ --quant iq3_xs --calibrate rows.jsonl --check held-out.txt
+      edgelora convert my-model-bf16.gguf --quant q4_k_m --tensor-type ffn_down=q6_k
       edgelora convert support/ -o support.gguf
       edgelora convert support/ --base my-model-q4_k_m.gguf
     """
+    from converters.hub import fetch
     from edgelora.conversion import ConvertOptions, convert
 
-    options = ConvertOptions(quant=quant, base=base, chat_template=chat_template, threads=threads, force=force)
-    with bytes_bar(f"Converting {source}") as bar:
-        report = convert(source, out, options, progress=bar)
+    chosen = BaseSettings(**settings)
+    if as_json and not chosen.dry_run:
+        raise click.UsageError("--json goes with --dry-run")
+    with bytes_bar(f"Downloading {source}") as bar:
+        path = fetch(source, revision=revision, progress=bar, notice=_warn)
+    options = ConvertOptions(settings=chosen, base=base, chat_template=chat_template, threads=threads, force=force)
+    with bytes_bar(f"Converting {source}") as bar, windows_bar("Measuring importance") as windows:
+        report = convert(path, out, options, progress=bar, measured=windows)
+    if plan := getattr(report, "plan", None):
+        _print_plan(plan, report.notices, as_json=as_json)
+        return
     _print(report)
+    if check:
+        _print_change(_checked(path, report.path, check, check_chunks, threads))
+
+
+def _checked(source: Path, made: Path, text: Path, chunks: int | None, threads: int | None) -> PerplexityChange:
+    from edgelora.base_conversion import BaseProgress, check_perplexity
+
+    with bytes_bar("Writing it in its own precision") as bar, windows_bar("Measuring perplexity") as windows:
+        return check_perplexity(source, made, text, chunks=chunks, threads=threads, progress=BaseProgress(bar, windows))
 
 
 def _print(report: BaseReport | AdapterReport) -> None:
@@ -87,9 +140,36 @@ def _print(report: BaseReport | AdapterReport) -> None:
     else:
         _note(f"  adapter for {report.base_name}, {report.n_tensors} tensors")
     for notice in report.notices:
-        click.secho(f"  {notice}", err=True, fg="yellow")
+        _warn(notice)
     option = "--base" if isinstance(report, BaseReport) else "--adapter"
     _note(f"Next: edgelora chat {option} {shlex.quote(str(report.path))}")
+
+
+def _print_change(change: PerplexityChange) -> None:
+    click.echo(f"perplexity {change.before} before, {change.after} after: {change.ratio - 1:+.2%}")
+    _note(f"  over {change.before.n_tokens} tokens in {change.before.n_chunks} windows")
+
+
+def _print_plan(plan: Plan, notices: tuple[str, ...], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({**plan.to_dict(), "notices": list(notices)}, indent=2))
+        return
+    width = max(len(tensor.name) for tensor in plan.tensors)
+    for tensor in plan.tensors:
+        shape = "x".join(map(str, tensor.shape))
+        click.echo(f"{tensor.name:{width}}  {shape:>14}  {tensor.source:>8} -> {tensor.type:7} {tensor.size_bytes:>14,}")
+    for file in plan.files:
+        click.echo(f"{file.path}  {file.size_bytes:,} bytes, {file.n_tensors} tensors")
+    click.echo(
+        f"about {plan.peak_memory_bytes / 1e6:.0f} MB of memory and {plan.seconds:.0f} s; "
+        f"{plan.free_bytes:,} bytes are free there"
+    )
+    for notice in notices:
+        _warn(notice)
+
+
+def _warn(text: str) -> None:
+    click.secho(f"  {text}", err=True, fg="yellow")
 
 
 def _note(text: str) -> None:

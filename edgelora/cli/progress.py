@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,22 @@ class ByteProgress:
 
     def __call__(self, done_bytes: int, total_bytes: int, what: str) -> None:
         self._progress.update(self._task, completed=done_bytes, total=total_bytes, what=what)
+
+
+@contextmanager
+def windows_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for text that is read window by window: `(done, total)`. It shows only once there is something to show."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        bars: list[CountProgress] = []
+
+        def update(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(count_bar(title, "windows")))
+            bars[0].update(done, total)
+
+        yield update
 
 
 @contextmanager
