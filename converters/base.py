@@ -6,160 +6,123 @@ A 70B model needs the memory of a 1B one.
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from converters.architectures import Family
+from converters.block_types import TYPES
 from converters.checkpoint import Checkpoint, Floats
 from converters.errors import UnsupportedError
 from converters.fingerprint import fingerprint_of
+from converters.job import BaseReport, Job, quantization_keys
 from converters.model import Model, norms, understand
 from converters.model_card import describe
 from converters.model_shape import ModelShape
-from converters.quant_types import TYPES, find_recipe, plan_types
-from converters.stream import CHUNK_BYTES, Progress, Source, write_tensors
+from converters.options import QuantizeOptions
+from converters.quant_types import find_recipe
+from converters.stream import CHUNK_BYTES, Progress, Source
+from converters.type_choice import choose
 from converters.view import View
-from converters.writer import TensorSpec, Value, check_output, file_size, header_bytes
+from converters.writer import TensorSpec, Value
 
-__all__ = ["BaseReport", "Plan", "Progress", "convert_base", "plan_base"]
+__all__ = ["BaseReport", "Job", "Progress", "QuantizeOptions", "convert_base", "plan_base"]
 
-QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION, ggml/include/ggml.h
 TRANSPOSED_CHUNK_BYTES = 16 << 20  # each chunk of a transposed matrix reads all of it
 OUTPUT = "output.weight"
+COMPUTED = "computed"
 ReadRows = Callable[[int, int], Floats]
-
-
-@dataclass(frozen=True)
-class BaseReport:
-    """What was written, or would be.
-
-    Attributes:
-        types: how many tensors have each type.
-        notices: what the reader should know: differences at run time, values that are not finite.
-    """
-
-    path: Path
-    size_bytes: int
-    n_tensors: int
-    types: Mapping[str, int]
-    seconds: float
-    name: str
-    architecture: str
-    quant: str
-    fingerprint: str
-    chat_template: str | None
-    notices: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that is decided before the first weight is read."""
-
-    folder: Path
-    sources: tuple[Source, ...]
-    metadata: Mapping[str, Value]
-    notices: tuple[str, ...]
-    header: bytes = field(repr=False)
-
-    @property
-    def specs(self) -> list[TensorSpec]:
-        return [source.spec for source in self.sources]
-
-    @property
-    def size_bytes(self) -> int:
-        return file_size(self.header, self.specs)
 
 
 def convert_base(
     folder: Path,
     out: Path,
     *,
-    quant: str = "q4_k_m",
+    options: QuantizeOptions | None = None,
+    quant: str | None = None,
     threads: int | None = None,
+    strict: bool | None = None,
+    untie: bool | None = None,
     metadata: Mapping[str, Value] | None = None,
     progress: Progress | None = None,
     force: bool = False,
-    strict: bool = False,
-    untie: bool = False,
     dry_run: bool = False,
 ) -> BaseReport:
     """Convert a model folder.
 
     Args:
         folder: config.json, safetensors and tokenizer files, as transformers writes them.
-        out: the GGUF file to write.
-        quant: a name of `quant_types.RECIPES`.
-        threads: for quantization; None takes every core.
+        out: the GGUF file to write; several are named after it.
+        options: what to make of it.
+        quant: this and `threads`, `strict` and `untie` are those of `options`, and win over it.
         metadata: more keys for the file; they win over those found in the folder.
         progress: see `Progress`.
         force: overwrite `out`.
-        strict: refuse weights that are NaN or infinite, which are otherwise written as they are, with a notice.
-        untie: write the output as a tensor of its own where the model ties it to the embeddings.
-        dry_run: plan and check everything, write nothing.
+        dry_run: plan and check everything, write nothing; the report has a `plan`.
 
     Raises:
         ConversionError: a child of it that says what is wrong; nothing is left behind.
     """
-    started = time.monotonic()
+    given: dict[str, Any] = {"quant": quant, "threads": threads, "strict": strict, "untie": untie}
+    asked = replace(options or QuantizeOptions(), **{key: value for key, value in given.items() if value is not None})
     with Checkpoint(Path(folder)) as checkpoint:
-        plan = plan_base(checkpoint, quant, metadata or {}, untie=untie)
-        check_output(Path(out), plan.size_bytes, force=force, inputs=_inputs(checkpoint))
-        notices = list(plan.notices)
-        if not dry_run:
-            notices += write_tensors(Path(out), plan.header, plan.sources, threads, progress, strict=strict)
-    template = plan.metadata.get("tokenizer.chat_template")
-    return BaseReport(
-        path=Path(out),
-        size_bytes=plan.size_bytes,
-        n_tensors=len(plan.sources),
-        types=dict(Counter(spec.block_type.name for spec in plan.specs)),
-        seconds=time.monotonic() - started,
-        name=str(plan.metadata["general.name"]),
-        architecture=str(plan.metadata["general.architecture"]),
-        quant=quant.lower(),
-        fingerprint=str(plan.metadata["edgelora.fingerprint"]),
-        chat_template=template if isinstance(template, str) else None,
-        notices=tuple(notices),
-    )
+        job = plan_base(checkpoint, asked, metadata or {})
+        return job.run(Path(out), asked, progress=progress, force=force, dry_run=dry_run)
 
 
-def plan_base(checkpoint: Checkpoint, quant: str, metadata: Mapping[str, Value], *, untie: bool = False) -> Plan:
-    """Decide every tensor's type and place, and the whole header.
+def plan_base(checkpoint: Checkpoint, options: QuantizeOptions, metadata: Mapping[str, Value]) -> Job:
+    """Decide every tensor's type and place, and all metadata.
 
     Raises:
         ConversionError: what cannot be converted, by name.
     """
-    recipe, model = find_recipe(quant), understand(checkpoint)
-    tensors = {**{name: _from_view(view) for name, view in model.views.items()}, **_untied(model, untie), **_computed(model)}
+    recipe, model = find_recipe(options.quant), understand(checkpoint)
+    tensors = {**_read(model), **_untied(model, options), **_computed(model)}
     shapes = {name: source.spec.shape for name, source in tensors.items()}
-    stored = {name: source.spec.block_type for name, source in tensors.items() if source.read_blocks}
     named: dict[str, Value] = {"general.architecture": model.family.architecture, **model.metadata}
-    types = plan_types(shapes, recipe, ModelShape.from_metadata(named)).types
+    kept = frozenset(name for name, source in tensors.items() if source.read_blocks)
+    block_types = {name: source.spec.block_type for name, source in tensors.items()}
+    choice = choose(shapes, block_types, ModelShape.from_metadata(named), options, kept)
     sources = tuple(
-        _typed(tensors[name], TensorSpec(name, shapes[name], stored.get(name, kind))) for name, kind in types.items()
+        replace(tensors[name], spec=TensorSpec(name, shapes[name], kind), importance=choice.importance.get(name))
+        for name, kind in choice.types.items()
     )
     fingerprint = fingerprint_of(model.sizes, model.vocabulary.tokens, norms(model))
+    keys = quantization_keys(recipe.file_type, options)
     pairs: dict[str, Value] = {
         **describe(checkpoint.folder, model.family.architecture, shapes),
         **model.metadata,
-        "general.file_type": recipe.file_type,
-        "general.quantization_version": QUANTIZATION_VERSION,
+        "general.file_type": keys["general.file_type"],
+        "general.quantization_version": keys["general.quantization_version"],
         **model.vocabulary.metadata,
         "edgelora.fingerprint": fingerprint,
+        **{key: value for key, value in keys.items() if key.startswith("quantize.")},
         **metadata,
     }
-    kept = [f"{len(stored)} tensors are MXFP4 in the checkpoint and stay so, whatever the quantization"] if stored else []
-    header = header_bytes(pairs, [source.spec for source in sources])
-    return Plan(checkpoint.folder, sources, pairs, (*model.notices, *kept), header)
+    template = pairs.get("tokenizer.chat_template")
+    return Job(
+        sources=sources,
+        stored=_stored(model, tensors),
+        metadata=pairs,
+        inputs=_inputs(checkpoint),
+        weights=tuple({tensor.file for tensor in checkpoint.tensors.values()}),
+        name=str(pairs["general.name"]),
+        architecture=model.family.architecture,
+        fingerprint=fingerprint,
+        chat_template=template if isinstance(template, str) else None,
+        notices=(*model.notices, *choice.notices, *_kept_notices(len(kept))),
+    )
 
 
-def _typed(source: Source, spec: TensorSpec) -> Source:
-    return Source(spec, source.read, source.read_blocks, source.importance, source.chunk_bytes)
+def _kept_notices(count: int) -> list[str]:
+    return [f"{count} tensors are MXFP4 in the checkpoint and stay so, whatever the quantization"] if count else []
+
+
+def _read(model: Model) -> dict[str, Source]:
+    return {name: _from_view(view) for name, view in model.views.items()}
 
 
 def _from_view(view: View) -> Source:
@@ -170,22 +133,35 @@ def _from_view(view: View) -> Source:
     return Source(TensorSpec(name, view.shape, TYPES["F32"]), view.read, chunk_bytes=chunk)
 
 
-def _untied(model: Model, untie: bool) -> dict[str, Source]:
+def _stored(model: Model, tensors: Mapping[str, Source]) -> dict[str, str]:
+    """What each tensor is in the checkpoint."""
+    found = dict.fromkeys(tensors, COMPUTED)
+    for name, view in model.views.items():
+        found[name] = "MXFP4" if view.place.row.mxfp4 else view.tensors.tensors[view.names[0]].dtype
+    if OUTPUT in found and OUTPUT not in model.views:
+        found[OUTPUT] = found["token_embd.weight"]
+    return found
+
+
+def _untied(model: Model, options: QuantizeOptions) -> dict[str, Source]:
     """The embeddings once more as the output, where that is asked for.
 
     Raises:
         UnsupportedError: llama.cpp's graph of this family always takes the embeddings.
     """
-    if not untie or OUTPUT in model.views:
+    if not options.untie or OUTPUT in model.views:
         return {}
-    if not _has_output(model.family):
-        raise UnsupportedError(f"--untie: llama.cpp's {model.family.architecture} has no output tensor of its own")
+    check_can_untie(model.family)
     embedding = model.views["token_embd.weight"]
     return {OUTPUT: Source(TensorSpec(OUTPUT, embedding.shape, TYPES["F32"]), embedding.read)}
 
 
-def _has_output(family: Family) -> bool:
-    return any(row.gguf == "output" for row in family.rows)
+def check_can_untie(family: Family) -> None:
+    """Raises:
+    UnsupportedError: llama.cpp's graph of this family always takes the embeddings.
+    """
+    if not any(row.gguf == "output" for row in family.rows):
+        raise UnsupportedError(f"--untie: llama.cpp's {family.architecture} has no output tensor of its own")
 
 
 def _computed(model: Model) -> dict[str, Source]:
@@ -200,5 +176,5 @@ def _reader_of(values: Floats) -> ReadRows:
     return lambda start, stop: rows[start:stop]
 
 
-def _inputs(checkpoint: Checkpoint) -> list[Path]:
-    return [*checkpoint.folder.iterdir(), *{tensor.file for tensor in checkpoint.tensors.values()}]
+def _inputs(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    return (*checkpoint.folder.iterdir(), *{tensor.file for tensor in checkpoint.tensors.values()})

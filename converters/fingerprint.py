@@ -18,18 +18,20 @@ from pathlib import Path
 import numpy as np
 
 from converters.architectures import Sizes
+from converters.base_file import read_base_header
 from converters.checkpoint import Checkpoint, Floats
 from converters.errors import FormatError
 from converters.model import norms, understand
 from converters.quant_types import TYPES
-from converters.reader import ARRAY, STRING, GGUFHeader, read_header
+from converters.reader import ARRAY, STRING, GGUFHeader
+from converters.split import COUNT
 
 TOKENS = "tokenizer.ggml.tokens"
 _DTYPES = {"F32": "<f4", "F16": "<f2"}
 
 
 def fingerprint(path: Path) -> str:
-    """The fingerprint of a base: an HF folder or a GGUF file.
+    """The fingerprint of a base: an HF folder, a GGUF file, or any part of a split one (the others are read too).
 
     Returns:
         64 hexadecimal digits.
@@ -40,7 +42,7 @@ def fingerprint(path: Path) -> str:
     path = Path(path)
     if path.is_dir():
         return _of_folder(path)
-    return fingerprint_of_header(read_header(path))
+    return fingerprint_of_header(read_base_header(path))
 
 
 def _of_folder(folder: Path) -> str:
@@ -53,8 +55,10 @@ def fingerprint_of_header(header: GGUFHeader) -> str:
     """The fingerprint of a GGUF base whose header has been read.
 
     Raises:
-        FormatError: it is an adapter, or has no vocabulary.
+        FormatError: it is an adapter, or has no vocabulary, or is a part of a split base on its own.
     """
+    if header.metadata.get(COUNT, 1) not in (0, len(header.files)):
+        raise FormatError(f"{header.path}: one part of a split base has no fingerprint without the others")
     if header.kind != "base" or TOKENS not in header.metadata:
         raise FormatError(f"{header.path}: not a base with a vocabulary")
     raw = header.metadata.raw(TOKENS)
@@ -93,5 +97,5 @@ def _vector(header: GGUFHeader, name: str) -> Floats:
     if tensor.type_name not in _DTYPES:
         raise FormatError(f"{header.path}: {name} is {tensor.type_name}; norm vectors of a base are F32")
     count = tensor.size_bytes // TYPES[tensor.type_name].size
-    values = np.fromfile(header.path, _DTYPES[tensor.type_name], count, offset=tensor.offset)
+    values = np.fromfile(tensor.path, _DTYPES[tensor.type_name], count, offset=tensor.offset)
     return values.astype(np.float32)

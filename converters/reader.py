@@ -38,6 +38,7 @@ class TensorInfo:
         shape: in numpy order, the row length last (the file holds the reverse).
         type_name: a key of `quant_types.TYPES`.
         offset: from the start of the file, in bytes.
+        path: the file: a base may lie in several.
     """
 
     name: str
@@ -45,6 +46,7 @@ class TensorInfo:
     type_name: str
     offset: int
     size_bytes: int
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,19 @@ class Metadata(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a file says before its weights begin."""
+    """What a file says before its weights begin.
+
+    Attributes:
+        size_bytes: of the file; of all of them where the base is split (`base_file.read_base_header`).
+        files: all of them, `path` first.
+    """
 
     path: Path
     version: int
     metadata: Metadata
     tensors: dict[str, TensorInfo]
     size_bytes: int
+    files: tuple[Path, ...]
 
     @property
     def kind(self) -> str:
@@ -127,9 +135,14 @@ class GGUFHeader:
             raise FormatError(f"{self.path}: general.architecture is missing: this GGUF does not say what model it is")
         return name
 
+    @property
+    def alignment(self) -> int:
+        """Every tensor begins at a multiple of so many bytes."""
+        return int(self.metadata.get("general.alignment", DEFAULT_ALIGNMENT))
+
 
 def read_header(path: Path | str) -> GGUFHeader:
-    """Read and check everything but the weights.
+    """Read and check everything but the weights of one file.
 
     Raises:
         MissingFileError: no such file, or not readable.
@@ -175,7 +188,8 @@ class _Parser:
         self.fits(n_pairs, 8 + 4 + 1, "metadata entries")
         metadata = Metadata(dict(self.pairs(n_pairs)))
         infos = [self.tensor_info() for _ in range(n_tensors)]
-        return GGUFHeader(self.path, version, metadata, self.place(infos, self.alignment(metadata)), self.size)
+        tensors = self.place(infos, self.alignment(metadata))
+        return GGUFHeader(self.path, version, metadata, tensors, self.size, (self.path,))
 
     # Every read goes through these two.
 
@@ -270,7 +284,7 @@ class _Parser:
                 raise FormatError(f"{self.path}: tensor {name} occurs twice")
             if offset != expected:
                 raise FormatError(f"{self.path}: tensor {name} is at offset {offset}, expected {expected}")
-            tensors[name] = TensorInfo(name, shape, TYPE_BY_NUMBER[number].name, start + offset, size)
+            tensors[name] = TensorInfo(name, shape, TYPE_BY_NUMBER[number].name, start + offset, size, self.path)
             expected = _padded(offset + size, alignment)
         end = max((t.offset + t.size_bytes for t in tensors.values()), default=0)
         if end > self.size:

@@ -1,4 +1,4 @@
-"""Tensors into a GGUF file, one after the other: read in rows, quantized on every core, written in order.
+"""Tensors into GGUF files, one after the other: read in rows, quantized on every core, written in order.
 
 At any moment a few chunks of `CHUNK_BYTES` are alive, so memory does not grow with the model.
 """
@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from converters.errors import FormatError, listed
 from converters.quantize import Bytes, Floats, quantize_rows
-from converters.writer import TensorSpec, create, file_size
+from converters.writer import Part, TensorSpec, create_parts
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes written, bytes in all, and the tensor that is being written."""
@@ -67,19 +68,22 @@ def default_threads() -> int:
 
 
 def write_tensors(
-    out: Path, header: bytes, sources: Sequence[Source], threads: int | None, progress: Progress | None, *, strict: bool
+    parts: Sequence[Part], sources: Sequence[Source], threads: int | None, progress: Progress | None, *, strict: bool
 ) -> list[str]:
-    """Write a whole file; returns notices about values that are not finite.
+    """Write a whole file, or all parts of one; returns notices about values that are not finite.
+
+    Args:
+        sources: the tensors of all parts, in their order.
 
     Raises:
         FormatError: values that are NaN or infinite, with `strict`, or where the type cannot hold them.
         ConversionError: a source that cannot be read, or a file that cannot be written; nothing is left behind.
     """
     threads = threads or default_threads()
-    done, total = len(header), file_size(header, [source.spec for source in sources])
+    done, total = len(parts[0].header), sum(part.size_bytes for part in parts)
     broken: dict[str, str] = {}
     overflowed: dict[str, str] = {}
-    with ThreadPoolExecutor(threads) as pool, create(out, header) as file:
+    with ThreadPoolExecutor(threads) as pool, create_parts(parts) as file:
         for chunk in _in_order(pool, _jobs(sources), ahead=threads + 2):
             name = chunk.source.spec.name
             file.write(chunk.data.data)
@@ -94,7 +98,7 @@ def write_tensors(
                 progress(done, total, name)
         if broken and strict:
             raise FormatError(
-                f"{out}: the weights are broken, nothing was written:{listed(list(broken.values()))}",
+                f"{parts[0].path}: the weights are broken, nothing was written:{listed(list(broken.values()))}",
                 hint="Download the model again, or write them as they are without --strict.",
             )
     return list({**overflowed, **broken}.values())
@@ -123,7 +127,8 @@ def _jobs(sources: Iterable[Source]) -> Iterator[Callable[[], _Chunk]]:
 def _encode(source: Source, start: int, stop: int, *, is_last: bool) -> _Chunk:
     """Read and quantize some rows; runs in a thread."""
     if source.read_blocks is not None:
-        return _Chunk(source, source.read_blocks(start, stop), True, False, is_last)
+        blocks = source.read_blocks(start, stop)
+        return _Chunk(source, blocks, _is_finite(blocks, source.spec.block_type.name), False, is_last)
     assert source.read is not None
     rows, block_type = source.read(start, stop), source.spec.block_type
     is_finite = bool(np.isfinite(rows).all())
@@ -134,7 +139,7 @@ def _encode(source: Source, start: int, stop: int, *, is_last: bool) -> _Chunk:
         )
     importance = _importance_of(source, start)
     data = quantize_rows(rows, block_type) if importance is None else quantize_rows(rows, block_type, importance)
-    overflowed = block_type.name == "F16" and is_finite and _has_f16_infinity(data)
+    overflowed = block_type.name == "F16" and is_finite and not _is_finite(data, "F16")
     return _Chunk(source, data, is_finite, overflowed, is_last)
 
 
@@ -146,9 +151,18 @@ def _importance_of(source: Source, start: int) -> Floats | None:
     return of_expert
 
 
-def _has_f16_infinity(data: Bytes) -> bool:
-    """By its bits: numpy's own test of float16 is ten times slower."""
-    return bool((data.view(np.uint16) & np.uint16(0x7FFF)).max() >= 0x7C00)
+# All bits of an exponent: that is no finite number. By its bits, as numpy's own test of float16 is ten times slower.
+_EXPONENTS: Mapping[str, npt.NDArray[np.unsignedinteger[Any]]] = {
+    "F32": np.array(0x7F800000, np.uint32),
+    "F16": np.array(0x7C00, np.uint16),
+    "BF16": np.array(0x7F80, np.uint16),
+}
+
+
+def _is_finite(data: Bytes, type_name: str) -> bool:
+    """Whether values of a plain type are; blocks are not looked at."""
+    exponent = _EXPONENTS.get(type_name)
+    return exponent is None or bool(((data.view(exponent.dtype) & exponent) != exponent).all())
 
 
 def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], _Chunk]], ahead: int) -> Iterator[_Chunk]:

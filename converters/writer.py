@@ -1,28 +1,29 @@
-"""Writing a GGUF file: whole under its final name, or not at all.
+"""Writing a GGUF file, or one in several parts: whole under its final name, or not at all.
 
 The header is written first, then each tensor's bytes as they come, so nothing is held in memory and there is no
 intermediate file. The work goes to `NAME.RANDOM.partial` beside the target (behind a link, beside what it points to);
-it is flushed to disk and renamed at the end.
+it is flushed to disk and renamed at the end. Of several parts the first gets its name last: without it the others are
+no model to anybody.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from converters.errors import ConversionError, DiskFullError, OutputExistsError, WriteError
 from converters.quant_types import BlockType
-from converters.reader import ARRAY, DEFAULT_ALIGNMENT, MAGIC, SCALARS, STRING
+from converters.reader import ARRAY, DEFAULT_ALIGNMENT, MAGIC, SCALARS, STRING, RawValue
 
 VERSION = 3
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EISDIR)  # network and FUSE file systems
@@ -42,7 +43,7 @@ class Typed:
 
 
 Scalar = str | bytes | bool | int | float | Typed
-Value = Scalar | Sequence[str] | Sequence[bytes] | Sequence[int] | Sequence[float] | Sequence[bool]
+Value = Scalar | RawValue | Sequence[str] | Sequence[bytes] | Sequence[int] | Sequence[float] | Sequence[bool]
 
 
 @dataclass(frozen=True)
@@ -62,22 +63,105 @@ class TensorSpec:
         return self.block_type.tensor_bytes(self.shape)
 
 
-class GGUFFile:
-    """An open output file that expects the bytes of its tensors, in order."""
+@dataclass(frozen=True)
+class Part:
+    """One file to be written: the only one, or one of several.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    Attributes:
+        specs: its tensors. They say where one part ends and the next begins; the last needs none.
+    """
+
+    path: Path
+    header: bytes = field(repr=False)
+    specs: Sequence[TensorSpec] = ()
+    alignment: int = DEFAULT_ALIGNMENT
+
+    @property
+    def size_bytes(self) -> int:
+        return file_size(self.header, self.specs, self.alignment)
+
+
+class GGUFFile:
+    """Open output that expects the bytes of its tensors, in order, part after part."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+        self._targets = [_resolved(part.path) for part in parts]
+        self._partials: list[Path] = []
+        self._file: BinaryIO | None = None
+        self._ended = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
+        self._open.write(data)
 
     def end_tensor(self, spec: TensorSpec) -> int:
-        """Pad after the last byte of a tensor; returns how many bytes that took."""
-        return self._file.write(bytes(-spec.size_bytes % DEFAULT_ALIGNMENT))
+        """Pad after the last byte of a tensor; returns how many bytes that took, with the header of a next part."""
+        part = self._parts[len(self._partials) - 1]
+        count = self._open.write(bytes(-spec.size_bytes % part.alignment))
+        self._ended += 1
+        if self._ended == len(part.specs) and len(self._partials) < len(self._parts):
+            return count + self._begin()
+        return count
+
+    @property
+    def _open(self) -> BinaryIO:
+        assert self._file is not None
+        return self._file
+
+    def _begin(self) -> int:
+        """Begin the next part."""
+        self._flush()
+        number = len(self._partials)
+        target = self._targets[number]
+        partial = target.with_name(f"{target.name}.{secrets.token_hex(6)}.partial")
+        self._file = open(partial, "xb")  # noqa: SIM115
+        self._partials.append(partial)
+        self._ended = 0
+        return self._file.write(self._parts[number].header)
+
+    def _flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def _publish(self) -> None:
+        """Give every part its name, the first last: then all of them are there."""
+        self._flush()
+        first, *others = zip(self._partials, self._targets, strict=True)
+        named: list[Path] = []
+        try:
+            if others:
+                first[1].unlink(missing_ok=True)  # an older first part beside newer others would be a mixture
+            for partial, target in others:
+                os.replace(partial, target)
+                named.append(target)
+            for folder in {target.parent for target in named}:
+                _sync_folder(folder)
+            os.replace(*first)
+        except BaseException:
+            for target in named:
+                target.unlink(missing_ok=True)
+            raise
+        _sync_folder(first[1].parent)
+
+    def _clean_up(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what was not written yet does not fit either
+                self._file.close()
+        for partial in self._partials:
+            partial.unlink(missing_ok=True)
 
 
-def header_bytes(metadata: Mapping[str, Value], tensors: Sequence[TensorSpec]) -> bytes:
-    """Everything before the weights, padded."""
+def header_bytes(
+    metadata: Mapping[str, Value], tensors: Sequence[TensorSpec], alignment: int = DEFAULT_ALIGNMENT
+) -> bytes:
+    """Everything before the weights, padded.
+
+    Args:
+        alignment: what `general.alignment` in `metadata` says, if it is there.
+    """
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
         parts += [_string(key), _value(key, value)]
@@ -86,14 +170,14 @@ def header_bytes(metadata: Mapping[str, Value], tensors: Sequence[TensorSpec]) -
         shape = spec.shape[::-1]
         parts += [_string(spec.name), struct.pack(f"<I{len(shape)}Q", len(shape), *shape)]
         parts.append(struct.pack("<IQ", spec.block_type.number, offset))
-        offset += _padded(spec.size_bytes)
+        offset += _padded(spec.size_bytes, alignment)
     header = b"".join(parts)
-    return header + bytes(-len(header) % DEFAULT_ALIGNMENT)
+    return header + bytes(-len(header) % alignment)
 
 
-def file_size(header: bytes, tensors: Sequence[TensorSpec]) -> int:
+def file_size(header: bytes, tensors: Sequence[TensorSpec], alignment: int = DEFAULT_ALIGNMENT) -> int:
     """Bytes of the whole file."""
-    return len(header) + sum(_padded(spec.size_bytes) for spec in tensors)
+    return len(header) + sum(_padded(spec.size_bytes, alignment) for spec in tensors)
 
 
 def check_output(path: Path, size: int, *, force: bool, inputs: Iterable[Path] = ()) -> None:
@@ -126,7 +210,7 @@ def check_output(path: Path, size: int, *, force: bool, inputs: Iterable[Path] =
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def create(path: Path, header: bytes) -> Iterator[GGUFFile]:
     """Write a file; on any failure nothing is left behind.
 
@@ -134,22 +218,27 @@ def create(path: Path, header: bytes) -> Iterator[GGUFFile]:
         DiskFullError: the disk, a quota or a file size limit is full.
         WriteError: any other failure to write.
     """
-    target, is_ours = _resolved(path), False
-    partial = target.with_name(f"{target.name}.{secrets.token_hex(6)}.partial")
+    with create_parts([Part(path, header)]) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def create_parts(parts: Sequence[Part]) -> Iterator[GGUFFile]:
+    """Write a file in several parts: all of them appear, or none.
+
+    Raises:
+        DiskFullError: the disk, a quota or a file size limit is full.
+        WriteError: any other failure to write.
+    """
+    file = GGUFFile(parts)
     try:
-        with open(partial, "xb") as file:
-            is_ours = True
-            file.write(header)
-            yield GGUFFile(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-        _sync_folder(target.parent)
+        file._begin()
+        yield file
+        file._publish()
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise _write_error(parts[0].path, error) from error
     finally:
-        if is_ours:
-            partial.unlink(missing_ok=True)
+        file._clean_up()
 
 
 def _resolved(path: Path) -> Path:
@@ -184,8 +273,8 @@ def _write_error(path: Path, error: OSError) -> ConversionError:
     return WriteError(f"{path}: cannot be written ({error.strerror or error})")
 
 
-def _padded(size: int) -> int:
-    return size + -size % DEFAULT_ALIGNMENT
+def _padded(size: int, alignment: int) -> int:
+    return size + -size % alignment
 
 
 def _string(text: str | bytes) -> bytes:
@@ -194,6 +283,9 @@ def _string(text: str | bytes) -> bytes:
 
 
 def _value(key: str, value: Value) -> bytes:
+    if isinstance(value, RawValue):
+        inner = struct.pack("<IQ", value.item_kind, value.count) if value.kind == ARRAY else b""
+        return struct.pack("<I", value.kind) + inner + value.data
     if isinstance(value, (str, bytes)):
         return struct.pack("<I", STRING) + _string(value)
     if isinstance(value, Sequence):
