@@ -77,7 +77,8 @@ def understand(checkpoint: Checkpoint) -> Model:
     sizes = Sizes(family.architecture, config["vocab_size"], metadata)
     views, tied_to, untied = _views(checkpoint, family, sizes, config)
     vocabulary = load_vocabulary(folder, config["vocab_size"], family.tokenizer, config)
-    notices = [*family.notices(config), *vocabulary.notices, *_left_out(left_out), *([UNTIED] if untied else [])]
+    notices = [*checkpoint.notices, *family.notices(config), *vocabulary.notices, *_left_out(left_out)]
+    notices += [UNTIED] if untied else []
     if remote:
         notices.append(f"config.json names code of its own ({remote}), which was not run: read as transformers' own")
     return Model(family, config, sizes, metadata, vocabulary, views, tied_to, tuple(notices))
@@ -128,7 +129,7 @@ def _views(
     tied = config.get("tie_word_embeddings", False) if output is None or output.row.absent_if_tied else False
     own = output.hf_names(sizes)[0] if output else "lm_head.weight"
     has_own = own in checkpoint.tensors and not (tied and _is_copy(checkpoint, own, embedding))
-    problems, used, views = [], set(), {}
+    problems, used, numbers, views = [], set(), set(), {}
     if has_own and output is None:
         problems.append(f"{own}: differs from {embedding}, and llama.cpp's {family.architecture} ties the two")
     used |= {own} if own in checkpoint.tensors and not has_own else set()
@@ -138,6 +139,7 @@ def _views(
         place = next((place for place in places if _stored(place, sizes)[0] in checkpoint.tensors), places[0])
         needed = _stored(place, sizes)
         used |= set(needed)
+        numbers |= set() if place.row.mxfp4 else set(needed) & set(checkpoint.tensors)
         missing = [name for name in needed if name not in checkpoint.tensors]
         problems += [f"{name}: is missing" for name in missing]
         problems += [] if missing else _shape_problems(checkpoint, place, sizes)
@@ -146,10 +148,11 @@ def _views(
     problems += [
         f"{name}: no tensor of a {family.architecture} model with this config.json"
         for name in checkpoint.tensors
-        if name not in used and not ignored.fullmatch(name)
+        if name not in used and not ignored.fullmatch(name) and not checkpoint.is_idle_bias(name)
     ]
     if problems:
         raise FormatError(f"{checkpoint.folder}: its tensors do not fit its config.json:{listed(problems)}")
+    checkpoint.check_dtypes(sorted(numbers))
     return views, "" if has_own or not tied else embedding, bool(has_own and tied)
 
 

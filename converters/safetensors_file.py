@@ -19,10 +19,12 @@ from typing import Any, TypeGuard
 from converters.errors import FormatError, MissingFileError, TruncatedFileError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+ITEM_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+MAX_DIMENSIONS = 16
 _AGAIN = "Download the file again."
 
 
@@ -83,7 +85,9 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        entries = json.loads(text, object_pairs_hook=unique)
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        if b"\\ud" in text.lower():  # half a character, which no message could show
+            json.dumps(entries, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
         raise FormatError(f"{path}: not a safetensors file (its header is not JSON)") from None
     if not isinstance(entries, dict):
@@ -96,16 +100,20 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not _is_whole(shape) or not _is_whole(offsets) or len(offsets) != 2:
         raise FormatError(f"{path}: the header's entry for {name} is not valid")
-    if dtype not in ITEM_BYTES:
+    if dtype not in ITEM_BITS:
         raise FormatError(f"{path}: tensor {name} has unknown dtype {dtype!r}")
     begin, end = offsets
-    if end - begin != prod(shape) * ITEM_BYTES[dtype]:
+    if 8 * (end - begin) != prod(shape) * ITEM_BITS[dtype]:
         raise FormatError(f"{path}: tensor {name} is {dtype} {shape} and has {end - begin} bytes")
     return StoredTensor(name, dtype, tuple(shape), path, start + begin, end - begin)
 
 
 def _is_whole(values: Any) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    return (
+        isinstance(values, list)
+        and len(values) <= MAX_DIMENSIONS
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )
 
 
 def _check_places(path: Path, tensors: dict[str, StoredTensor], start: int, size: int) -> None:
