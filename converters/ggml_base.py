@@ -71,6 +71,14 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+@lru_cache
+def is_installed() -> bool:
+    try:
+        return library_path().is_file()
+    except UnsupportedError:
+        return False
+
+
 def library_path() -> Path:
     """Where it is installed.
 

@@ -1,7 +1,8 @@
 """Rows of float32 to rows of blocks, byte for byte as llama.cpp makes them.
 
-F32, F16 and BF16 are numpy casts. Everything else is llama.cpp's own `ggml_quantize_chunk` (ggml/src/ggml.c), called in
-the `libggml-base` that llama-cpp-python installs. Its quantizers end the process where they meet what they do not
+F32 is what it is. Everything else is llama.cpp's own `ggml_quantize_chunk` (ggml/src/ggml.c), called in the
+`libggml-base` that llama-cpp-python installs, or a kernel that is proven to make its bytes (`converters.native`); F16 and
+BF16 are numpy casts where that library is not installed. llama.cpp's quantizers end the process where they meet what they do not
 expect: all of that is refused here first.
 """
 
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from converters import native
 from converters.block_types import BlockType
 from converters.errors import UnsupportedError
-from converters.ggml_base import encoder
+from converters.ggml_base import encoder, is_installed
 from converters.quant_types import ABORTS_WITHOUT_IMATRIX
 from converters.tensor_kinds import EMBEDDINGS
 
@@ -49,12 +51,16 @@ def quantize_rows(rows: Floats, block_type: BlockType, importance: Floats | None
     """
     rows = np.ascontiguousarray(rows, np.float32)
     cast = _CASTS.get(block_type.name)
-    if cast is not None:
+    if cast is not None and not _has_kernel(block_type):
         return cast(rows).view(np.uint8).reshape(rows.shape[0], -1)
     weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
     _check(rows, block_type, weights)
     out = np.empty((rows.shape[0], block_type.row_bytes(rows.shape[1])), np.uint8)
-    written = encoder(block_type.number).ggml_quantize_chunk(
+    library = encoder(block_type.number)
+    if kernel := native.quantizer(block_type, library):
+        kernel(rows.ctypes.data, out.ctypes.data, rows.shape[0], rows.shape[1], _address(weights))
+        return out
+    written = library.ggml_quantize_chunk(
         block_type.number, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, _address(weights)
     )
     if written != out.nbytes:
@@ -148,6 +154,13 @@ def _check(rows: Floats, block_type: BlockType, importance: Floats | None) -> No
 def _fits_a_grid(rows: Floats) -> bool:
     # A NaN makes both extremes NaN, and every comparison false.
     return bool(rows.min() >= -_LARGEST_ON_A_GRID and rows.max() <= _LARGEST_ON_A_GRID)
+
+
+def _has_kernel(block_type: BlockType) -> bool:
+    """Whether the library and a proven kernel are there."""
+    if block_type.name == "F32" or not is_installed():
+        return False
+    return native.quantizer(block_type, encoder(block_type.number)) is not None
 
 
 def _address(values: Floats | None) -> int | None:

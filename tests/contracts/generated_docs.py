@@ -50,9 +50,11 @@ def quantizations() -> Iterator[str]:
 
 
 def families() -> Iterator[str]:
-    from converters.architectures import FAMILIES
+    from converters.architectures import FAMILIES, MODELS
 
-    yield ", ".join(f"`{name}`" for name in FAMILIES)
+    yield from ("| models | `architectures` in config.json | in llama.cpp |", "|---|---|---|")
+    for name, models in MODELS.items():
+        yield f"| {models} | `{name}` | `{FAMILIES[name].architecture}` |"
 
 
 def methods() -> Iterator[str]:
