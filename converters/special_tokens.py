@@ -57,19 +57,22 @@ class SpecialTokens:
         return {**found, **template_keys(self.template), **self.flags}
 
 
-def read_special(folder: Path, *, n_vocab: int | None = None, kinds: Sequence[str] = KINDS) -> SpecialTokens:
+def read_special(
+    folder: Path, tokenizer: Json, *, n_vocab: int | None = None, kinds: Sequence[str] = KINDS
+) -> SpecialTokens:
     """Read the files of a model folder.
 
     Args:
+        tokenizer: tokenizer.json, or empty.
         n_vocab: ids from here on are left out.
         kinds: which tokens to look for.
 
     Raises:
         FormatError: a file whose parts are not what they should be.
     """
-    tokenizer, config, model = (
+    config, model = (
         read_json(path) if (path := folder / name).is_file() else {}
-        for name in ("tokenizer.json", "tokenizer_config.json", "config.json")
+        for name in ("tokenizer_config.json", "config.json")
     )
     try:
         reader = _Reader(dict(config), tuple(kinds))
@@ -245,16 +248,22 @@ def _text(path: Path) -> str:
 
 
 def template_keys(template: str | Sequence[Json] | None) -> dict[str, Value]:
-    """The keys for one template or several; of those, only the one named "default" is where programs look."""
+    """The keys for one template or several; of those, only the one named "default" is where programs look.
+
+    Raises:
+        FormatError: a list of other things than names and templates.
+    """
     if template is None:
         return {}
     if isinstance(template, str):
         return {TEMPLATE: template}
     found: dict[str, str] = {}
     for choice in template:
-        name = "".join(c if c in ascii_letters + digits else "_" for c in choice.get("name", ""))
-        if name and isinstance(choice.get("template"), str):
-            found[name] = choice["template"]
+        name, text = (choice.get("name"), choice.get("template")) if isinstance(choice, Mapping) else (None, None)
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise FormatError(f"chat_template: expected a list of names and templates, it has {str(choice)[:80]!r}")
+        found["".join(c if c in ascii_letters + digits else "_" for c in name)] = text
+    found.pop("", None)
     default = found.pop("default", None)
     keys: dict[str, Value] = {f"{TEMPLATE}.{name}": text for name, text in found.items()}
     if found:

@@ -17,6 +17,7 @@ whole `tokenizer.json` goes in as `tokenizer.huggingface.json` with `edgelora.to
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,7 +182,7 @@ def load_vocabulary(
 def _layout(source: _Source) -> Layout:
     """The first layout of the family whose files are there."""
     rules, file = source.rules, source.file
-    if source.config.get("tokenizer_class") in rules.byte_level_classes and file:
+    if str(source.config.get("tokenizer_class")) in rules.byte_level_classes and file:
         return Layout.BYTE_LEVEL
     like_sentencepiece = file is not None and file.is_sentencepiece_like()
     there = {
@@ -282,7 +283,7 @@ def _sentencepiece(source: _Source) -> _Draft:
         )
     else:
         carried, reasons = _made_json(source, model), [*reasons, NO_SPACE_AFTER_SPECIAL]
-    file = source.file or TokenizerFile(path, carried)
+    file = source.file or TokenizerFile(path, carried, json.loads(carried))
     example = ""
     if reasons:
         example = sentencepiece_example(file, entries.tokens, entries.scores, entries.types, prefix=prefix)
@@ -344,7 +345,7 @@ def _set_others(entries: _Entries, model: SentencePieceModel, source: _Source, f
 
 def _spaces_differ(file: TokenizerFile, prefix: bool) -> list[str]:
     """What llama.cpp's SentencePiece does otherwise: it puts a space before the text and after each special token."""
-    normalizer, cut = file.json.get("normalizer") or {}, file.json.get("pre_tokenizer") or {}
+    normalizer, cut = file.as_read.get("normalizer") or {}, file.as_read.get("pre_tokenizer") or {}
     parts = normalizer.get("normalizers", []) if normalizer.get("type") == "Sequence" else [normalizer]
     kinds = [part.get("type") for part in parts if part]
     scheme = cut.get("prepend_scheme") if cut.get("type") == "Metaspace" else cut.get("type")
@@ -413,8 +414,10 @@ def _added_tokens(source: _Source) -> dict[str, int]:
 
 
 def _decoder_tokens(source: _Source) -> dict[int, AddedToken]:
-    found = {}
-    for key, entry in (source.config.get("added_tokens_decoder") or {}).items():
+    found, given = {}, source.config.get("added_tokens_decoder") or {}
+    if not isinstance(given, Mapping):
+        raise FormatError(f"{source.folder / 'tokenizer_config.json'}: added_tokens_decoder is not an object")
+    for key, entry in given.items():
         number = int(key) if str(key).isdecimal() else -1
         if not 0 <= number < source.size or not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
             problem = f"added_tokens_decoder has {key!r}, the vocabulary has {source.size}"
@@ -460,7 +463,8 @@ def _check_unique(folder: Path, entries: _Entries) -> None:
 def _special_metadata(source: _Source, draft: _Draft) -> dict[str, Value]:
     """Ids of bos, eos ..., whether they are added, chat templates, and what the family pins."""
     folder, rules, file = source.folder, source.rules, source.file
-    found = read_special(folder, n_vocab=draft.n_vocab)
+    tokenizer = file.as_read if file and file.path.name == "tokenizer.json" else {}
+    found = read_special(folder, tokenizer, n_vocab=draft.n_vocab)
     for kind, text in rules.named.items():
         if kind not in found.ids:
             if file is None or text not in file.vocab:
@@ -469,7 +473,7 @@ def _special_metadata(source: _Source, draft: _Draft) -> dict[str, Value]:
                 )
             found.ids[kind] = file.vocab[text]
     for kind, number in rules.ids_for(source.size).items():
-        again = read_special(folder, kinds=(*KINDS, kind)).ids
+        again = read_special(folder, tokenizer, kinds=(*KINDS, kind)).ids
         found.ids[kind] = again.get(kind, number)
     if (folder / "chat_template.jinja").is_file():
         found.template = template_of_files(folder)  # as transformers does: the file wins

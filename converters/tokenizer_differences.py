@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +52,7 @@ def pretokenizer_name(file: TokenizerFile) -> str | None:
     """llama.cpp's name for how a byte-level tokenizer cuts text, by its hash or else by its steps; None for neither."""
     if name := NAME_OF_HASH.get(file.hash):
         return name
-    cut = cut_of(file.json)
+    cut = cut_of(file.as_read)
     if cut is None:
         return None
     other = name_of(replace(cut, ignore_merges=not cut.ignore_merges))
@@ -64,7 +65,7 @@ def byte_level_differences(file: TokenizerFile, name: str | None) -> list[str]:
     Args:
         name: None where no name is known for it.
     """
-    model, normalizer = file.model, file.json.get("normalizer")
+    model, normalizer = file.model, file.as_read.get("normalizer")
     missing = _missing_bytes(file)
     affixes = [model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")]
     checks = (
@@ -76,7 +77,7 @@ def byte_level_differences(file: TokenizerFile, name: str | None) -> list[str]:
         ),
         (not any(affixes) and not model.get("dropout"), "its BPE has affixes or dropout"),
         (
-            adds_only_ends(file.json.get("post_processor")),
+            adds_only_ends(file.as_read.get("post_processor")),
             "its post-processor does more than add a first and a last token",
         ),
     )
@@ -129,7 +130,7 @@ def _kinds(normalizer: Json | None) -> str:
 
 
 def _cuts_equally(file: TokenizerFile, name: str | None) -> bool:
-    own, other = cut_of(file.json), CUTS.get(name or "")
+    own, other = cut_of(file.as_read), CUTS.get(name or "")
     if own is None or other is None or own.steps != other.steps:
         return False
     return own.ignore_merges == other.ignore_merges or _merges_make_every_token(file, own)
@@ -137,12 +138,13 @@ def _cuts_equally(file: TokenizerFile, name: str | None) -> bool:
 
 def _merges_make_every_token(file: TokenizerFile, cut: Cut) -> bool:
     """Whether `ignore_merges` is without effect: merges alone lead every token's text to that token."""
-    twin = llama_cpp_twin(file, replace(cut, ignore_merges=False))
-    return all(
-        [piece.id for piece in twin.model.tokenize(token)] == [number]
-        for token, number in file.vocab.items()
-        if number not in file.added
-    )
+    with recut(file.tokenizer, replace(cut, ignore_merges=False)):
+        model: Any = file.tokenizer.model
+        return all(
+            [piece.id for piece in model.tokenize(token)] == [number]
+            for token, number in file.vocab.items()
+            if number not in file.added
+        )
 
 
 def _cut_reason(file: TokenizerFile, name: str | None) -> str:
@@ -168,30 +170,37 @@ def adds_only_ends(processor: Json | None) -> bool:
     return True
 
 
-def llama_cpp_twin(file: TokenizerFile, cut: Cut) -> Any:
-    """The same vocabulary and added tokens, cut as llama.cpp cuts."""
-    twin: Any = Tokenizer.from_str(file.text)
-    twin.normalizer = None
+@contextmanager
+def recut(tokenizer: Any, cut: Cut) -> Iterator[None]:
+    """The tokenizer cuts as llama.cpp does, for a while: a second one would take as much memory again."""
+    before = tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.model.ignore_merges
     splits = [pre_tokenizers.Split(Regex(step), "isolated") for step in cut.steps]
-    twin.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer.normalizer, tokenizer.model.ignore_merges = None, cut.ignore_merges
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    twin.model.ignore_merges = cut.ignore_merges
-    twin.add_special_tokens(_promoted(file))
-    return twin
+    try:
+        yield
+    finally:
+        tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.model.ignore_merges = before
 
 
 def byte_level_example(file: TokenizerFile, name: str) -> str:
     """A sentence with a text that llama.cpp would cut otherwise under a pre-tokenizer's name; "" if none is found."""
     if name not in CUTS:
         return ""
-    twin = llama_cpp_twin(file, CUTS[name])
-    return _example(file, lambda text: list(twin.encode(text, add_special_tokens=False).ids))
+    tokenizer = _with_promoted(file)
+
+    def encode(text: str) -> list[int]:
+        with recut(tokenizer, CUTS[name]):
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return _example(file, encode)
 
 
 def gemma4_differences(file: TokenizerFile) -> list[str]:
     """What llama.cpp's BPE for Gemma 4 does otherwise: it puts ▁ for spaces and cuts lines from line breaks."""
-    normalizer, cut, model = file.json.get("normalizer") or {}, file.json.get("pre_tokenizer") or {}, file.model
+    normalizer, cut, model = file.as_read.get("normalizer") or {}, file.as_read.get("pre_tokenizer") or {}, file.model
     replaces = (normalizer.get("type"), normalizer.get("pattern"), normalizer.get("content"))
     whole = not cut or (cut.get("type"), cut.get("pattern")) == ("Split", {"String": " "})  # no space is left by then
     mixed = sorted(token for token in file.vocab if "\n" in token and token.strip("\n"))
@@ -208,9 +217,17 @@ def gemma4_differences(file: TokenizerFile) -> list[str]:
 
 def gemma4_example(file: TokenizerFile) -> str:
     """A sentence with a text that llama.cpp would cut otherwise: it takes an ordinary token for a control token."""
-    twin: Any = Tokenizer.from_str(file.text)
-    twin.add_special_tokens(_promoted(file))
+    twin = _with_promoted(file)
     return _example(file, lambda text: list(twin.encode(text, add_special_tokens=False).ids))
+
+
+def _with_promoted(file: TokenizerFile) -> Any:
+    promoted = _promoted(file)
+    if not promoted:
+        return file.tokenizer
+    twin: Any = Tokenizer.from_str(file.text)
+    twin.add_special_tokens(promoted)
+    return twin
 
 
 def _example(file: TokenizerFile, llama_cpp: Encode) -> str:

@@ -119,6 +119,16 @@ class AddedTokens:
                 tokenizer.add_tokens([there])
 
 
+def _flags(tokenizer: Tokenizer) -> list[tuple[int, str]]:
+    return [(number, repr(token)) for number, token in tokenizer.get_added_tokens_decoder().items()]
+
+
+def _without_vocabulary(tokenizer: dict[str, Any]) -> Json:
+    """The largest part, which the `tokenizers` package holds already."""
+    tokenizer["model"].pop("vocab", None)
+    return tokenizer
+
+
 def _next(tokenizer: Tokenizer) -> int:
     return int(tokenizer.get_vocab_size(with_added_tokens=True))
 
@@ -132,24 +142,26 @@ class TokenizerFile:
     Attributes:
         path: the file its vocabulary is from.
         text: the whole `tokenizer.json`, the added special tokens in it.
+        as_read: the file without them, and without its vocabulary.
+        model: that part of it.
         special: texts of the tokens that have a name or are listed as special (`all_special_tokens`).
         vocab: text to id, added tokens included.
         added: the added tokens by id.
     """
 
-    def __init__(self, path: Path, text: str, more: AddedTokens = NOTHING_ADDED) -> None:
+    def __init__(self, path: Path, text: str, value: dict[str, Any], more: AddedTokens = NOTHING_ADDED) -> None:
         self.path, self.special = path, more.special
         try:
             self.tokenizer = Tokenizer.from_str(text)
-            before = self.tokenizer.to_str() if more.by_id or more.special else ""
+            self.as_read = _without_vocabulary(value)
+            before = _flags(self.tokenizer)
             more.add_to(self.tokenizer)
+            if _flags(self.tokenizer) != before:
+                Tokenizer.from_str(text := self.tokenizer.to_str())  # two tokens under one id cannot be read again
         except Exception as error:  # the package raises bare Exception
             raise FormatError(f"{path}: the tokenizers package cannot read it ({error})") from None
-        if before and (after := self.tokenizer.to_str()) != before:
-            text = after
         self.text = text
-        self.json: Json = json.loads(text)
-        self.model: Json = self.json["model"]
+        self.model: Json = self.as_read["model"]
         self.vocab: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
         self.added: dict[int, AddedToken] = self.tokenizer.get_added_tokens_decoder()
 
@@ -185,16 +197,17 @@ def open_tokenizer_file(folder: Path, size: int, tokenizer_config: Json, config:
     name = _class_name(tokenizer_config, config)
     path = folder / "tokenizer.json"
     if path.is_file():
-        read_json(path)  # refuses what is not JSON, in words
-        text = _read(path)
+        value, text = read_json(path), _read(path)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         path = folder / "vocab.json"
-        text = _built(folder, name)
+        value = _built(folder, name)
+        text = json.dumps(value, ensure_ascii=False)
     else:
         return None
     named, listed = _special_tokens(folder, tokenizer_config, name)
     special = {token.content for token in (*named, *listed)}
-    return TokenizerFile(path, text, AddedTokens(_added_tokens(folder, tokenizer_config, special), named, listed, size))
+    more = AddedTokens(_added_tokens(folder, tokenizer_config, special), named, listed, size)
+    return TokenizerFile(path, text, value, more)
 
 
 def _read(path: Path) -> str:
@@ -212,7 +225,7 @@ def _class_name(tokenizer_config: Json, config: Json) -> str:
     return str(declared).removesuffix("Fast") or registered
 
 
-def _built(folder: Path, name: str) -> str:
+def _built(folder: Path, name: str) -> dict[str, Any]:
     """The tokenizer.json that transformers makes in memory for a class."""
     pipeline = PIPELINES.get(name)
     if pipeline is None:
@@ -227,11 +240,10 @@ def _built(folder: Path, name: str) -> str:
         "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
         "vocab": read_json(folder / "vocab.json"), "merges": list(merges_of_text(folder / "merges.txt")),
     }  # fmt: skip
-    whole: dict[str, Any] = {
+    return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": pipeline.normalizer,
         "pre_tokenizer": pipeline.pre_tokenizer, "post_processor": None, "decoder": _bytes(), "model": model,
     }  # fmt: skip
-    return json.dumps(whole, ensure_ascii=False)
 
 
 def merges_of_text(path: Path) -> Iterator[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +210,80 @@ def test_broken_tokenizers(what: str, tmp_path: Path) -> None:
 def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match=r"no tokenizer\.json and no tokenizer\.model"):
         load_vocabulary(tmp_path, SIZE)
+
+
+def bare(folder: Path, **config: Any) -> Path:
+    """vocab.json and merges.txt, as GPT-2 and Qwen came at first."""
+    model = json.loads(byte_level_tokenizer().to_str())["model"]
+    write_json(folder / "vocab.json", model["vocab"])
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)
+    return folder
+
+
+def test_vocabulary_and_merges_take_the_steps_of_their_class(tmp_path: Path) -> None:
+    vocabulary = load_vocabulary(bare(tmp_path, tokenizer_class="GPT2Tokenizer"), SIZE)
+    whole = load_vocabulary(folder_with(tmp_path, byte_level_tokenizer()), SIZE)
+    for key in ("tokens", "merges", "pre", "model"):
+        assert vocabulary.metadata[f"tokenizer.ggml.{key}"] == whole.metadata[f"tokenizer.ggml.{key}"]
+    (tmp_path / "tokenizer.json").unlink()
+    vocabulary = load_vocabulary(bare(tmp_path, tokenizer_class="Qwen2TokenizerFast"), SIZE)
+    assert vocabulary.metadata["tokenizer.ggml.pre"] == "qwen2"
+    assert "it normalizes text (NFC)" in vocabulary.notices[0]
+
+
+def test_vocabulary_and_merges_of_another_class_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="how XTokenizer cuts text is not known") as caught:
+        load_vocabulary(bare(tmp_path, tokenizer_class="XTokenizer"), SIZE)
+    assert "PIPELINES, converters/tokenizer_file.py" in caught.value.hint
+    assert (
+        load_vocabulary(bare(tmp_path), SIZE, config={"model_type": "gpt2"}).metadata["tokenizer.ggml.pre"] == "gpt-2"
+    )
+
+
+def test_a_notice_shows_where_llama_cpp_would_cut_otherwise(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(*split(r"\w+|\W+"))
+    notice = load_vocabulary(folder_with(tmp_path, tokenizer), SIZE).notices[0]
+    assert re.search(
+        r"hash [0-9a-f]{64}; a name for it goes into NAME_OF_HASH, converters/pretokenizer_hashes\.py", notice
+    )
+    assert re.search(r"For example, '.+' is \[.+\] and would be \[.+\]\. A tokenizer\.json is kept", notice)
+
+
+def test_a_token_that_llama_cpp_takes_for_a_control_token(tmp_path: Path) -> None:
+    edit(folder_with(tmp_path, byte_level_tokenizer()), lambda v: v["model"]["vocab"].update({"</s>": 310}))
+    assert "'</s>' is an ordinary word of it" in load_vocabulary(tmp_path, SIZE).notices[0]
+    edit(tmp_path, lambda v: v["added_tokens"].append({**v["added_tokens"][0], "id": 310, "content": "</s>"}))
+    assert load_vocabulary(tmp_path, SIZE).notices == ()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seen"), [(["<a>", "><bb"], True), (["<a>", "<bb>"], False), (["  ", "   "], False)]
+)
+def test_added_tokens_that_can_overlap(tokens: list[str], seen: bool, tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens(tokens)
+    notices = load_vocabulary(folder_with(tmp_path, tokenizer), SIZE).notices
+    assert any("can overlap" in notice for notice in notices) == seen
+
+
+JUNK: dict[str, tuple[str, Any]] = {
+    "templates without names": ("tokenizer_config.json", {"chat_template": [{"template": "x"}]}),
+    "an added_tokens_decoder that is a list": ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+    "a negative id": ("config.json", {"bos_token_id": -1}),
+    "an id that is not one": ("generation_config.json", {"eos_token_id": [True]}),
+}
+
+
+@pytest.mark.parametrize("what", JUNK)
+def test_junk_in_the_files_around_a_tokenizer(what: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece(PIECES))
+    load_vocabulary(tmp_path, 270)
+    file, value = JUNK[what]
+    write_json(tmp_path / file, value)
+    with pytest.raises(FormatError):
+        load_vocabulary(tmp_path, 270)
 
 
 def varint(number: int) -> bytes:

@@ -200,6 +200,32 @@ def test_where_llama_cpp_cannot_the_file_carries_the_tokenizer(
     )
 
 
+def test_every_end_of_a_reply_reaches_the_engine(tmp_path: Path) -> None:
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1]})
+    ends = {}
+    for given in ([1], [1, 7, 9]):
+        write_json(tmp_path / "generation_config.json", {"eos_token_id": given})
+        vocabulary = load_vocabulary(tmp_path, 600)
+        with llamacpp.loaded(vocabulary_file(vocabulary, tmp_path / "v.gguf"), vocab_only=True) as model:
+            tokenizer = open_tokenizer(llama_cpp.llama_model_get_vocab(model), vocabulary.metadata)
+            ends[len(given)] = tokenizer.end_tokens
+    assert ends[3] - ends[1] == {7, 9}
+    assert 1 in ends[1]
+
+
+def test_control_tokens_of_a_carried_tokenizer_are_known(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(Cut((r"\p{N}{1,2}", GPT2)))
+    tokenizer.add_special_tokens(["[INST]"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    vocabulary = load_vocabulary(tmp_path, 700, BYTE_LEVEL_RULES)
+    with llamacpp.loaded(vocabulary_file(vocabulary, tmp_path / "v.gguf"), vocab_only=True) as model:
+        opened = open_tokenizer(llama_cpp.llama_model_get_vocab(model), vocabulary.metadata)
+        assert opened.control_tokens["[INST]"].id == tokenizer.token_to_id("[INST]")
+        assert opened.encode("[INST]", special=True) == [tokenizer.token_to_id("[INST]")]
+        assert len(opened.encode("[INST]", special=False)) > 1
+
+
 @pytest.mark.parametrize("special", [True, False])
 def test_half_a_character_is_a_question_mark_in_both_engines(
     special: bool, real_model: Callable[[str], Path], tmp_path: Path
@@ -261,7 +287,7 @@ def test_sentencepiece(real_model: Callable[[str], Path], tmp_path: Path) -> Non
     folder, vocabulary = stories(real_model)
     processor.Load(str(folder / "tokenizer.model"))
     # The model says remove_extra_whitespaces, which neither transformers nor llama.cpp does: compared without.
-    plain = [text for text in NASTY if "  " not in text and text == text.strip() and "<s>" not in text]
+    plain = [text for text in NASTY if "  " not in text and text == text.strip() and "s>" not in text]
     expected = [processor.EncodeAsIds(text) for text in plain]
     assert native_ids(vocabulary, tmp_path / "v.gguf", plain) == expected
     assert engine_ids(vocabulary, tmp_path / "v.gguf", plain) == expected
