@@ -38,7 +38,8 @@ class Shape:
         for layer in range(self.num_hidden_layers):
             prefix = f"model.layers.{layer}."
             for name, rows, columns in (
-                ("self_attn.q_proj", hidden, hidden), ("self_attn.k_proj", kv, hidden), ("self_attn.v_proj", kv, hidden),
+                ("self_attn.q_proj", hidden, hidden), ("self_attn.k_proj", kv, hidden),
+                ("self_attn.v_proj", kv, hidden),
                 ("self_attn.o_proj", hidden, hidden), ("mlp.gate_proj", ff, hidden), ("mlp.up_proj", ff, hidden),
                 ("mlp.down_proj", hidden, ff),
             ):  # fmt: skip
@@ -105,7 +106,7 @@ def _write(path: Path, tensors: Mapping[str, tuple[int, ...]], rng: np.random.Ge
         if sparse:
             file.truncate(8 + len(text) + offset)
             return
-        for name, size in tensors.items():
+        for size in tensors.values():
             mean, deviation = (1.0, 0.1) if len(size) == 1 else (0.0, 0.02)
             for values in _random(rng, int(np.prod(size)), mean, deviation):
                 file.write((values.view(np.uint32) >> np.uint32(16)).astype(np.uint16).tobytes())

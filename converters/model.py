@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,10 +29,7 @@ OTHER_PARTS = re.compile(
 )
 # Classes whose code was published beside the weights before transformers had it. Others keep their name and change
 # what they compute, so they are refused.
-PUBLISHED_WITH_CODE = frozenset(
-    "PhiForCausalLM Phi3ForCausalLM FalconForCausalLM RWForCausalLM StableLmForCausalLM StableLMEpochForCausalLM "
-    "Ernie4_5_ForCausalLM Ernie4_5ForCausalLM Exaone4ForCausalLM Glm4ForCausalLM GPTNeoXForCausalLM".split()
-)
+PUBLISHED_WITH_CODE = frozenset(("PhiForCausalLM", "Phi3ForCausalLM", "FalconForCausalLM", "RWForCausalLM", "StableLmForCausalLM", "StableLMEpochForCausalLM", "Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM", "Exaone4ForCausalLM", "Glm4ForCausalLM", "GPTNeoXForCausalLM"))
 
 
 @dataclass(frozen=True)
@@ -113,9 +109,7 @@ def _left_out(names: Sequence[str]) -> list[str]:
     return [f"the text model is converted; left out: {shown}"]
 
 
-def _views(
-    checkpoint: Checkpoint, family: Family, sizes: Sizes, config: Config
-) -> tuple[dict[str, View], str, bool]:
+def _views(checkpoint: Checkpoint, family: Family, sizes: Sizes, config: Config) -> tuple[dict[str, View], str, bool]:
     """GGUF name to tensor; what the output is tied to; whether it was to be tied and is not.
 
     An output that differs from the embeddings is a weight of its own, whatever config.json says: transformers does
@@ -205,5 +199,3 @@ def norms(model: Model) -> Iterator[tuple[str, Floats]]:
     for name, view in model.views.items():
         if name.endswith("_norm.weight"):
             yield name, view.read_all().reshape(-1)
-
-

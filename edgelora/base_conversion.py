@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgelora.base_settings import BaseSettings
 from edgelora.calibration_text import read_calibration
 from edgelora.contract import Value
-from edgelora.errors import ModelFileError, SettingsError
+from edgelora.errors import ModelFileError
 from edgelora.store import Store
 from edgelora.template import ChatTemplate, resolve
 
@@ -28,63 +29,7 @@ if TYPE_CHECKING:
 
 BytesProgress = Callable[[int, int, str], None]
 WindowsProgress = Callable[[int, int], None]
-DEFAULT_QUANT = "q4_k_m"
 LOSSLESS = {"BF16": "bf16", "F16": "f16"}  # what a checkpoint's own values fit into; others need f32
-
-
-@dataclass(frozen=True)
-class BaseSettings:
-    """What `edgelora convert` can be told about a base.
-
-    Attributes:
-        quant: quantization (see `converters.quant_types`); None is `q4_k_m`.
-        tensor_types: "EXPRESSION=TYPE" for single tensors; `output_type` and `embedding_type` for those two.
-        pure: the quantization's default type for all tensors.
-        imatrix: file of an importance matrix.
-        calibrate: text or conversations to measure one on; `calibrate_adapter` is active then, and `calibrate_chunks`
-            limits the windows of 512 tokens. `save_imatrix` keeps it.
-        allow_requantize: quantize from types that have lost something already.
-        untie: write the output as a tensor of its own.
-        strict: refuse values that are NaN or infinite.
-        split_max_size: of each file ("2G"), `split_max_tensors` in each.
-        dry_run: plan and write nothing.
-    """
-
-    quant: str | None = None
-    tensor_types: tuple[str, ...] = ()
-    output_type: str | None = None
-    embedding_type: str | None = None
-    pure: bool = False
-    imatrix: Path | None = None
-    calibrate: Path | None = None
-    calibrate_adapter: Path | None = None
-    calibrate_chunks: int | None = None
-    save_imatrix: Path | None = None
-    allow_requantize: bool = False
-    untie: bool = False
-    strict: bool = False
-    split_max_size: str = ""
-    split_max_tensors: int = 0
-    dry_run: bool = False
-
-    @property
-    def quant_name(self) -> str:
-        return (self.quant or DEFAULT_QUANT).lower()
-
-    def check(self) -> None:
-        """
-        Raises:
-            SettingsError: two settings that exclude or need one another.
-        """
-        checks = (
-            (not (self.imatrix and self.calibrate), "--imatrix and --calibrate exclude one another: one is enough"),
-            (not self.calibrate_adapter or self.calibrate, "--calibrate-adapter needs --calibrate"),
-            (not self.calibrate_chunks or self.calibrate, "--calibrate-chunks needs --calibrate"),
-            (not self.save_imatrix or self.calibrate, "--save-imatrix needs --calibrate"),
-            (not (self.dry_run and self.calibrate), "--dry-run measures nothing: leave --calibrate out"),
-        )
-        if problems := [problem for ok, problem in checks if not ok]:
-            raise SettingsError("; ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -148,9 +93,7 @@ def check_perplexity(
 
 
 @contextmanager
-def in_own_precision(
-    source: Path, near: Path, threads: int | None, progress: BytesProgress | None
-) -> Iterator[Path]:
+def in_own_precision(source: Path, near: Path, threads: int | None, progress: BytesProgress | None) -> Iterator[Path]:
     """A GGUF file that holds what `source` holds: itself, or for a folder a file beside `near` while it is needed."""
     if not source.is_dir():
         yield source

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.errors import ConversionError
-from edgelora.base_conversion import BaseProgress, BaseSettings, convert_base_source
+from edgelora.base_conversion import BaseProgress, convert_base_source
+from edgelora.base_settings import BaseSettings
 from edgelora.contract import FILE_NAME, GOLDEN_MESSAGES, Contract
 from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError, SettingsError
 from edgelora.messages import Message
@@ -114,7 +115,7 @@ def _convert_adapter(
     from converters.adapter import convert_adapter
 
     if given := _given(options.base_settings):
-        raise SettingsError(f"{', '.join(given)}: goes with a base, and {source} is an adapter")
+        raise SettingsError(f"{', '.join(given)} goes with a base, and {source} is an adapter")
     base = find_base(source, options.base, store)
     contract = contract_for(source, base, store, chat_template=options.chat_template, force=options.force)
     target = _target(out, f"{source_name(source)}.gguf")

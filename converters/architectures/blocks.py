@@ -68,8 +68,13 @@ def fused_mlp() -> tuple[Row, ...]:
     )
 
 
-def experts(*, hf: str = "mlp", router: str = "gate", each: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-            when: Present | None = None) -> tuple[Row, ...]:  # fmt: skip
+def experts(
+    *,
+    hf: str = "mlp",
+    router: str = "gate",
+    each: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    when: Present | None = None,
+) -> tuple[Row, ...]:
     """Experts, which checkpoints hold one by one, or all of a layer in two tensors."""
     prefix = f"{LAYER}.{hf}"
     wide, tall = ("experts", "expert_feed_forward", "embedding"), ("experts", "embedding", "expert_feed_forward")

@@ -126,7 +126,9 @@ class Place:
         names = [self._filled(module) + ending for module in self.row.modules]
         if not self.row.each:
             return tuple(names)
-        return tuple(name.replace("{each}", str(n)) for name in names for n in range(sizes.at(self.layer)[self.row.each]))
+        return tuple(
+            name.replace("{each}", str(n)) for name in names for n in range(sizes.at(self.layer)[self.row.each])
+        )
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         shape = sizes.at(self.layer).shape(self.row.shape)

@@ -78,7 +78,9 @@ def _of_full_layers(config: Config, name: str, older: str) -> Any:
         return config[older]
     own: Config = config.get("per_layer_config") or {}
     kinds = config["layer_types"]
-    full = [own[str(n)][name] for n, kind in enumerate(kinds) if kind == "full_attention" and name in own.get(str(n), {})]
+    full = [
+        own[str(n)][name] for n, kind in enumerate(kinds) if kind == "full_attention" and name in own.get(str(n), {})
+    ]
     return full[0] if full else None
 
 

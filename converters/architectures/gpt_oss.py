@@ -1,4 +1,7 @@
-"""gpt-oss: experts stored as MXFP4 blocks, or in 16 bits. llama.cpp: src/models/openai-moe.cpp; conversion/gpt_oss.py."""
+"""gpt-oss: experts stored as MXFP4 blocks, or in 16 bits.
+
+llama.cpp: src/models/openai-moe.cpp; its converter: conversion/gpt_oss.py.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,6 @@ def _gate_or_up(name: str, first: int) -> tuple[Row, ...]:
     )  # fmt: skip
 
 
-
 ROWS = (
     *embeddings(),
     norm("input_layernorm", "attn_norm"),
@@ -80,7 +82,9 @@ def problems(config: Config) -> list[str]:
 def notices(config: Config) -> list[str]:
     if full_rope(config).get("truncate", True):
         return []
-    return ["rope_parameters: truncate is false, and llama.cpp rounds where YaRN begins and ends: logits differ a little"]
+    return [
+        "rope_parameters: truncate is false, and llama.cpp rounds where YaRN begins and ends: logits differ a little"
+    ]
 
 
 FAMILY = Family(

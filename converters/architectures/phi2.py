@@ -29,7 +29,11 @@ def hyperparameters(config: Config) -> dict[str, Any]:
 
 
 def problems(config: Config) -> list[str]:
-    size, heads, heads_kv = config["intermediate_size"], config["num_attention_heads"], config.get("num_key_value_heads")
+    size, heads, heads_kv = (
+        config["intermediate_size"],
+        config["num_attention_heads"],
+        config.get("num_key_value_heads"),
+    )
     checks = (
         (size == 4 * config["hidden_size"], f"intermediate_size is {size}, expected 4 times hidden_size"),
         (heads_kv in (None, heads), f"num_key_value_heads is {heads_kv}, expected {heads}"),

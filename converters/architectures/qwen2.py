@@ -27,6 +27,4 @@ def notices(config: Config) -> list[str]:
     return [f"sliding_window {window} is not applied by llama.cpp: equal up to {window} tokens of context"]
 
 
-FAMILY = Family(
-    "qwen2", ROWS, common, defaults=DEFAULTS, problems=problems, notices=notices, tokenizer=QWEN_RULES
-)
+FAMILY = Family("qwen2", ROWS, common, defaults=DEFAULTS, problems=problems, notices=notices, tokenizer=QWEN_RULES)

@@ -19,7 +19,9 @@ ROWS = (
 
 def all_problems(config: Config) -> list[str]:
     # transformers' own default is False, which no released model has; llama.cpp normalizes always
-    normalizes = [] if config.get("norm_topk_prob") else ["norm_topk_prob is False, and llama.cpp's qwen3moe normalizes"]
+    normalizes = (
+        [] if config.get("norm_topk_prob") else ["norm_topk_prob is False, and llama.cpp's qwen3moe normalizes"]
+    )
     return [*normalizes, *problems(config)]
 
 

@@ -89,11 +89,16 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def complete(flat: Config, family: Family, extra_layers: int = 0) -> dict[str, Any]:
-    """A flat configuration with one name for each key, and nothing left out. It may still be wrong: see `problems_of`."""
+    """A flat configuration with one name for each key, and nothing left out.
+
+    It may still be wrong: see `problems_of`.
+    """
     given = {key: value for key, value in flat.items() if value is not None}
     aliased = {name: given[other] for other, name in family.aliases.items() if other in given}
     full = {**family.defaults, **given, **aliased, "extra_layers": extra_layers}
-    if needs := [key for key in ("num_hidden_layers", "num_attention_heads", "hidden_size") if not is_whole(full.get(key))]:
+    if needs := [
+        key for key in ("num_hidden_layers", "num_attention_heads", "hidden_size") if not is_whole(full.get(key))
+    ]:
         return {**full, "rope_parameters": {}, "missing": needs}
     if family.fills_head_dim and "head_dim" not in full:
         full["head_dim"] = full["hidden_size"] // full["num_attention_heads"]

@@ -64,7 +64,11 @@ class Sizes:
     def is_sliding(self) -> bool:
         """Whether this layer sees a window of the context only, where that changes its sizes (Gemma 4)."""
         pattern = self.metadata.get(f"{self.architecture}.attention.sliding_window_pattern")
-        return isinstance(pattern, list) and self.layer is not None and bool(pattern[self.layer : self.layer + 1] == [True])
+        return (
+            isinstance(pattern, list)
+            and self.layer is not None
+            and bool(pattern[self.layer : self.layer + 1] == [True])
+        )
 
     def head(self, name: str) -> int:
         """Values in a head of keys or values ("key_length", "value_length")."""

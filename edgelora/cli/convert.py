@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgelora.base_conversion import BaseSettings
+from edgelora.base_settings import BaseSettings
 from edgelora.cli.options import FILE, config_option, template_option
 from edgelora.cli.progress import bytes_bar, windows_bar
 
@@ -157,7 +157,9 @@ def _print_plan(plan: Plan, notices: tuple[str, ...], *, as_json: bool) -> None:
     width = max(len(tensor.name) for tensor in plan.tensors)
     for tensor in plan.tensors:
         shape = "x".join(map(str, tensor.shape))
-        click.echo(f"{tensor.name:{width}}  {shape:>14}  {tensor.source:>8} -> {tensor.type:7} {tensor.size_bytes:>14,}")
+        click.echo(
+            f"{tensor.name:{width}}  {shape:>14}  {tensor.source:>8} -> {tensor.type:7} {tensor.size_bytes:>14,}"
+        )
     for file in plan.files:
         click.echo(f"{file.path}  {file.size_bytes:,} bytes, {file.n_tensors} tensors")
     click.echo(

@@ -65,13 +65,15 @@ def test_the_names_are_those_of_the_gguf_package(name: str) -> None:
 def test_orders_take_rows_that_are_there_and_none_twice(name: str) -> None:
     family, config, sizes = configured(name)
     for place in family.places(sizes, config):
-        stored = int(np.prod(place.hf_shape(sizes)[:-1])) if len(place.hf_shape(sizes)) > 1 else place.hf_shape(sizes)[0]
+        stored = (
+            int(np.prod(place.hf_shape(sizes)[:-1])) if len(place.hf_shape(sizes)) > 1 else place.hf_shape(sizes)[0]
+        )
         if place.row.transposed:
             stored = int(np.prod([*place.hf_shape(sizes)[:-2], place.hf_shape(sizes)[-1]]))
         for order, size in ((place.row_order(sizes), stored), (place.column_order(sizes), place.hf_shape(sizes)[-1])):
             if order is not None:
                 assert len(np.unique(order)) == len(order)
-                assert 0 <= order.min()
+                assert order.min() >= 0
                 assert order.max() < size
 
 
@@ -100,7 +102,9 @@ def test_an_unknown_family_is_named_with_its_nearest() -> None:
     with pytest.raises(UnsupportedArchitectureError, match=r"'lama'; the nearest known one is llama") as caught:
         find_gguf_family("lama", Path("x.gguf"))
     assert "converters/architectures" in caught.value.hint
-    with pytest.raises(UnsupportedArchitectureError, match=r"Qwen2Causal.*nearest known one is Qwen2ForCausalLM.*own.py"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"Qwen2Causal.*nearest known one is Qwen2ForCausalLM.*own.py"
+    ):
         find_family({"architectures": ["Qwen2Causal"], "auto_map": {"AutoModelForCausalLM": "own.py"}}, Path("x"))
 
 

@@ -14,9 +14,9 @@ from typing import Any
 OLD_KEYS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "gpt_neox": {"rotary_pct": lambda config: config["rope_parameters"].get("partial_rotary_factor", 0.25)},
     "falcon": {
-        "num_kv_heads": lambda config: config["num_kv_heads"]
-        if config["new_decoder_architecture"] or not config["multi_query"]
-        else 1
+        "num_kv_heads": lambda config: (
+            config["num_kv_heads"] if config["new_decoder_architecture"] or not config["multi_query"] else 1
+        )
     },
     "gpt2": {"n_ctx": lambda config: config["n_positions"]},
     "cohere2": {"rotary_pct": lambda config: config["rope_parameters"].get("partial_rotary_factor", 1.0)},
@@ -34,11 +34,10 @@ def _tensor_names(folder: Path) -> list[str]:
 def main(job: dict[str, Any], answer: Path) -> None:
     sys.path[:0] = [job["root"], job["root"] + "/gguf-py"]
     logging.disable(logging.CRITICAL)
+    import gguf
     import torch
     from conversion import ModelType, get_model_class
     from conversion.base import ModelBase, TextModel, get_model_architecture
-
-    import gguf
 
     known = TextModel.get_vocab_base_pre
 
@@ -65,9 +64,7 @@ def main(job: dict[str, Any], answer: Path) -> None:
             ModelBase.no_mtp = not has_mtp  # as its --no-mtp: it cannot know without being told
             model_class = get_model_class(get_model_architecture(config, ModelType.TEXT))
             with torch.inference_mode():
-                model_class(
-                    Path(folder), types[job["outtype"]], Path(out), hparams=config, model_name=None
-                ).write()
+                model_class(Path(folder), types[job["outtype"]], Path(out), hparams=config, model_name=None).write()
             said[name] = ""
         except BaseException:
             said[name] = traceback.format_exc()[-1500:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +113,8 @@ def test_rows_in_the_wrong_order_are_seen(
 
 
 @pytest.mark.parametrize(
-    ("name", "gguf"), [("gemma", "blk.{layer}.ffn_norm"), ("qwen3.5", "blk.{layer}.ssm_a"), ("qwen3-next", "output_norm")]
+    ("name", "gguf"),
+    [("gemma", "blk.{layer}.ffn_norm"), ("qwen3.5", "blk.{layer}.ssm_a"), ("qwen3-next", "output_norm")],
 )
 def test_a_value_left_as_it_was_is_seen(
     name: str, gguf: str, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -247,7 +247,9 @@ TINY: Mapping[str, Tiny] = {
     ),
     "starcoder2": Tiny("Starcoder2Config", "Starcoder2ForCausalLM", {"sliding_window": None, "use_bias": True}),
     "command-r": Tiny("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.25}),
-    "command-r-plus": Tiny("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.25, "use_qk_norm": True, "num_hidden_layers": 64}),
+    "command-r-plus": Tiny(
+        "CohereConfig", "CohereForCausalLM", {"logit_scale": 0.25, "use_qk_norm": True, "num_hidden_layers": 64}
+    ),
     "command-r7b": Tiny("Cohere2Config", "Cohere2ForCausalLM", {"sliding_window": 64, "num_hidden_layers": 4}),
     "glm-4": Tiny("Glm4Config", "Glm4ForCausalLM", {"head_dim": 32, "attention_bias": True}, "glm"),
     "exaone-4": Tiny("Exaone4Config", "Exaone4ForCausalLM", {"sliding_window": 64, "num_hidden_layers": 64}),
@@ -337,9 +339,7 @@ def _gemma4(folder: Path) -> None:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" "), "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<pad>", "<mask>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
