@@ -41,21 +41,23 @@ def loaded(path: Path, *, vocab_only: bool = False) -> Iterator[Any]:
         llama_cpp.llama_model_free(model)
 
 
-def logits(path: Path, ids: Sequence[int], adapter: Path | None = None) -> npt.NDArray[np.float32]:
+def logits(
+    path: Path, ids: Sequence[int], adapter: Path | None = None, *, context: int = 512
+) -> npt.NDArray[np.float32]:
     """Logits of every position, shape (len(ids), vocabulary); KV cache in F32, no flash attention: nothing rounds."""
     with loaded(path) as model:
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = 512
+        params.n_ctx = params.n_batch = params.n_ubatch = context
         params.type_k = params.type_v = F32
         params.flash_attn_type = FLASH_ATTENTION_OFF
         params.n_threads = params.n_threads_batch = 1
-        context = llama_cpp.llama_init_from_model(model, params)
+        opened = llama_cpp.llama_init_from_model(model, params)
         try:
             if adapter:
-                _apply(model, context, adapter)
-            return _decode(model, context, ids)
+                _apply(model, opened, adapter)
+            return _decode(model, opened, ids)
         finally:
-            llama_cpp.llama_free(context)
+            llama_cpp.llama_free(opened)
 
 
 def _apply(model: Any, context: Any, path: Path) -> None:
