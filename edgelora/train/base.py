@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converters.hub import fetch_model
 from converters.hub_cache import repository_of
+from converters.hub_reference import hub_reference
 from edgelora.errors import EdgeloraError, ModelFileError, SettingsError
 from edgelora.train.recipe import Recipe
-
-HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
-# The same weights once more, in the formats of other programs.
-HUB_COPIES = ("consolidated*", "original/*", "onnx/*")
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ def find_base(base: str) -> BaseFolder:
 
     Raises:
         ModelFileError: not there, a GGUF file, or a folder that holds no model.
+        ConversionError: a hub id that cannot be downloaded.
     """
     path = Path(base).expanduser()
     if path.is_dir():
@@ -56,7 +55,7 @@ def find_base(base: str) -> BaseFolder:
             f"{base}: no such folder",
             hint="Give a folder with config.json and *.safetensors, or a hub id (owner/name).",
         )
-    return BaseFolder(_checked(_download(base)), base)
+    return BaseFolder(_checked(fetch_model(base)), hub_reference(base).repository)
 
 
 def _checked(folder: Path) -> Path:
@@ -80,23 +79,6 @@ def _needed(folder: Path) -> list[tuple[str, bool]]:
         ("*.safetensors", any(folder.glob("*.safetensors"))),
         ("tokenizer.json", any((folder / name).is_file() for name in tokenizers)),
     ]
-
-
-def _download(base: str) -> Path:
-    """The snapshot in the Hugging Face cache, fetched where it is not there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(base, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_COPIES)))
-    except HFValidationError as error:
-        raise ModelFileError(f"{base}: neither a folder nor a hub id ({error})") from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelFileError(
-            f"{base}: no folder of this name, not in the Hugging Face cache, and it cannot be downloaded ({reason})",
-            hint="Check the name and the network, or give a folder with config.json and *.safetensors.",
-        ) from None
 
 
 @dataclass(frozen=True)
