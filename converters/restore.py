@@ -25,7 +25,8 @@ def restored_places(family: Family, sizes: Sizes, config: Config, names: Iterabl
         config: complete (`architectures.settings.complete`).
         names: of the file's tensors; computed ones have no place.
     """
-    there, found = set(names), {}
+    there: set[str] = set(names)
+    found: dict[str, Place] = {}
     for place in family.places(sizes, config):
         if place.gguf_name in there and not place.row.mxfp4:
             found.setdefault(place.gguf_name, place)
