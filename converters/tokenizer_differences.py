@@ -33,6 +33,7 @@ ALWAYS_CONTROL = frozenset((
     "<|calls|>", "</s>", "[EOS]", "<eos>", "<turn|>", "<|tool_response>", "[e~[", "<｜end▁of▁sentence｜>",
     "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>",
 ))  # fmt: skip
+ORDINARY_END = {"<|tool_response>", "<|plamo:eos|>"}  # beside one of these, it leaves </s> as it is
 SAMPLES = (
     "Hello world", " two  spaces   three", "it's we'LL o'clock 'tis", "1 12 123 1234 12345 3.14", "a\n\nb\r\n\tc \n d",
     "x = f(y)[0] != {'k': 1}; // z", "e\u0301 n\u0303 o\u0308", "ÉCOLE École écoleÉ", "Привет мир", "日本語のテキスト",
@@ -108,7 +109,9 @@ def added_differences(file: TokenizerFile) -> list[str]:
 
 def _promoted(file: TokenizerFile) -> list[str]:
     """Ordinary tokens that llama.cpp takes for control tokens by their text."""
-    return sorted(token for token in ALWAYS_CONTROL & set(file.vocab) if file.vocab[token] not in file.added)
+    spared = {"</s>"} if ORDINARY_END & set(file.vocab) else set()
+    found = (ALWAYS_CONTROL - spared) & set(file.vocab)
+    return sorted(token for token in found if file.vocab[token] not in file.added)
 
 
 def _crossing(tokens: Sequence[str]) -> str:
@@ -204,11 +207,17 @@ def gemma4_differences(file: TokenizerFile) -> list[str]:
     replaces = (normalizer.get("type"), normalizer.get("pattern"), normalizer.get("content"))
     whole = not cut or (cut.get("type"), cut.get("pattern")) == ("Split", {"String": " "})  # no space is left by then
     mixed = sorted(token for token in file.vocab if "\n" in token and token.strip("\n"))
+    breaks = [token for token in file.vocab if not token.strip("\n")]
+    tokenizer: Any = file.tokenizer
+    unmade = [token for token in breaks if len(tokenizer.model.tokenize(token)) != 1]
+    spaced = [token.content for token in file.added.values() if {" ", "▁"} & set(token.content)]
     missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in file.vocab]
     checks = (
         (replaces == ("Replace", {"String": " "}, "▁"), "it does more to text than to put ▁ for spaces"),
         (whole, "it cuts text before it merges"),
         (not mixed, f"its token {mixed[0]!r} crosses a line break" if mixed else ""),
+        (not unmade, f"its merges do not make {unmade[0]!r} of line breaks" if unmade else ""),
+        (not spaced, f"its added token {spaced[0]!r} has spaces" if spaced else ""),
         (not missing, f"{len(missing)} of 256 byte tokens are missing"),
         (not model.get("ignore_merges") and not model.get("dropout"), "its BPE has dropout or ignores merges"),
     )

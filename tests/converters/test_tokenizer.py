@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import re
 import struct
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from converters.errors import ConversionError, FormatError, MissingFileError, Un
 from converters.pretokenizers import CUTS, LLAMA3, QWEN2
 from converters.sentencepiece_model import read_sentencepiece
 from converters.tokenizer import load_vocabulary
+from converters.tokenizer_rules import GEMMA_4_RULES, LLAMA_RULES, PHI_3_RULES, TokenizerRules
 from tests.conftest import SHARED
 from tests.converters.folders import SPECIAL, byte_level_tokenizer, split, write_json
 
@@ -422,6 +425,116 @@ def test_sentencepiece_that_llama_cpp_lacks(what: str, tmp_path: Path) -> None:
     vocabulary = load_vocabulary(tmp_path, 270)
     assert vocabulary.metadata["edgelora.tokenizer"] == "huggingface"
     assert reason in vocabulary.notices[0]
+
+
+def sentencepiece_like(folder: Path, change: Callable[[dict[str, Any]], object] = lambda value: None) -> Path:
+    """A tokenizer.json with byte tokens, as Gemma 4 has it."""
+    (folder / "tokenizer.model").write_bytes(sentencepiece(ORDINARY))
+    made = json.loads(str(load_vocabulary(folder, 270).metadata["tokenizer.huggingface.json"]))
+    (folder / "tokenizer.model").unlink()
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    made.update(normalizer=replace, pre_tokenizer=None, post_processor=None)
+    made["model"]["vocab"] |= {"\n": 262, "\n\n": 263, "▁": 264, "a": 265}
+    made["model"]["merges"] = [["\n", "\n"], ["▁", "a"]]
+    change(made)
+    write_json(folder / "tokenizer.json", made)
+    return folder
+
+
+GEMMA_4: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "as it is": (lambda v: None, ""),
+    "a normalizer": (lambda v: v.update(normalizer={"type": "NFC"}), "it does more to text"),
+    "a cut": (lambda v: v.update(pre_tokenizer={"type": "Whitespace"}), "it cuts text before it merges"),
+    "across lines": (lambda v: v["model"]["vocab"].update({"a\n": 266}), "its token 'a\\n' crosses a line break"),
+    "no merge": (lambda v: v["model"]["merges"].pop(0), "its merges do not make '\\n\\n' of line breaks"),
+    "no byte": (lambda v: v["model"]["vocab"].pop("<0x41>"), "1 of 256 byte tokens are missing"),
+}
+
+
+@pytest.mark.parametrize("what", GEMMA_4)
+def test_gemma_4(what: str, tmp_path: Path) -> None:
+    change, reason = GEMMA_4[what]
+    vocabulary = load_vocabulary(sentencepiece_like(tmp_path, change), 270, GEMMA_4_RULES)
+    assert vocabulary.metadata["tokenizer.ggml.model"] == "gemma4"
+    assert "tokenizer.ggml.pre" not in vocabulary.metadata
+    assert vocabulary.metadata["edgelora.tokenizer"] == ("huggingface" if reason else "llama.cpp")
+    assert not vocabulary.notices if not reason else reason in vocabulary.notices[0]
+
+
+RUBBISH = (
+    None,
+    True,
+    -1,
+    1e9,
+    "",
+    "x",
+    [],
+    [1],
+    ["a", "b"],
+    {},
+    {"a": 1},
+    [[]],
+    {"content": 5},
+    float("nan"),
+    "\ud800",
+)
+
+
+def spoiled(value: Any, rng: random.Random) -> Any:
+    """Something in it removed or replaced by rubbish."""
+    places: list[tuple[Any, Any]] = []
+    rest = [value]
+    while rest:
+        part = rest.pop()
+        keys = list(part)[:40] if isinstance(part, dict) else range(min(6, len(part))) if isinstance(part, list) else ()
+        places += [(part, key) for key in keys]
+        rest += [part[key] for key in keys]
+    part, key = rng.choice(places)
+    if isinstance(part, dict) and rng.random() < 0.2:
+        del part[key]
+    else:
+        part[key] = copy.deepcopy(rng.choice(RUBBISH))
+    return value
+
+
+def plain_folder(folder: Path) -> Path:
+    (folder / "tokenizer.model").write_bytes(sentencepiece(PIECES))
+    return folder
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], Path], TokenizerRules]] = {
+    "byte level": (lambda folder: folder_with(folder, byte_level_tokenizer()), LLAMA_RULES),
+    "bare": (lambda folder: bare(folder, tokenizer_class="Qwen2Tokenizer"), LLAMA_RULES),
+    "sentencepiece": (plain_folder, PHI_3_RULES),
+    "sentencepiece-like": (sentencepiece_like, LLAMA_RULES),
+    "both": (lambda folder: plain_folder(sentencepiece_like(folder)), PHI_3_RULES),
+    "gemma 4": (sentencepiece_like, GEMMA_4_RULES),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_rubbish_anywhere_is_refused_in_words_or_makes_no_difference(kind: str, tmp_path: Path) -> None:
+    make, rules = FOLDERS[kind]
+    rng, outcomes = random.Random(kind), set()
+    decoder = {"0": {"content": "<unk>", "special": True}, "300": {"content": "more"}}
+    given = {"chat_template": [{"name": "default", "template": "x"}], "extra_special_tokens": ["a"]}
+    for number in range(40):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        make(folder)
+        config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "added_tokens_decoder": decoder, **given}
+        path = folder / "tokenizer_config.json"
+        write_json(path, {**(json.loads(path.read_text()) if path.is_file() else {}), **config})
+        write_json(folder / "config.json", {"vocab_size": 320, "text_config": {"pad_token_id": 3}})
+        write_json(folder / "special_tokens_map.json", {"unk_token": {"content": "a"}})
+        path = rng.choice(sorted(folder.glob("*.json")))
+        write_json(path, spoiled(json.loads(path.read_text()), rng))
+        try:
+            load_vocabulary(folder, SIZE, rules)
+            outcomes.add("converted")
+        except ConversionError:
+            outcomes.add("refused")
+    assert outcomes == {"converted", "refused"}
 
 
 def test_every_truncation_of_a_sentencepiece_model_is_named_or_shorter(tmp_path: Path) -> None:

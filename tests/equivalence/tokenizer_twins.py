@@ -135,7 +135,7 @@ TWINS: Mapping[str, Twin] = {
     "gemma-4": Twin(
         GEMMA_4_RULES, "Gemma4ForCausalLM", None,
         {"type": "Split", "pattern": SPACE, "behavior": "MergedWithPrevious", "invert": False}, REPLACE,
-        settings={"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"},
+        settings={"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}, native=True,
     ),
 }  # fmt: skip
 
