@@ -11,7 +11,7 @@ from pathlib import Path
 from converters.imatrix import quantize_metadata
 from converters.options import QuantizeOptions
 from converters.plan import Plan, make_plan
-from converters.split import check_no_other_parts, other_parts, plan_parts
+from converters.split import check_other_parts, other_parts, plan_parts
 from converters.stream import Progress, Source, write_tensors
 from converters.writer import Part, Value, check_output
 
@@ -96,6 +96,8 @@ class Job:
             notices.append("not split: it is within the limits of one file")
         if dry_run:
             plan = make_plan(parts, self.sources, self.stored, self.weights, options.threads)
+            if not plan.fits:
+                notices.append(f"the disk is too small: {plan.size_bytes:,} bytes, {plan.free_bytes:,} are free there")
         else:
             notices += write_tensors(parts, self.sources, options.threads, progress, strict=options.strict)
             for other in other_parts(parts):
@@ -121,8 +123,7 @@ class Job:
         total = 0 if dry_run else sum(part.size_bytes for part in parts)
         for part in parts:
             check_output(part.path, total, force=force, inputs=self.inputs)
-        if not force:
-            check_no_other_parts(parts)
+        check_other_parts(parts, force=force, inputs=self.inputs)
 
 
 def quantization_keys(file_type: int, options: QuantizeOptions) -> dict[str, Value]:

@@ -11,11 +11,11 @@ holds at least one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.errors import OutputExistsError, UnsupportedError
+from converters.errors import OutputExistsError, UnsupportedError, WriteError
 from converters.reader import DEFAULT_ALIGNMENT
 from converters.writer import Part, TensorSpec, Typed, Value, header_bytes
 
@@ -125,17 +125,24 @@ def other_parts(parts: Sequence[Part]) -> list[Path]:
     return [path for path in _siblings(first.parent, _stem(first)) if path not in ours]
 
 
-def check_no_other_parts(parts: Sequence[Part]) -> None:
-    """Refuse to write beside parts of an earlier split.
+def check_other_parts(parts: Sequence[Part], *, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse early where parts of an earlier split are in the way: with `force` they are removed in the end.
 
     Raises:
-        OutputExistsError: there are some.
+        OutputExistsError: there are some, and `force` is not given.
+        WriteError: one of them is read for this file.
     """
-    if others := other_parts(parts):
+    others = other_parts(parts)
+    if others and not force:
         shown = ", ".join(path.name for path in others[:3])
         raise OutputExistsError(
             f"{parts[0].path}: {len(others)} parts of another split of the same name are there: {shown}",
             hint="Choose another name, or replace them with --force.",
+        )
+    read = {path.resolve() for path in inputs} if others else set()
+    if same := [path for path in others if path.resolve() in read]:
+        raise WriteError(
+            f"{parts[0].path}: would replace {same[0].name}, which is read for it", hint="Choose another name."
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from converters.errors import FormatError, listed
+from converters.errors import FormatError, UnsupportedError, listed
 from converters.quantize import Bytes, Floats, quantize_rows
 from converters.writer import Part, TensorSpec, create_parts
 
@@ -137,8 +137,10 @@ def _encode(source: Source, start: int, stop: int, *, is_last: bool) -> _Chunk:
             f"{source.spec.name}: holds values that are NaN or infinite, which {block_type.name} cannot hold",
             hint="Download the model again, or choose another quantization.",
         )
-    importance = _importance_of(source, start)
-    data = quantize_rows(rows, block_type) if importance is None else quantize_rows(rows, block_type, importance)
+    try:
+        data = quantize_rows(rows, block_type, _importance_of(source, start))
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{source.spec.name}: {error.message}", hint=error.hint) from None
     overflowed = block_type.name == "F16" and is_finite and not _is_finite(data, "F16")
     return _Chunk(source, data, is_finite, overflowed, is_last)
 

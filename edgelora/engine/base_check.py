@@ -66,8 +66,8 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _layer_problems(header: GGUFHeader) -> Iterator[str]:
     metadata, key = header.metadata, f"{header.architecture}.block_count"
     layers = {match[1] for name in header.tensors if (match := _LAYER.match(name))}
-    is_split = metadata.get("split.count", 1) not in (0, 1)
-    if layers and not is_split and isinstance(said := metadata.get(key), int) and said != len(layers):
+    is_a_part = metadata.get("split.count", 1) not in (0, len(header.files))
+    if layers and not is_a_part and isinstance(said := metadata.get(key), int) and said != len(layers):
         yield f"{key} is {said}, and the file has the tensors of {len(layers)} layers"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,21 @@ def run(code: str, source: Path, out: Path, *arguments: str, **options: Any) -> 
     """Run `code` after `SETUP`; `convert()` in it converts with `options`."""
     command = _command(code, source, out, options, arguments)
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
+
+
+def run_on_a_small_disk(
+    code: str, kib: int, source: Path, out: Path, *arguments: str, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """The same, with a disk of `kib` mounted at `out`'s folder, for the child alone (Linux, root)."""
+    mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size="$0"k tmpfs "$1" && shift && exec "$@"']
+    command = [*mount, str(kib), str(out.parent), *_command(code, source, out, options, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
+
+
+def can_mount() -> bool:
+    """Whether a process may mount a disk of its own here."""
+    command = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"]
+    return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def kill_at_chunk(chunk: int, source: Path, out: Path, **options: Any) -> None:

@@ -114,9 +114,10 @@ def test_too_small_a_disk_is_in_the_plan_and_refused_without_one(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     folder, out = make_model(tmp_path / "model"), tmp_path / "base.gguf"
-    plan = convert_base(folder, out, dry_run=True).plan
-    assert plan is not None
-    assert (plan.free_bytes, plan.fits) == (1000, False)
+    report = convert_base(folder, out, dry_run=True)
+    assert report.plan is not None
+    assert (report.plan.free_bytes, report.plan.fits) == (1000, False)
+    assert "1,000 are free there" in report.notices[-1]
     with pytest.raises(DiskFullError):
         convert_base(folder, out)
     options = QuantizeOptions("f32", split_max_tensors=3)  # each part would fit where all do not

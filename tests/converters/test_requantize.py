@@ -272,6 +272,8 @@ def test_the_source_is_not_written_over(full: Path, tmp_path: Path) -> None:
             requantize(files[0], out, QuantizeOptions("q8_0"), force=True)
     with pytest.raises(WriteError, match="which is read for it"):
         requantize(files[0], tmp_path / "a.gguf", QuantizeOptions("q8_0", split_max_tensors=9), force=True)
+    with pytest.raises(WriteError, match="which is read for it"):  # these would be removed in the end
+        requantize(files[0], tmp_path / "a.gguf", QuantizeOptions("q8_0", split_max_tensors=5), force=True)
     assert [path.read_bytes() for path in files] == data
     (tmp_path / "b.gguf").write_text("precious")
     with pytest.raises(OutputExistsError):

@@ -361,6 +361,29 @@ def test_a_full_disk_is_named_and_leaves_nothing(limit: int, tmp_path: Path) -> 
     assert len(list(out.iterdir())) == 7
 
 
+@pytest.mark.skipif(not children.can_mount(), reason="needs to mount a small disk")
+@pytest.mark.parametrize("kib", [4, 40, 72])
+@pytest.mark.parametrize("limit", [0, 3])
+def test_a_disk_that_is_really_full(kib: int, limit: int, tmp_path: Path) -> None:
+    """Somebody else fills it: the check before the work saw enough room."""
+    code = """
+        import shutil
+        shutil.disk_usage = lambda path: type("Usage", (), {"free": 10**9})
+        try:
+            convert()
+        except ConversionError as error:
+            print(type(error).__name__)
+        print(len(os.listdir(out.parent)))
+    """
+    folder, disk = make_model(tmp_path / "model"), tmp_path / "disk"
+    disk.mkdir()
+    options = {"quant": "f16", "split_max_tensors": limit}
+    done = children.run_on_a_small_disk(code, kib, folder, disk / "base.gguf", **options)
+    assert done.stdout == "DiskFullError\n0\n", done.stderr
+    done = children.run_on_a_small_disk(code, 1000, folder, disk / "base.gguf", **options)
+    assert done.stdout == ("7\n" if limit else "1\n"), done.stderr
+
+
 def test_too_many_parts() -> None:
     specs = [TensorSpec(f"t{n}", (1,), TYPES["F32"]) for n in range(2**16)]
     with pytest.raises(UnsupportedError, match="65536 parts"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from converters.block_types import TYPES
-from converters.errors import FormatError
+from converters.errors import FormatError, UnsupportedError
 from converters.quantize import quantize_rows, quantize_slab
 from converters.reader import read_header
 from converters.stream import Progress, Source, peak_memory, write_tensors
@@ -134,6 +134,14 @@ def test_where_llama_cpp_would_end_the_process_they_are_always_refused(kind: str
     values[2, 100] = np.nan
     with pytest.raises(FormatError, match=f"which {kind} cannot hold"):
         write(tmp_path / "a.gguf", source("bad", values, kind))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_too_large_for_a_type_are_refused_by_the_tensors_name(tmp_path: Path) -> None:
+    values = random(4, 256)
+    values[1, 1] = 1e20
+    with pytest.raises(UnsupportedError, match=r"^bad: IQ3_S cannot hold"):
+        write(tmp_path / "a.gguf", source("bad", values, "IQ3_S"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,6 +11,11 @@ from typing import Any
 import gguf
 import pytest
 
+from converters.base_file import read_base_header
+from converters.options import QuantizeOptions
+from converters.reader import read_header
+from converters.requantize import requantize
+from edgelora.engine.base_check import check_base
 from edgelora.engine.engine import Engine
 from edgelora.errors import ModelFileError, SettingsError
 
@@ -120,3 +125,17 @@ def test_requests_of_the_wrong_type_are_refused(engine: Engine, adapters: dict[s
     with pytest.raises(SettingsError, match="name is None"):
         engine.load_adapter(None, adapters["red"])  # type: ignore[arg-type]
     assert engine.chat("x", adapter="red", sampling={"max_tokens": 1}).adapter == "red"
+
+
+def test_all_parts_of_a_split_base_are_looked_at(base: Path, tmp_path: Path) -> None:
+    """A layer that lies in another part counts; a part alone is not judged by its layers."""
+    whole = copy(base, tmp_path / "whole.gguf", {"llama.block_count": 3})
+    files = requantize(
+        whole, tmp_path / "split.gguf", QuantizeOptions("f32", allow_requantize=True, split_max_tensors=9)
+    )
+    good = requantize(base, tmp_path / "good.gguf", QuantizeOptions("f32", allow_requantize=True, split_max_tensors=9))
+    check_base(read_base_header(good.files[1]))
+    check_base(read_header(good.files[0]))
+    check_base(read_header(files.files[0]))
+    with pytest.raises(ModelFileError, match="block_count is 3, and the file has the tensors of 4 layers"):
+        check_base(read_base_header(files.files[1]))
