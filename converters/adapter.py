@@ -96,7 +96,7 @@ def _base_of_folder(folder: Path) -> Base:
 
 
 def _base_of_gguf(path: Path) -> Base:
-    header = read_header(path)
+    header = read_base_header(path)
     if header.kind == "adapter":
         raise FormatError(f"{path}: is an adapter; an adapter is converted against a base")
     family = find_gguf_family(header.architecture, path)
@@ -116,12 +116,12 @@ class Target:
     factors: Factors
 
     def load(self, sizes: Sizes) -> tuple[Floats, Floats]:
-        """(A, B) as llama.cpp wants them: B's rows in the base's order; an embedding's A transposed."""
+        """(A, B) as llama.cpp wants them: B's rows and A's columns in the base's order; an embedding's A transposed."""
         a, b = self.factors.load_a(), self.factors.load_b()
-        order = self.place.row_order(sizes)
+        order, columns = self.place.row_order(sizes), self.place.column_order(sizes)
         if self.factors.is_embedding:
             return np.ascontiguousarray(a.T), b
-        return a, b if order is None else b[order]
+        return a if columns is None else a[:, columns], b if order is None else b[order]
 
     def specs(self, block_type: BlockType) -> tuple[TensorSpec, TensorSpec]:
         rows, columns = self.factors.shape
@@ -214,7 +214,9 @@ def _targets(folder: Path, config: PeftConfig, tensors: Tensors, base: Base, dty
     targets, misfits = [], []
     for each in factors:
         place = base.family.from_hf(f"{each.module}.weight")
-        if problem := _misfit(each, place, base):
+        if place and not place.row.adaptable:
+            problems.append(f"{each.module}: llama.cpp's {base.family.architecture} never applies an adapter to it")
+        elif problem := _misfit(each, place, base):
             misfits.append(problem)
         elif place:
             targets.append(Target(place, each))

@@ -41,5 +41,6 @@ FAMILY = Family(
     derived=layer_types,
     aliases={"rotary_pct": "partial_rotary_factor"},
     fixed={"attention_bias": False},
+    kinds={"sliding_window": "whole", "logit_scale": "number"},
     problems=problems,
 )  # fmt: skip

@@ -48,5 +48,6 @@ FAMILY = Family(
         "tie_word_embeddings": True,
     },
     fixed={"attention_bias": False},
+    kinds={"model_max_length": "whole?", "logit_scale": "number"},
     problems=problems,
 )  # fmt: skip

@@ -69,6 +69,7 @@ FAMILY = Family(
     hyperparameters,
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "num_key_value_heads": 32},
     derived=layer_types,
+    kinds={"sliding_window": "whole?"},
     problems=problems,
     computed=llama3_factors,
 )

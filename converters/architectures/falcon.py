@@ -86,5 +86,6 @@ FAMILY = Family(
              "n_embed": "hidden_size"},
     activations=("gelu",),
     fixed={"alibi": False, "parallel_attn": True, "bias": False},
+    kinds={"num_kv_heads": "whole?", "ffn_hidden_size": "whole?"},
     problems=problems,
 )  # fmt: skip

@@ -60,6 +60,7 @@ class Row:
         when: whether a layer of this configuration has it; None: always.
         each: the size that `{each}` counts.
         absent_if_tied: the output, which a model with tied embeddings does not have.
+        adaptable: llama.cpp's graph applies an adapter to it.
         mxfp4: the checkpoint holds blocks of MXFP4 (`_blocks`) and their exponents (`_scales`), which go over as they
             are, whatever the quantization.
     """
@@ -77,6 +78,7 @@ class Row:
     when: Present | None = None
     each: str = ""
     absent_if_tied: bool = False
+    adaptable: bool = True
     mxfp4: bool = False
 
     @property
@@ -94,11 +96,10 @@ class Row:
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     @property
-    def is_plain(self) -> bool:
-        """One linear module of transformers is one GGUF matrix, its rows perhaps in another order."""
-        return isinstance(self.hf, str) and not (
-            self.each or self.transposed or self.columns or self.hf_shape or self.value or self.ends[0] != ".weight"
-        )
+    def is_linear(self) -> bool:
+        """One linear module of transformers is one GGUF matrix, its rows and columns perhaps in another order."""
+        is_one = isinstance(self.hf, str) and not (self.each or self.hf_shape or self.value)
+        return is_one and self.ends[0] == ".weight"
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ class Family:
         problems: what else in a configuration cannot be converted, each with its key and value.
         notices: what converts, but should be known.
         computed: tensors that are in the GGUF file and in no checkpoint, by GGUF name.
+        kinds: what its own settings must be, as `settings.KINDS` says it of those that families share.
         ignored: regular expressions of HF tensors that are no weights of the text model.
         tokenizer: how its vocabulary is written.
         fills_head_dim: transformers writes `head_dim` into a configuration that has none.
@@ -179,6 +181,7 @@ class Family:
     problems: Callable[[Config], list[str]] = lambda config: []
     notices: Callable[[Config], list[str]] = lambda config: []
     computed: Callable[[Config], dict[str, Floats]] = lambda config: {}
+    kinds: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = IGNORED
     tokenizer: TokenizerRules = BYTE_LEVEL_RULES
     fills_head_dim: bool = False
@@ -202,7 +205,7 @@ class Family:
             module, suffix = name, "weight"
         found = re.search(r"\.(0|[1-9]\d{0,8})\.", module)
         general = module[: found.start()] + ".{layer}." + module[found.end() :] if found else module
-        row = next((row for row in self.rows if row.hf == general and row.is_plain), None)
+        row = next((row for row in self.rows if row.hf == general and row.is_linear), None)
         return Place(row, int(found[1]) if found else None, suffix == "bias") if row else None
 
     def places(self, sizes: Sizes, config: Config) -> Iterator[Place]:

@@ -50,6 +50,7 @@ FAMILY = Family(
     },
     activations=gemma.GELU,
     fixed={"attention_bias": False, "use_bidirectional_attention": False},
+    kinds={"sliding_window": "whole", "attn_logit_softcapping": "number", "final_logit_softcapping": "number"},
     problems=problems,
     ignored=gemma.FAMILY.ignored,
     tokenizer=GEMMA_RULES,

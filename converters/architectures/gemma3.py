@@ -62,6 +62,10 @@ FAMILY = Family(
     derived=derived,
     activations=gemma.GELU,
     fixed={"attention_bias": False, "use_bidirectional_attention": False},
+    kinds={
+        "sliding_window": "whole", "sliding_window_pattern": "whole?", "_sliding_window_pattern": "whole?",
+        "final_logit_softcapping": "number?",
+    },
     problems=problems,
     ignored=gemma.FAMILY.ignored,
     tokenizer=GEMMA_RULES,

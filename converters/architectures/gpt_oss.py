@@ -103,6 +103,7 @@ FAMILY = Family(
     derived=layer_types,
     aliases={"num_local_experts": "num_experts"},
     fixed={"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+    kinds={"sliding_window": "whole"},
     problems=problems,
     notices=notices,
 )  # fmt: skip

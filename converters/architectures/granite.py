@@ -33,6 +33,10 @@ FAMILY = Family(
     llama.DENSE,
     hyperparameters,
     defaults={**llama.DEFAULTS, **{name: 1.0 for _, name in FACTORS}},
+    kinds={
+        "attention_multiplier": "number?", "embedding_multiplier": "number?", "residual_multiplier": "number?",
+        "logits_scaling": "number?",
+    },
     problems=problems,
     computed=llama3_factors,
     tokenizer=LLAMA_RULES,

@@ -78,6 +78,7 @@ FAMILY = Family(
         "partial_rotary_factor": 1.0,
     },
     fixed={"attention_bias": False},
+    kinds={"sliding_window": "whole?"},
     problems=problems,
     computed=computed,
     tokenizer=PHI_3_RULES,

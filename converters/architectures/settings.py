@@ -8,34 +8,48 @@ and from which settings, are those of llama.cpp's converter (`TextModel.set_gguf
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from converters.architectures.family import Config, Family
+from converters.architectures.sizes import MAX_LAYERS
 
+WRONG = "settings that are not of their kind"
 LAYER_KINDS = ("full_attention", "sliding_attention")
 F32_MAX = 3.4e38  # numbers are float32 in a GGUF file
+MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS, src/llama-hparams.h
 
 # What a key must be; "?" where it may be absent or null.
 KINDS: Mapping[str, str] = {
     "hidden_size": "whole",
     "intermediate_size": "whole",
-    "num_hidden_layers": "whole",
+    "num_hidden_layers": "layers",
     "num_attention_heads": "whole",
     "vocab_size": "whole",
     "num_key_value_heads": "whole?",
     "head_dim": "whole?",
     "max_position_embeddings": "whole?",
     "original_max_position_embeddings": "whole?",
-    "num_experts": "whole?",
+    "num_experts": "experts?",
+    "num_local_experts": "experts?",
+    "n_routed_experts": "experts?",
     "num_experts_per_tok": "whole?",
     "moe_intermediate_size": "whole?",
     "shared_expert_intermediate_size": "whole?",
+    "top_k_experts": "whole?",
+    "n_group": "whole?",
+    "topk_group": "whole?",
+    "n_positions": "whole?",
     "rms_norm_eps": "number?",
+    "norm_eps": "number?",
     "layer_norm_eps": "number?",
+    "layer_norm_epsilon": "number?",
+    "norm_epsilon": "number?",
+    "partial_rotary_factor": "number?",
+    "rope_local_base_freq": "number?",
     "rope_theta": "number?",
     "rope_parameters": "object?",
     "rope_scaling": "object?",
@@ -49,6 +63,9 @@ KINDS: Mapping[str, str] = {
 }
 _WANTED = {
     "whole": "a positive whole number",
+    "count": "a whole number",
+    "layers": f"1 to {MAX_LAYERS}, which llama.cpp holds",
+    "experts": f"1 to {MAX_EXPERTS}, which llama.cpp holds",
     "number": "a positive number",
     "object": "an object",
     "list": "a list",
@@ -66,6 +83,9 @@ def is_whole(value: Any) -> bool:
 
 _IS: Mapping[str, Callable[[Any], bool]] = {
     "whole": is_whole,
+    "count": lambda value: type(value) is int and 0 <= value < 2**31,
+    "layers": lambda value: is_whole(value) and value <= MAX_LAYERS,
+    "experts": lambda value: is_whole(value) and value <= MAX_EXPERTS,
     "number": is_number,
     "object": lambda value: isinstance(value, dict),
     "list": lambda value: isinstance(value, list),
@@ -96,10 +116,8 @@ def complete(flat: Config, family: Family, extra_layers: int = 0) -> dict[str, A
     given = {key: value for key, value in flat.items() if value is not None}
     aliased = {name: given[other] for other, name in family.aliases.items() if other in given}
     full = {**family.defaults, **given, **aliased, "extra_layers": extra_layers}
-    if needs := [
-        key for key in ("num_hidden_layers", "num_attention_heads", "hidden_size") if not is_whole(full.get(key))
-    ]:
-        return {**full, "rope_parameters": {}, "missing": needs}
+    if wrong := [*_wrong(full, family, needed=("num_hidden_layers", "num_attention_heads", "hidden_size"))]:
+        return {**full, WRONG: wrong}
     if family.fills_head_dim and "head_dim" not in full:
         full["head_dim"] = full["hidden_size"] // full["num_attention_heads"]
     full["rope_parameters"] = _rope({**full, "rope_parameters": given.get("rope_parameters")}, family)
@@ -110,12 +128,18 @@ def complete(flat: Config, family: Family, extra_layers: int = 0) -> dict[str, A
     return full
 
 
-def _rope(config: Config, family: Family) -> Any:
+def _wrong(config: Config, family: Family, needed: Iterable[str]) -> Iterator[str]:
+    """Settings that are not of their kind; only those of `needed` have to be there."""
+    for key, kind in {**KINDS, **family.kinds}.items():
+        value, name = config.get(key), kind.rstrip("?")
+        if (value is not None or key in needed) and not _IS[name](value):
+            yield f"{key} is {value!r}, expected {_WANTED[name]}"
+
+
+def _rope(config: Config, family: Family) -> dict[str, Any]:
     given = config.get("rope_scaling") or config.get("rope_parameters") or family.defaults.get("rope_parameters") or {}
-    if not isinstance(given, dict):
-        return {}
     layered = [kind for kind in LAYER_KINDS if isinstance(given.get(kind), dict)]
-    if layered:
+    if "full_attention" in layered:
         return {kind: _one_rope(given[kind], config, local=kind == "sliding_attention") for kind in layered}
     one = _one_rope(given, config)
     if "rope_local_base_freq" not in config:
@@ -136,6 +160,11 @@ def _one_rope(given: Config, config: Config, *, local: bool = False) -> dict[str
     return rope
 
 
+_ROPE_NUMBERS = (
+    "factor", "original_max_position_embeddings", "extrapolation_factor", "attention_factor", "beta_fast", "beta_slow",
+)  # fmt: skip
+
+
 def full_rope(config: Config) -> dict[str, Any]:
     """The rotary settings of layers that see the whole context, from a complete configuration."""
     rope: dict[str, Any] = config["rope_parameters"]
@@ -148,12 +177,12 @@ def problems_of(config: Config, given: Config, family: Family) -> list[str]:
     Args:
         given: the file's own.
     """
-    wrong = [
-        f"{key} is {config.get(key)!r}, expected {_WANTED[kind.rstrip('?')]}"
-        for key, kind in KINDS.items()
-        if not (kind.endswith("?") and config.get(key) is None) and not _IS[kind.rstrip("?")](config.get(key))
-    ]
-    return wrong or [*_sizes(config), *_features(config, family), *_ropes(config, given), *family.problems(config)]
+    needed = [key for key, kind in KINDS.items() if not kind.endswith("?")]
+    wrong = config.get(WRONG) or [*_wrong(config, family, needed)]
+    if wrong:
+        return wrong
+    shared = [*_sizes(config), *_ropes(config, given)]
+    return [*shared, *_features(config, family), *([] if shared else family.problems(config))]
 
 
 def _sizes(config: Config) -> list[str]:
@@ -167,7 +196,7 @@ def _sizes(config: Config) -> list[str]:
         (head_dim(config) % 2 == 0, f"head_dim is {head_dim(config)}, expected an even number"),
         (heads % heads_kv == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {heads_kv}"),
         (
-            not types or len(types) == config["num_hidden_layers"],
+            types is None or len(types) == config["num_hidden_layers"],
             f"layer_types has {len(types or ())} entries for {config['num_hidden_layers']} layers",
         ),
         (
@@ -219,9 +248,17 @@ def _one_ropes(rope: Config) -> list[str]:
             f"low_freq_factor {rope.get('low_freq_factor')} is not below "
             f"high_freq_factor {rope.get('high_freq_factor')}",
         ),
+        (
+            not (odd := [key for key in _ROPE_NUMBERS if not _is_optional_number(rope.get(key))]),
+            f"rope_parameters has {', '.join(f'{key} {rope.get(key)!r}' for key in odd)}, expected positive numbers",
+        ),
         (is_number(share) and share <= 1, f"partial_rotary_factor is {share!r}, expected a number above 0, at most 1"),
     )
     return [problem for ok, problem in checks if not ok]
+
+
+def _is_optional_number(value: Any) -> bool:
+    return value is None or is_number(value)
 
 
 def rope_type_problems(*known: str) -> Callable[[Config], list[str]]:

@@ -27,6 +27,7 @@ FAMILY = Family(
         "tie_word_embeddings": True,
     },
     fixed={"use_sliding_window": False},
+    kinds={"no_rope_layers": "list?", "no_rope_layer_interval": "whole?"},
     problems=problems,
     computed=llama3_factors,
     tokenizer=LLAMA_RULES,

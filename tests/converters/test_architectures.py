@@ -37,10 +37,10 @@ def test_a_configuration_with_nothing_but_sizes_is_enough(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_plain_matrix_leads_back_to_itself(name: str) -> None:
+def test_every_linear_matrix_leads_back_to_itself(name: str) -> None:
     family, config, sizes = configured(name)
     for place in family.places(sizes, config):
-        if place.row.is_plain:
+        if place.row.is_linear:
             found = family.from_hf(place.hf_names(sizes)[0])
             assert found is not None
             assert (found.layer, found.is_bias, found.row.hf) == (place.layer, place.is_bias, place.row.hf)
@@ -54,7 +54,7 @@ def test_the_names_are_those_of_the_gguf_package(name: str) -> None:
     known = 0
     for place in family.places(sizes, config):
         hf_name = place.hf_names(sizes)[0]
-        if not place.row.is_plain or any(part in hf_name for part in UNKNOWN_TO_GGUF):
+        if not place.row.is_linear or any(part in hf_name for part in UNKNOWN_TO_GGUF):
             continue
         assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == place.gguf_name
         known += 1

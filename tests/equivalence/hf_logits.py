@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,8 @@ class TableGelu(torch.nn.Module):
         return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, values))
 
 
-def hf_logits(folder: Path, ids: Sequence[int], *, table_gelu: bool = True) -> npt.NDArray[np.float32]:
-    """Logits of every position, shape (len(ids), vocabulary), in float32."""
+def load_model(folder: Path, *, table_gelu: bool = True) -> Any:
+    """transformers' model in float32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -27,6 +28,12 @@ def hf_logits(folder: Path, ids: Sequence[int], *, table_gelu: bool = True) -> n
         for name, child in module.named_children():
             if "GELU" in type(child).__name__:
                 setattr(module, name, TableGelu())
+    return model
+
+
+def hf_logits(folder: Path, ids: Sequence[int], *, table_gelu: bool = True) -> npt.NDArray[np.float32]:
+    """Logits of every position, shape (len(ids), vocabulary), in float32."""
+    model = load_model(folder, table_gelu=table_gelu)
     with torch.no_grad():
         logits: npt.NDArray[np.float32] = model(torch.tensor([list(ids)])).logits[0].numpy()
     return logits

@@ -12,13 +12,13 @@ import numpy.typing as npt
 import pytest
 
 from converters.adapter import convert_adapter
-from converters.architectures import llama
+from converters.architectures import Place, llama
 from converters.base import convert_base
 from converters.errors import BaseMismatchError, UnsupportedAdapterError
 from converters.peft_config import PeftConfig
-from tests.equivalence import llamacpp
+from tests.equivalence import llamacpp, tiny_models
 from tests.equivalence.conftest import Builder
-from tests.equivalence.test_logits import hf_logits, some_ids
+from tests.equivalence.tiny_models import some_ids
 
 pytestmark = [
     pytest.mark.train,
@@ -91,6 +91,8 @@ def train(tmp_path: Path) -> Train:
         ids = some_ids(base, 60)
         with torch.no_grad():
             logits = adapted(torch.tensor([ids])).logits[0].numpy()
+        from tests.equivalence.hf_logits import hf_logits
+
         effect = logits - hf_logits(base, ids)
         assert np.abs(effect).max() > 0.3, "an adapter that does nothing would prove nothing"
         return Trained(base, gguf, folder, ids, effect)
@@ -170,3 +172,56 @@ def test_what_peft_saves_and_gguf_cannot_hold_is_refused(
         convert_adapter(tmp_path / "adapter", base, tmp_path / "adapter.gguf")
     assert reason in caught.value.message
     assert not (tmp_path / "adapter.gguf").exists()
+
+
+FAMILIES_WITH_LORA = (
+    "qwen2", "qwen2-moe", "qwen3", "qwen3.5", "gemma-2", "gemma-3", "gemma-4-dense", "phi-2", "phi-3", "smollm3",
+    "granite", "olmo2", "stablelm", "gpt2", "gpt-neox", "falcon-40b", "starcoder2", "command-r", "glm-4",
+    "exaone-4-1.2b", "ernie-4.5", "gpt-oss",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES_WITH_LORA)
+def test_every_linear_layer_of_a_family(name: str, tmp_path: Path) -> None:
+    """Rows in another order, columns in another order, matrices stored transposed or fused: A and B follow."""
+    assert delta_error(name, tmp_path) < TOLERANCE
+
+
+def test_an_adapter_whose_columns_stay_as_they_were_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Place, "column_order", lambda self, sizes: None)
+    assert delta_error("qwen3.5", tmp_path) > 10 * TOLERANCE
+
+
+def test_what_the_graph_never_adapts_is_refused(tmp_path: Path) -> None:
+    """Gemma 4's projection of per-layer inputs: llama.cpp would load the adapter and leave it out there."""
+    with pytest.raises(UnsupportedAdapterError, match=r"per_layer_model_projection: llama.cpp's gemma4 never applies"):
+        delta_error("gemma-4", tmp_path)
+
+
+def delta_error(name: str, tmp_path: Path) -> float:
+    """How far llama.cpp's change of the logits is from PEFT's, relative to it, with LoRA on every linear layer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from tests.equivalence.hf_logits import load_model
+
+    folder = tiny_models.build(name, tmp_path / "model")
+    model = load_model(folder)
+    ids = some_ids(folder, 60)
+
+    def hf() -> Any:
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0].numpy()
+
+    plain = hf()
+    torch.manual_seed(0)
+    settings = {"init_lora_weights": False, "fan_in_fan_out": name == "gpt2"}  # whose layers are stored transposed
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=ALL_LINEAR, task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(model, config).eval()
+    expected = hf() - plain
+    assert np.abs(expected).max() > 0.1
+    model.save_pretrained(tmp_path / "lora")
+    base = convert_base(folder, tmp_path / "base.gguf", quant="f32").path
+    adapter = convert_adapter(tmp_path / "lora", base, tmp_path / "lora.gguf", dtype="f32").path
+    change = llamacpp.logits(base, ids, adapter) - llamacpp.logits(base, ids)
+    return float(np.linalg.norm(change - expected) / np.linalg.norm(expected))

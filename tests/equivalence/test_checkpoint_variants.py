@@ -18,6 +18,7 @@ from converters.errors import ConversionError
 from converters.reader import read_header
 from tests.equivalence import reference, tiny_models
 from tests.equivalence.test_families import assert_equal, difference, tensor_bytes
+from tests.equivalence.tiny_models import some_ids
 
 pytestmark = pytest.mark.train
 torch = pytest.importorskip("torch")
@@ -263,7 +264,6 @@ def test_gemma_4_without_a_cap_on_its_logits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama-3", "qwen3"])
 def test_an_untied_output_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     from tests.equivalence import llamacpp
-    from tests.equivalence.test_families import some_ids
 
     folder = tiny_models.build(name, tmp_path / "model")
     tied = convert_base(folder, tmp_path / "tied.gguf", quant="f32")

@@ -12,10 +12,9 @@ import pytest
 
 from converters.architectures import FAMILIES
 from converters.base import convert_base
-from converters.checkpoint import read_json
 from converters.reader import GGUFHeader, read_header
 from tests.equivalence import llamacpp, reference, tiny_models
-from tests.equivalence.tiny_models import TINY
+from tests.equivalence.tiny_models import TINY, some_ids
 
 pytestmark = pytest.mark.train
 
@@ -69,11 +68,6 @@ def assert_equal(ours: Path, theirs: Path) -> int:
 def test_the_file_of_llama_cpps_converter(name: str, folders: Folders, references: Folders, tmp_path: Path) -> None:
     convert_base(folders[name], tmp_path / "ours.gguf", quant="f32")
     assert assert_equal(tmp_path / "ours.gguf", references[name]) > 20
-
-
-def some_ids(folder: Path, count: int) -> list[int]:
-    vocab = read_json(folder / "config.json")["vocab_size"]
-    return np.random.default_rng(0).integers(3, vocab, count).tolist()
 
 
 def difference(name: str, folder: Path, out: Path, *, table_gelu: bool = True) -> float:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from converters.architectures import llama
@@ -15,6 +14,7 @@ from converters.base import convert_base
 from tests.converters.folders import CONFIG, make_model, safetensors_bytes, weights
 from tests.equivalence import llamacpp
 from tests.equivalence.conftest import REAL_MODELS, Builder
+from tests.equivalence.tiny_models import some_ids
 
 pytestmark = pytest.mark.train
 
@@ -42,24 +42,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def hf_logits(folder: Path, ids: list[int]) -> npt.NDArray[np.float32]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].numpy()
-
-
-def some_ids(folder: Path, count: int = 200) -> list[int]:
-    from converters.checkpoint import read_json
-
-    vocab = read_json(folder / "config.json")["vocab_size"]
-    return np.random.default_rng(0).integers(3, vocab, count).tolist()
-
-
 def difference(folder: Path, out: Path, count: int = 200) -> float:
     """The largest difference of a logit; the file is converted to F32 first."""
+    from tests.equivalence.hf_logits import hf_logits
+
     ids = some_ids(folder, count)
     convert_base(folder, out, quant="f32", force=True)
     expected = hf_logits(folder, ids)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from converters.sentencepiece_json import merges
 from converters.sentencepiece_model import read_sentencepiece
@@ -355,6 +356,7 @@ TOKENIZERS: Mapping[str, Callable[[Path], None]] = {
 }
 
 
-def copy_of(folder: Path, target: Path) -> Path:
-    """A copy to break."""
-    return Path(shutil.copytree(folder, target))
+def some_ids(folder: Path, count: int = 200) -> list[int]:
+    """Random token ids of a model's vocabulary, always the same."""
+    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+    return np.random.default_rng(0).integers(3, vocab, count).tolist()
