@@ -231,7 +231,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[ConversionError], str]] = {
     "no family": ({"architectures": None}, FormatError, "architectures is None"),
     "size": ({"hidden_size": "big"}, UnsupportedError, "hidden_size is 'big'"),
     "negative": ({"num_hidden_layers": -1}, UnsupportedError, "num_hidden_layers is -1"),
-    "layers": ({"num_hidden_layers": 10**9}, FormatError, "llama.cpp holds 512"),
+    "layers": ({"num_hidden_layers": 10**9}, UnsupportedError, "expected 1 to 512"),
     "activation": ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act is 'gelu'"),
     "quantized": ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedError, "gptq"),
     "remote code": ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, UnsupportedError, r"x\.Y"),

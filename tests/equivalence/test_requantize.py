@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 from converters import requantize as requantize_module
+from converters.base import convert_base
 from converters.block_types import TYPES
 from converters.errors import UnsupportedError
+from converters.fingerprint import fingerprint
 from converters.imatrix import Importance, ImportanceMatrix
 from converters.options import QuantizeOptions
 from converters.quant_types import RECIPES, Overrides
 from converters.reader import read_header
 from converters.requantize import requantize
-from tests.equivalence import llamacpp
+from tests.equivalence import llamacpp, tiny_models
 from tests.equivalence.gguf_models import (
     ATTENTION,
     EXPERTS,
@@ -30,6 +32,7 @@ from tests.equivalence.gguf_models import (
     stored,
     write_gguf,
 )
+from tests.equivalence.tiny_models import TINY
 
 MODELS = {
     "llama": GGUFModel(n_layer=5, n_head_kv=2),
@@ -200,6 +203,50 @@ def with_alignment(source: Path, out: Path, alignment: int) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+# Every family, from a Hugging Face model on
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's F32 file, by its name in `TINY`."""
+    pytest.importorskip("torch")
+    root, made = tmp_path_factory.mktemp("families"), dict[str, Path]()
+
+    def build(name: str) -> Path:
+        if name not in made:
+            folder = tiny_models.build(name, root / name)
+            made[name] = convert_base(folder, root / f"{name}.gguf", quant="f32").path
+        return made[name]
+
+    return build
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("name", TINY)
+def test_every_family(name: str, built: Callable[[str], Path], tmp_path: Path) -> None:
+    source, ours, theirs = built(name), tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
+    report = requantize(source, ours, QuantizeOptions("q4_k_m"))
+    llamacpp.quantize(source, theirs, RECIPES["q4_k_m"].file_type)
+    assert ours.read_bytes() == theirs.read_bytes()
+    parts = requantize(source, tmp_path / "split.gguf", QuantizeOptions("q8_0", split_max_tensors=7)).files
+    assert len(parts) > 2
+    assert report.fingerprint == fingerprint(source.parent / name) == fingerprint(ours) == fingerprint(parts[-1])
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("name", ["llama-3", "qwen2-tied", "qwen3"])
+def test_untied_embeddings_give_the_same_logits(name: str, built: Callable[[str], Path], tmp_path: Path) -> None:
+    untied = requantize(built(name), tmp_path / "untied.gguf", QuantizeOptions("f32", untie=True)).path
+    assert "output.weight" not in read_header(built(name)).tensors
+    ids = list(range(5, 30))
+    np.testing.assert_array_equal(llamacpp.logits(untied, ids), llamacpp.logits(built(name), ids))
+    # llama.cpp takes the output where there is one: another one gives other logits
+    tensor, data = read_header(untied).tensors["output.weight"], bytearray(untied.read_bytes())
+    data[tensor.offset : tensor.offset + 4] = np.float32(5).tobytes()
+    untied.write_bytes(data)
+    assert not np.array_equal(llamacpp.logits(untied, ids), llamacpp.logits(built(name), ids))
 
 
 def test_a_wrong_type_is_seen(made: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
