@@ -86,6 +86,10 @@ def read_special(
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise FormatError(f"{folder}: its tokenizer files cannot be understood ({error})") from None
     reader.found.ids = ids
+    try:
+        template_keys(reader.found.template)
+    except FormatError as error:
+        raise FormatError(f"{folder}: {error.message}") from None
     return reader.found
 
 
