@@ -18,6 +18,7 @@ import numpy as np
 
 from converters.architectures import Family, Place, Sizes, find_gguf_family
 from converters.base import Progress
+from converters.base_file import read_base_header
 from converters.checkpoint import Checkpoint, Floats, Tensors, missing_weights
 from converters.errors import BaseMismatchError, FormatError, UnsupportedAdapterError, UnsupportedError, listed
 from converters.fingerprint import fingerprint_of, fingerprint_of_header
@@ -27,7 +28,6 @@ from converters.model_card import describe
 from converters.peft_config import PeftConfig, read_peft_config
 from converters.quant_types import RECIPES, TYPES, BlockType, tensor_order
 from converters.quantize import quantize_rows
-from converters.reader import read_header
 from converters.safetensors_file import read_tensors
 from converters.writer import TensorSpec, Value, check_output, create, file_size, header_bytes
 

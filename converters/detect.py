@@ -53,7 +53,10 @@ def detect(path: Path) -> SourceKind:
     except OSError as error:
         raise MissingFileError(f"{path}: cannot be read ({error.strerror or error})") from None
     if start.startswith(MAGIC):
-        return SourceKind.GGUF_ADAPTER if read_header(path).kind == "adapter" else SourceKind.GGUF_BASE
+        header = read_header(path)
+        if header.metadata.get("general.type") == "imatrix":
+            raise FormatError(f"{path}: is an importance matrix, not a model", hint="Give it with --imatrix.")
+        return SourceKind.GGUF_ADAPTER if header.kind == "adapter" else SourceKind.GGUF_BASE
     raise _not_a_model(path, start)
 
 

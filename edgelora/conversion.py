@@ -66,13 +66,15 @@ def convert(
     store: Store | None = None,
     progress: Progress | None = None,
     measured: Callable[[int, int], None] | None = None,
+    prepared: Progress | None = None,
 ) -> BaseReport | AdapterReport:
     """Convert a base (a Hugging Face folder, or a GGUF file) or a PEFT adapter to GGUF, whichever `source` is.
 
     Args:
         out: a file, or a folder to put it in (text that ends in `/` is a folder); None is the current folder. The
             default name of a base is `NAME-QUANT.gguf`, that of an adapter `NAME.gguf`.
-        progress: called with bytes written, bytes in all, and the tensor; `measured` with windows of text read.
+        progress: called with bytes written, bytes in all, and the tensor; `measured` with windows of text read, and
+            `prepared` as `progress`, of the temporary file that is measured on.
 
     Raises:
         ConversionError, EdgeloraError: `source` is neither, is damaged, or cannot be converted exactly.
@@ -82,7 +84,7 @@ def convert(
     options, store = options or ConvertOptions(), store or Store()
     kind = detect(source)
     if kind in (SourceKind.HF_BASE, SourceKind.GGUF_BASE):
-        return _convert_base(source, out, options, store, BaseProgress(progress, measured))
+        return _convert_base(source, out, options, store, BaseProgress(progress, measured, prepared))
     if kind is SourceKind.PEFT_ADAPTER:
         return _convert_adapter(source, out, options, store, progress)
     raise ConversionError(
@@ -115,7 +117,8 @@ def _convert_adapter(
     from converters.adapter import convert_adapter
 
     if given := _given(options.base_settings):
-        raise SettingsError(f"{', '.join(given)} goes with a base, and {source} is an adapter")
+        verb = "goes" if len(given) == 1 else "go"
+        raise SettingsError(f"{', '.join(given)} {verb} with a base, and {source} is an adapter")
     base = find_base(source, options.base, store)
     contract = contract_for(source, base, store, chat_template=options.chat_template, force=options.force)
     target = _target(out, f"{source_name(source)}.gguf")
@@ -229,9 +232,9 @@ def _template_of(base: Path) -> str:
 
         with Checkpoint(base) as checkpoint:
             return str(understand(checkpoint).vocabulary.metadata.get("tokenizer.chat_template", ""))
-    from converters.reader import read_header
+    from converters.base_file import read_base_header
 
-    return str(read_header(base).metadata.get("tokenizer.chat_template", ""))
+    return str(read_base_header(base).metadata.get("tokenizer.chat_template", ""))
 
 
 def _with_golden(contract: Contract, base: Path) -> Contract:

@@ -228,10 +228,14 @@ def _gguf_beside(adapter: Path) -> list[Path]:
 
 
 def _is_base(path: Path) -> bool:
+    """Whether it can be opened as a base: of one in several parts, the first stands for all."""
     from converters.reader import read_header
 
     try:
-        return path.is_file() and read_header(path).kind == "base"
+        if not path.is_file():
+            return False
+        header = read_header(path)
+        return header.kind == "base" and not header.metadata.get("split.no")
     except ConversionError:
         return False
 

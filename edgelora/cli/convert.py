@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import click
 
 from edgelora.base_settings import BaseSettings
 from edgelora.cli.options import FILE, config_option, template_option
-from edgelora.cli.progress import bytes_bar, windows_bar
+from edgelora.cli.progress import stage_bars
 
 if TYPE_CHECKING:
     from converters.adapter import AdapterReport
@@ -37,44 +38,63 @@ class QuantName(click.ParamType[str]):
         return self._choice().convert(value, param, ctx)
 
 
-@click.command("convert")
+# Headings of the help, and which options are under each; those of no heading come first.
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "Types of tensors": ("tensor_types", "output_type", "embedding_type", "pure", "untie", "allow_requantize"),
+    "Importance of columns (IQ1 to IQ3 need it)": (
+        "imatrix", "calibrate", "calibrate_adapter", "calibrate_chunks", "save_imatrix",
+    ),
+    "Looking before and after": ("dry_run", "as_json", "check", "check_chunks"),
+    "Several files": ("split_max_size", "split_max_tensors"),
+}  # fmt: skip
+
+
+class SectionedCommand(click.Command):
+    """Help with a heading for each row of `SECTIONS`."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        records = {option.name: record for option in options if (record := option.get_help_record(ctx))}
+        sections = {name: [records.pop(option) for option in names] for name, names in SECTIONS.items()}
+        for heading, rows in {"Options": [*records.values()], **sections}.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+@click.command("convert", cls=SectionedCommand)
 @click.argument("source")
 @click.option(
-    "-o", "--out", type=click.Path(), help="File or folder to write.  [default: NAME-QUANT.gguf or NAME.gguf, here]"
+    "-o", "--out", type=click.Path(), help="File or folder to write.  [default: NAME-QUANT.gguf or NAME.gguf]"
 )
-@click.option("--quant", type=QuantName(), help="Quantization of a base: q8_0, q6_k, q4_k_m, iq4_xs, bf16 ... (README "
-              "lists all).  [default: q4_k_m]")  # fmt: skip
+@click.option("--quant", type=QuantName(), help="q8_0, q6_k, q4_k_m, iq4_xs, bf16 ... (README lists all).  "
+              "[default: q4_k_m]")  # fmt: skip
 @click.option("--base", type=FILE, help="The adapter's base: its HF folder, or a GGUF.  [default: found]")
 @template_option
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
-@click.option("--imatrix", type=FILE, help="Importance matrix (llama.cpp's GGUF or older format); IQ1 to IQ3 need one.")
-@click.option("--calibrate", type=FILE, metavar="TEXT", help="Measure an importance matrix on this text or JSONL.")
-@click.option("--calibrate-adapter", type=FILE, metavar="GGUF", help="Adapter to have active while it is measured.")
-@click.option("--calibrate-chunks", type=click.IntRange(min=1), metavar="N", help="Windows of 512 tokens to measure on.  "
-              "[default: all]")  # fmt: skip
-@click.option("--save-imatrix", type=FILE, metavar="FILE", help="Keep what --calibrate measures.")
-@click.option(
-    "--tensor-type", "tensor_types", multiple=True, metavar="EXPR=TYPE",
-    help="Type of tensors whose name an expression is found in, 'ffn_down=q6_k'; repeat for several.",
-)  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Cores to quantize on.  [default: all]")
+@click.option("--strict", is_flag=True, help="Refuse weights that are NaN or infinite (without: a warning).")
+@click.option("--force", is_flag=True, help="Replace OUT; convert an adapter against a base it was not made for.")
+@click.option("--tensor-type", "tensor_types", multiple=True, metavar="EXPR=TYPE",
+              help="For tensors whose name has EXPR in it, 'ffn_down=q6_k'; repeat for several.")  # fmt: skip
 @click.option("--output-tensor-type", "output_type", metavar="TYPE", help="Type of the output.")
 @click.option("--token-embedding-type", "embedding_type", metavar="TYPE", help="Type of the token embeddings.")
 @click.option("--pure", is_flag=True, help="One type for all tensors, not the quantization's mixture.")
 @click.option("--untie", is_flag=True, help="Write a tied output as a tensor of its own: adapters may change it then.")
 @click.option("--allow-requantize", is_flag=True, help="Quantize a GGUF that has lost precision already.")
-@click.option("--split-max-size", default="", metavar="SIZE", help="Several files of at most 2G, 500M ... of tensors.")
-@click.option("--split-max-tensors", default=0, type=click.IntRange(min=0), metavar="N", help="Several files of at most "
-              "so many tensors.")  # fmt: skip
-@click.option("--check", type=FILE, metavar="TEXT", help="Compare perplexity before and after on this text.")
-@click.option("--check-chunks", type=click.IntRange(min=1), metavar="N", help="Windows of 512 tokens to compare on.  "
-              "[default: all]")  # fmt: skip
-@click.option("--strict", is_flag=True, help="Refuse weights that are NaN or infinite (without: a warning).")
+@click.option("--imatrix", type=FILE, metavar="FILE", help="Importance matrix, in either of llama.cpp's formats.")
+@click.option("--calibrate", type=FILE, metavar="TEXT", help="Measure one on this text, or on .jsonl or .csv rows.")
+@click.option("--calibrate-adapter", type=FILE, metavar="ADAPTER", help="Have this adapter active while measuring.")
+@click.option("--calibrate-chunks", type=click.IntRange(min=1), metavar="N",
+              help="Windows of 512 tokens to read.  [default: all]")  # fmt: skip
+@click.option("--save-imatrix", type=FILE, metavar="FILE", help="Keep what --calibrate measures.")
 @click.option("--dry-run", is_flag=True, help="Show the plan: each tensor, sizes, memory, time. Write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Cores to quantize on.  [default: all this process may use]"
-)
-@click.option("--force", is_flag=True, help="Replace OUT; convert an adapter against a base it was not made for.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON.")
+@click.option("--check", type=FILE, metavar="TEXT", help="Compare the perplexity before and after on this text.")
+@click.option("--check-chunks", type=click.IntRange(min=1), metavar="N",
+              help="Windows of 512 tokens to read.  [default: all]")  # fmt: skip
+@click.option("--split-max-size", default="", metavar="SIZE", help="At most 2G, 500M ... of tensors in each.")
+@click.option("--split-max-tensors", default=0, type=click.IntRange(min=0), metavar="N",
+              help="At most so many tensors in each.")  # fmt: skip
 @config_option
 def command(
     source: str,
@@ -82,8 +102,6 @@ def command(
     base: Path | None,
     chat_template: str | None,
     revision: str | None,
-    check: Path | None,
-    check_chunks: int | None,
     as_json: bool,
     threads: int | None,
     force: bool,
@@ -105,29 +123,44 @@ def command(
       edgelora convert support/ --base my-model-q4_k_m.gguf
     """
     from converters.hub import fetch
+    from edgelora.base_conversion import BaseProgress, check_perplexity, read_inputs
     from edgelora.conversion import ConvertOptions, convert
 
     chosen = BaseSettings(**settings)
     if as_json and not chosen.dry_run:
         raise click.UsageError("--json goes with --dry-run")
-    with bytes_bar(f"Downloading {source}") as bar:
-        path = fetch(source, revision=revision, progress=bar, notice=_warn)
+    read_inputs(chosen)  # what is wrong with them is said before a download
     options = ConvertOptions(settings=chosen, base=base, chat_template=chat_template, threads=threads, force=force)
-    with bytes_bar(f"Converting {source}") as bar, windows_bar("Measuring importance") as windows:
-        report = convert(path, out, options, progress=bar, measured=windows)
+    with stage_bars() as stages:
+        path = fetch(source, revision=revision, progress=stages.bytes(f"Downloading {source}"), notice=_warn)
+        report = convert(
+            path,
+            out,
+            options,
+            progress=stages.bytes(f"Converting {source}"),
+            measured=stages.windows("Measuring importance"),
+            prepared=stages.bytes("Writing it in its own precision"),
+        )
     if plan := getattr(report, "plan", None):
         _print_plan(plan, report.notices, as_json=as_json)
         return
     _print(report)
-    if check:
-        _print_change(_checked(path, report.path, check, check_chunks, threads))
-
-
-def _checked(source: Path, made: Path, text: Path, chunks: int | None, threads: int | None) -> PerplexityChange:
-    from edgelora.base_conversion import BaseProgress, check_perplexity
-
-    with bytes_bar("Writing it in its own precision") as bar, windows_bar("Measuring perplexity") as windows:
-        return check_perplexity(source, made, text, chunks=chunks, threads=threads, progress=BaseProgress(bar, windows))
+    if chosen.check:
+        with stage_bars() as stages:
+            progress = BaseProgress(
+                measured=stages.windows("Measuring perplexity"),
+                prepared=stages.bytes("Writing it in its own precision"),
+            )
+            change = check_perplexity(
+                path,
+                report.path,
+                chosen.check,
+                chunks=chosen.check_chunks,
+                threads=threads,
+                chat_template=chat_template,
+                progress=progress,
+            )
+        _print_change(change)
 
 
 def _print(report: BaseReport | AdapterReport) -> None:
@@ -162,6 +195,8 @@ def _print_plan(plan: Plan, notices: tuple[str, ...], *, as_json: bool) -> None:
         )
     for file in plan.files:
         click.echo(f"{file.path}  {file.size_bytes:,} bytes, {file.n_tensors} tensors")
+    if not plan.fits:
+        _warn(f"does not fit on that disk: {plan.size_bytes - plan.free_bytes:,} bytes more are needed")
     click.echo(
         f"about {plan.peak_memory_bytes / 1e6:.0f} MB of memory and {plan.seconds:.0f} s; "
         f"{plan.free_bytes:,} bytes are free there"

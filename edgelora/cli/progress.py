@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -37,19 +37,31 @@ class ByteProgress:
 
 
 @contextmanager
-def windows_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for text that is read window by window: `(done, total)`. It shows only once there is something to show."""
-    from contextlib import ExitStack
-
+def stage_bars() -> Iterator[Stages]:
+    """Bars for the stages of one job: each shows with its first report, in the place of the one before it."""
     with ExitStack() as stack:
-        bars: list[CountProgress] = []
+        yield Stages(stack)
 
-        def update(done: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(count_bar(title, "windows")))
-            bars[0].update(done, total)
 
-        yield update
+class Stages:
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._title = ""
+        self._bar: Any = None
+
+    def bytes(self, title: str) -> Callable[[int, int, str], None]:
+        """Work measured in bytes: `(done_bytes, total_bytes, what)`."""
+        return lambda done, total, what: self._show(title, bytes_bar, title)(done, total, what)
+
+    def windows(self, title: str) -> Callable[[int, int], None]:
+        """A text that is read window by window: `(done, total)`."""
+        return lambda done, total: self._show(title, count_bar, title, "windows").update(done, total)
+
+    def _show(self, title: str, bar: Callable[..., AbstractContextManager[Any]], *arguments: str) -> Any:
+        if self._title != title:
+            self._stack.close()
+            self._bar, self._title = self._stack.enter_context(bar(*arguments)), title
+        return self._bar
 
 
 @contextmanager

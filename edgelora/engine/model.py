@@ -23,16 +23,24 @@ class Model:
         path: a GGUF base.
         gpu_layers: layers to put on the GPU, -1 for all of them.
         keep_going: asked while loading; False gives up.
+        vocab_only: load no weights; the file may have none.
 
     Raises:
         ModelFileError: missing, truncated, an adapter, no vocabulary, or refused by llama.cpp with its reason.
     """
 
-    def __init__(self, path: Path, *, gpu_layers: int = -1, keep_going: Callable[[], bool] = lambda: True) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        *,
+        gpu_layers: int = -1,
+        keep_going: Callable[[], bool] = lambda: True,
+        vocab_only: bool = False,
+    ) -> None:
         self.header: GGUFHeader = read_checked(path, "base")
+        self.path = self.header.path  # of a split base, llama.cpp opens the first part
         check_base(self.header)
-        self._handle = _load(path, gpu_layers, keep_going)
+        self._handle = _load(self.path, gpu_layers, keep_going, vocab_only)
         try:
             self.vocab = llama().llama_model_get_vocab(self.pointer)
             self.tokenizer = open_tokenizer(self.vocab, self.header.metadata)
@@ -40,6 +48,8 @@ class Model:
             self.close()
             raise
         self.n_ctx_train: int = llama().llama_model_n_ctx_train(self.pointer)
+        if vocab_only:  # llama.cpp reads no sizes then
+            self.n_ctx_train = int(self.header.metadata.get(f"{self.architecture}.context_length", 0))
         self.n_vocab = self.tokenizer.size
 
     @property
@@ -72,10 +82,10 @@ class Model:
         self._handle.close()
 
 
-def _load(path: Path, gpu_layers: int, keep_going: Callable[[], bool]) -> Handle:
+def _load(path: Path, gpu_layers: int, keep_going: Callable[[], bool], vocab_only: bool) -> Handle:
     library = llama()
     params = library.llama_model_default_params()
-    params.n_gpu_layers = gpu_layers
+    params.n_gpu_layers, params.vocab_only = gpu_layers, vocab_only
     progress = library.llama_progress_callback(lambda _fraction, _data: keep_going())
     params.progress_callback = progress
     forget_log()

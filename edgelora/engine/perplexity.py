@@ -113,6 +113,7 @@ def compare_perplexity(
     chunks: int | None = None,
     threads: int | None = None,
     gpu_layers: int = 0,
+    chat_template: ChatTemplate | None = None,
     progress: Progress | None = None,
 ) -> PerplexityChange:
     """The perplexity of two files on one text. `progress` is called for both, one after the other.
@@ -130,6 +131,7 @@ def compare_perplexity(
             chunks=chunks,
             threads=threads,
             gpu_layers=gpu_layers,
+            chat_template=chat_template,
             progress=progress,
         )
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from converters.base_file import read_base_header
 from converters.errors import ConversionError
 from converters.reader import GGUFHeader, TensorInfo, read_header
 from edgelora.contract import Contract
@@ -40,7 +41,7 @@ Pair = tuple[TensorInfo | None, TensorInfo | None]
 
 
 def read_checked(path: Path, kind: str) -> GGUFHeader:
-    """The header of a GGUF that must be a `kind` ("base" or "adapter").
+    """The header of a GGUF that must be a `kind` ("base" or "adapter"); of all parts of a base that is split.
 
     Raises:
         ModelFileError: missing, a folder, not GGUF, truncated, or the other kind.
@@ -50,7 +51,7 @@ def read_checked(path: Path, kind: str) -> GGUFHeader:
             f"{path}: a folder, expected a GGUF {kind}", hint=f"Convert it first: `edgelora convert {path}`."
         )
     try:
-        header = read_header(path)
+        header = read_base_header(path) if kind == "base" else read_header(path)
         _ = header.architecture
     except ConversionError as error:
         raise ModelFileError(error.message, hint=error.hint) from None

@@ -13,7 +13,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ BATCH_TOKENS, UBATCH_TOKENS = 2048, 512
 """llama.cpp's tools decode so many tokens at a time, and compute so many at once (`common_params`, common.h)."""
 LOGITS_BUDGET_BYTES = 512 << 20
 """Where the logits of a whole batch take more, a batch is one window: what the tools do with `-b CHUNK_SIZE`."""
+CHECKED_CHARACTERS = 100_000  # of a plain text, to see that it fills a window
 MIN_CHUNK_SIZE = 16  # llama-imatrix looks at no fewer rows at once
 
 Source = CalibrationText | str | Sequence[int]
@@ -156,6 +157,7 @@ class Windows:
             adapters = Adapters(self.model)
             undo.callback(adapters.close)
             self.adapter = _load_adapter(adapters, settings)
+            self._encoder = Encoder(self.model, settings, self.adapter.template)
             self.shape = BatchShape.of(settings, self.model)
             self._context = self._open_context()
             undo.callback(self._context.close)
@@ -197,57 +199,11 @@ class Windows:
     @property
     def bos(self) -> int | None:
         """The token that every window begins with, if the vocabulary asks for one."""
-        library, vocab = llama(), self.model.vocab
-        token = int(library.llama_vocab_bos(vocab))
-        return token if library.llama_vocab_get_add_bos(vocab) and token >= 0 else None
+        return self._encoder.bos
 
     def tokens(self, source: Source) -> list[int]:
-        """The tokens of a text, of conversations one after the other, or those that are given; led by `bos`.
-
-        Raises:
-            DataFileError: too few for one window, or ids the base does not have, or conversations that its chat
-                template refuses.
-            ModelFileError: conversations, and no chat template.
-        """
-        tokens = list(self._encode(source))
-        if strange := [token for token in tokens if type(token) is not int or not 0 <= token < self.model.n_vocab]:
-            raise DataFileError(f"token {strange[0]!r}: {self.settings.base} has {self.model.n_vocab} tokens")
-        if self.bos is not None and tokens[:1] != [self.bos]:
-            tokens.insert(0, self.bos)
-        if len(tokens) < self.shape.chunk_size:
-            name = source.name if isinstance(source, CalibrationText) else "the text"
-            raise DataFileError(
-                f"{name} is {len(tokens)} tokens long; a window takes {self.shape.chunk_size}",
-                hint="Give a longer text, or a smaller chunk size.",
-            )
-        return tokens
-
-    def _encode(self, source: Source) -> Sequence[int]:
-        if isinstance(source, CalibrationText) and source.conversations:
-            return self._conversation_tokens(source.conversations)
-        text = source.text if isinstance(source, CalibrationText) else source
-        return self.model.tokenizer.encode(text, special=False) if isinstance(text, str) else text
-
-    def _conversation_tokens(self, conversations: Sequence[Conversation]) -> list[int]:
-        own = self.settings.chat_template or self.adapter.template or self.model.chat_template()
-        tokens: list[int] = []
-        problems = []
-        for conversation in conversations:
-            template = own or (None if conversation.templated else ChatTemplate(BUILTIN["plain"]))
-            if template is None:
-                raise ModelFileError(
-                    f"{self.settings.base} has no chat template, which {conversation.source} needs",
-                    hint="Name one with --chat-template, or give plain text.",
-                )
-            try:
-                tokens += encode_prompt(
-                    self.model.tokenizer, template, conversation.messages, add_generation_prompt=False
-                )
-            except ModelFileError as error:
-                problems.append(f"{conversation.source}: {error.message}")
-        if problems:
-            raise DataFileError(listed("conversations that the chat template refuses", problems))
-        return tokens
+        """See `Encoder.tokens`."""
+        return self._encoder.tokens(source)
 
     def count(self, tokens: Sequence[int]) -> int:
         """How many windows are read."""
@@ -290,6 +246,97 @@ class Windows:
             raise EdgeloraError(f"llama.cpp could not decode {batch.n_tokens} tokens: {reason()}")
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """What a text is in tokens, for a base.
+
+    Attributes:
+        template: of an adapter; that of `settings` wins over it, and it over the base's own.
+    """
+
+    model: Model
+    settings: WindowSettings
+    template: ChatTemplate | None = None
+
+    @property
+    def bos(self) -> int | None:
+        """The token that every window begins with, if the vocabulary asks for one."""
+        library, vocab = llama(), self.model.vocab
+        token = int(library.llama_vocab_bos(vocab))
+        return token if library.llama_vocab_get_add_bos(vocab) and token >= 0 else None
+
+    def tokens(self, source: Source) -> list[int]:
+        """The tokens of a text, of conversations one after the other, or those that are given; led by `bos`.
+
+        Raises:
+            DataFileError: too few for one window, or ids the base does not have, or conversations that its chat
+                template refuses.
+            ModelFileError: conversations, and no chat template.
+        """
+        tokens = list(self._encode(source))
+        if strange := [token for token in tokens if type(token) is not int or not 0 <= token < self.model.n_vocab]:
+            raise DataFileError(f"token {strange[0]!r}: {self.settings.base} has {self.model.n_vocab} tokens")
+        if self.bos is not None and tokens[:1] != [self.bos]:
+            tokens.insert(0, self.bos)
+        if len(tokens) < self.settings.chunk_size:
+            name = source.name if isinstance(source, CalibrationText) else "the text"
+            raise DataFileError(
+                f"{name} is {len(tokens)} tokens long; a window takes {self.settings.chunk_size}",
+                hint="Give a longer text, or a smaller chunk size.",
+            )
+        return tokens
+
+    def _encode(self, source: Source) -> Sequence[int]:
+        if isinstance(source, CalibrationText) and source.conversations:
+            return self._conversation_tokens(source.conversations)
+        text = source.text if isinstance(source, CalibrationText) else source
+        return self.model.tokenizer.encode(text, special=False) if isinstance(text, str) else text
+
+    def _conversation_tokens(self, conversations: Sequence[Conversation]) -> list[int]:
+        own = self.settings.chat_template or self.template or self.model.chat_template()
+        tokens: list[int] = []
+        problems = []
+        for conversation in conversations:
+            template = own or (None if conversation.templated else ChatTemplate(BUILTIN["plain"]))
+            if template is None:
+                raise ModelFileError(
+                    f"{self.settings.base} has no chat template, which {conversation.source} needs",
+                    hint="Name one with --chat-template, or give plain text.",
+                )
+            try:
+                tokens += encode_prompt(
+                    self.model.tokenizer, template, conversation.messages, add_generation_prompt=False
+                )
+            except ModelFileError as error:
+                problems.append(f"{conversation.source}: {error.message}")
+        if problems:
+            raise DataFileError(listed("conversations that the chat template refuses", problems))
+        return tokens
+
+
+def check_text(path: Path, source: Source, base: Path, chat_template: ChatTemplate | None = None) -> None:
+    """Refuse a text that `Windows.tokens` would refuse, with no more of a model than its vocabulary.
+
+    Args:
+        path: a GGUF base, or a file with the metadata of one and no weights.
+        base: what messages call it.
+
+    Raises:
+        DataFileError: too few tokens for one window, or conversations that the chat template refuses.
+        SettingsError: windows longer than what the base was made for.
+        ModelFileError: conversations, and no chat template; or a vocabulary that llama.cpp cannot load.
+    """
+    settings = WindowSettings(base, chat_template=chat_template)
+    model = Model(path, vocab_only=True)
+    try:
+        _check_length(settings, model.n_ctx_train)
+        if isinstance(source, CalibrationText) and not source.conversations:
+            source = replace(source, text=source.text[:CHECKED_CHARACTERS])
+        Encoder(model, settings).tokens(source)
+    finally:
+        model.close()
+
+
 def _load_adapter(adapters: Adapters, settings: WindowSettings) -> Adapter:
     if settings.adapter is None:
         return BARE
@@ -315,12 +362,8 @@ class BatchShape:
         Raises:
             SettingsError: windows longer than the base's context, or more memory than is free.
         """
-        size, trained = settings.chunk_size, model.n_ctx_train
-        if size > trained:
-            raise SettingsError(
-                f"windows of {size} tokens; {settings.base} was trained with {trained}",
-                hint="Give a smaller chunk size.",
-            )
+        size = settings.chunk_size
+        _check_length(settings, model.n_ctx_train)
         logits = 4 * model.n_vocab
         fits = BATCH_TOKENS * logits <= LOGITS_BUDGET_BYTES
         batch = settings.batch_tokens or (BATCH_TOKENS if fits else min(size, BATCH_TOKENS))
@@ -328,6 +371,14 @@ class BatchShape:
         shape = cls(size, sequences, min(batch, sequences * size))
         _check_memory(shape.batch_tokens * logits + sequences * size * model.kv_bytes_per_token(), size)
         return shape
+
+
+def _check_length(settings: WindowSettings, trained: int) -> None:
+    if settings.chunk_size > trained:
+        raise SettingsError(
+            f"windows of {settings.chunk_size} tokens; {settings.base} was trained with {trained}",
+            hint="Give a smaller chunk size.",
+        )
 
 
 def _check_memory(needed: int, chunk_size: int) -> None:

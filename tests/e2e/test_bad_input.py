@@ -85,7 +85,7 @@ def test_unknown_architecture(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config.update(architectures=["LlamoForCausalLM"], model_type="llamo")
     (folder / "config.json").write_text(json.dumps(config))
-    refused(run("convert", folder), 3, "LlamoForCausalLM", "nearest is LlamaForCausalLM")
+    refused(run("convert", folder), 3, "LlamoForCausalLM", "the nearest known one is LlamaForCausalLM")
 
 
 def test_unknown_quantization_template_and_option(tiny_q8: Path) -> None:

@@ -12,6 +12,7 @@ from converters.base import convert_base
 from converters.errors import ConversionError
 from converters.reader import read_header
 from edgelora.adapter_ref import AdapterRef
+from edgelora.base_settings import BaseSettings
 from edgelora.contract import GOLDEN_MESSAGES, Contract
 from edgelora.conversion import ConvertOptions, adapter_from_folder, convert
 from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError, SettingsError
@@ -113,8 +114,14 @@ def test_options_that_do_not_belong(folder: Path, gguf_base: Path, tmp_path: Pat
         convert(folder, tmp_path / "a.gguf", ConvertOptions(quant="q8_0"))
     with pytest.raises(SettingsError, match="--base goes with an adapter"):
         convert(TINY_BASE, tmp_path / "b.gguf", ConvertOptions(base=gguf_base))
-    with pytest.raises(ConversionError, match="is a GGUF base already"):
+    several = BaseSettings(untie=True, check=gguf_base)
+    with pytest.raises(SettingsError, match="--untie, --check go with a base"):
+        convert(folder, tmp_path / "a.gguf", ConvertOptions(settings=several))
+    with pytest.raises(ConversionError, match="is quantized already"):
         convert(gguf_base, tmp_path / "c.gguf")
+    adapter = convert(folder, tmp_path / "adapter.bin").path
+    with pytest.raises(ConversionError, match="is a GGUF adapter already"):
+        convert(adapter, tmp_path / "e.gguf")
     assert sorted(path.name for path in tmp_path.glob("*.gguf")) == []
 
 
