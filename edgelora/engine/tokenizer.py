@@ -8,9 +8,10 @@ ids or none.
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
@@ -195,17 +196,81 @@ class HuggingFaceTokenizer(Tokenizer):
         return ids
 
     def decoder(self) -> Decoder:
-        return _StreamDecoder(self._tokenizer)
+        return _ByteLevelDecoder(self._tokenizer) if self._is_byte_level else _StreamDecoder(self)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        decoder = json.loads(self._tokenizer.to_str()).get("decoder") or {}
+        parts = decoder.get("decoders", ()) if decoder.get("type") == "Sequence" else (decoder,)
+        return [part.get("type") for part in parts] == ["ByteLevel"]
+
+    @cached_property
+    def bytes_of_tokens(self) -> Mapping[int, bytes]:
+        """The tokens that stand for one byte each (`<0x0A>`), where the tokenizer decodes them so."""
+        if "ByteFallback" not in str(json.loads(self._tokenizer.to_str()).get("decoder")):
+            return {}
+        ids = {self._tokenizer.token_to_id(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
+        return {token: data for token, data in ids.items() if token is not None}
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def stream(self) -> Callable[[int], str]:
+        """The package's decoder of one reply: what each token adds, nothing before a character is whole."""
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: str(stream.step(self._tokenizer, token) or "")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE writes bytes as (`bytes_to_unicode`, GPT-2's encoder.py)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + number): byte for number, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+class _ByteLevelDecoder(Decoder):
+    """Every token has its own bytes, whatever is before it. A token with other characters is its own text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._text_of = tokenizer.id_to_token
+        self._special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    def bytes_of(self, token: int) -> bytes:
+        text = "" if token in self._special else str(self._text_of(token) or "")
+        try:
+            return bytes([_BYTE_OF[character] for character in text])
+        except KeyError:
+            return text.encode("utf-8", errors="replace")
 
 
 class _StreamDecoder(Decoder):
-    def __init__(self, tokenizer: Any) -> None:
-        from tokenizers.decoders import DecodeStream
+    """The package's decoder, which takes a byte back that was already told when the next one makes it invalid, and
+    raises then. So tokens that are bytes go out as they are, and it never sees them."""
 
-        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
+    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
+        self._tokenizer, self._bytes, self._step = tokenizer, tokenizer.bytes_of_tokens, tokenizer.stream()
+        self._begun = False
 
     def bytes_of(self, token: int) -> bytes:
-        return (self._stream.step(self._tokenizer, token) or "").encode("utf-8", errors="replace")
+        data = self._bytes.get(token)
+        if data is None:
+            data = self._text_of(token).encode("utf-8", errors="replace")
+        elif not self._begun:
+            self._text_of(next(number for number, byte in self._bytes.items() if byte == b"x"))  # a text has begun
+        self._begun = True
+        return data
+
+    def _text_of(self, token: int) -> str:
+        try:
+            return self._step(token)
+        except Exception:  # the package raises bare Exception
+            self._step = self._tokenizer.stream()
+            return self._tokenizer.text([token])
 
 
 def open_tokenizer(vocab: Any, metadata: Mapping[str, Any]) -> Tokenizer:

@@ -48,7 +48,7 @@ def write_adapter(
     header, rng = read_header(base), np.random.default_rng(seed)
     weights: dict[str, np.ndarray | None] = {}
     for name, tensor in header.tensors.items():
-        if name.split(".")[-2] in LINEARS:
+        if name.split(".")[-2] in LINEARS and name.endswith(".weight"):
             n_out, n_in = tensor.shape
             weights[f"{name}.lora_a"] = rng.standard_normal((rank, n_in), dtype=np.float32) * n_in**-0.5
             weights[f"{name}.lora_b"] = rng.standard_normal((n_out, rank), dtype=np.float32) * strength
