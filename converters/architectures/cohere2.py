@@ -6,8 +6,14 @@ from typing import Any
 
 from converters.architectures.blocks import attention, embeddings, gated_mlp, norm
 from converters.architectures.family import Config, Family
-from converters.architectures.olmo2 import layer_types
-from converters.architectures.settings import common, rope_type_problems, rotary_dim, whole_rope
+from converters.architectures.olmo2 import INTERVAL, layer_types
+from converters.architectures.settings import (
+    common,
+    rope_type_problems,
+    rotary_dim,
+    usual_head_dim,
+    whole_rope,
+)
 
 ROWS = (*embeddings()[:2], norm("input_layernorm", "attn_norm"), *attention(), *gated_mlp())
 
@@ -23,10 +29,15 @@ def hyperparameters(config: Config) -> dict[str, Any]:
     }
 
 
+def derived(config: Config) -> dict[str, Any]:
+    interval = config.get("sliding_window_pattern", config.get("_sliding_window_pattern", INTERVAL))
+    return {"layer_types": layer_types(config, interval)}
+
+
 def problems(config: Config) -> list[str]:
-    pattern = layer_types(config)["layer_types"]
+    pattern = layer_types(config, INTERVAL)
     own = [] if config["layer_types"] == pattern else ["layer_types: llama.cpp's cohere2 sees all in every 4th layer"]
-    return [*own, *rope_type_problems("default")(config), *whole_rope(config)]
+    return [*own, *usual_head_dim(config), *rope_type_problems("default")(config), *whole_rope(config)]
 
 
 FAMILY = Family(
@@ -38,9 +49,9 @@ FAMILY = Family(
         "tie_word_embeddings": True,
     },
     fills_head_dim=True,
-    derived=layer_types,
+    derived=derived,
     aliases={"rotary_pct": "partial_rotary_factor"},
     fixed={"attention_bias": False},
-    kinds={"sliding_window": "whole", "logit_scale": "number"},
+    kinds={"sliding_window": "whole", "sliding_window_pattern": "whole?", "logit_scale": "number"},
     problems=problems,
 )  # fmt: skip

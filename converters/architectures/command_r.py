@@ -6,7 +6,7 @@ from typing import Any
 
 from converters.architectures.blocks import attention, embeddings, gated_mlp, head_norms, norm, where
 from converters.architectures.family import Config, Family
-from converters.architectures.settings import common, rope_type_problems, whole_rope
+from converters.architectures.settings import common, rope_type_problems, usual_head_dim, whole_rope
 
 ROWS = (
     *embeddings()[:2],  # always tied
@@ -36,7 +36,7 @@ def problems(config: Config) -> list[str]:
     own = [] if bool(config.get("use_qk_norm")) == wanted else [
         f"use_qk_norm is {config.get('use_qk_norm', False)}, and llama.cpp expects {wanted} at this number of layers"
     ]  # fmt: skip
-    return [*own, *rope_type_problems("default")(config), *whole_rope(config)]
+    return [*own, *usual_head_dim(config), *rope_type_problems("default")(config), *whole_rope(config)]
 
 
 FAMILY = Family(

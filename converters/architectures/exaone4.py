@@ -8,6 +8,7 @@ from converters.architectures.blocks import attention, embeddings, gated_mlp, he
 from converters.architectures.family import Config, Family
 from converters.architectures.settings import (
     common,
+    is_whole,
     llama3_factors,
     rope_type_problems,
     sliding_layers,
@@ -40,7 +41,7 @@ def layer_types(config: Config) -> dict[str, Any]:
     elif isinstance(pattern, str):
         local = [pattern[n % len(pattern)] == "L" for n in layers]
     else:
-        local = [(n + 1) % pattern != 0 for n in layers]
+        local = [is_whole(pattern) and (n + 1) % pattern != 0 for n in layers]
     return {"layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in local]}
 
 
@@ -51,7 +52,12 @@ def problems(config: Config) -> list[str]:
     is_32b, layers = config["num_hidden_layers"] == LAYERS_OF_32B, range(config["num_hidden_layers"])
     pattern = [is_32b and (n + 1) % 4 != 0 for n in layers]
     usual = config["hidden_size"] // config["num_attention_heads"]
+    window = config.get("sliding_window_pattern")
     checks = (
+        (
+            not window or is_whole(window) or isinstance(window, str),  # 0: without windows
+            f"sliding_window_pattern is {window!r}, expected a number of layers, or a letter for each",
+        ),
         (config.get("head_dim", usual) == usual, f"head_dim is {config.get('head_dim')}, and llama.cpp takes {usual}"),
         (
             sliding_layers(config) == pattern,
@@ -67,9 +73,12 @@ FAMILY = Family(
     "exaone4",
     ROWS,
     hyperparameters,
-    defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "num_key_value_heads": 32},
+    defaults={
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "num_key_value_heads": 32, "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+    },
     derived=layer_types,
     kinds={"sliding_window": "whole?"},
     problems=problems,
     computed=llama3_factors,
-)
+)  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 from converters.architectures import gemma
 from converters.architectures.blocks import attention, embeddings, gated_mlp, norm
 from converters.architectures.family import PLUS_ONE, Config, Family
+from converters.architectures.settings import is_number
 from converters.tokenizer_rules import GEMMA_RULES
 
 NORMS = (
@@ -34,6 +35,10 @@ def problems(config: Config) -> list[str]:
     scalar = config.get("query_pre_attn_scalar", wanted)
     pattern = ["sliding_attention" if n % 2 == 0 else "full_attention" for n in range(layers)]
     checks = (
+        *(
+            (is_number(config.get(key)), f"{key} is {config.get(key)!r}, and llama.cpp's gemma2 wants a number")
+            for key in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
+        ),
         (scalar == wanted, f"query_pre_attn_scalar is {scalar}, and llama.cpp's gemma2 takes {wanted}"),
         (config.get("layer_types", pattern) == pattern, "layer_types do not alternate, as llama.cpp's gemma2 does"),
     )

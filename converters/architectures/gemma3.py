@@ -8,7 +8,7 @@ from converters.architectures import gemma
 from converters.architectures.blocks import attention, embeddings, gated_mlp, head_norms
 from converters.architectures.family import PLUS_ONE, Config, Family
 from converters.architectures.gemma2 import NORMS
-from converters.architectures.settings import common, full_rope, rope_type_problems, whole_rope
+from converters.architectures.settings import common, full_rope, is_number, rope_type_problems, whole_rope
 from converters.tokenizer_rules import GEMMA_RULES
 
 INTERVAL = 6
@@ -42,6 +42,7 @@ def problems(config: Config) -> list[str]:
     scalar = config.get("query_pre_attn_scalar", wanted)
     pattern = derived({"num_hidden_layers": layers})["layer_types"]
     checks = (
+        (is_number(config.get("sliding_window")), f"sliding_window is {config.get('sliding_window')!r}"),
         (scalar == wanted, f"query_pre_attn_scalar is {scalar}, and llama.cpp's gemma3 takes {wanted}"),
         (config["layer_types"] == pattern, f"layer_types: llama.cpp's gemma3 has full attention in every {INTERVAL}th"),
         (not config.get("attn_logit_softcapping"), "attn_logit_softcapping, which llama.cpp's gemma3 has not"),

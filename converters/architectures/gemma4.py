@@ -6,6 +6,7 @@ values with earlier ones, and values may be keys. llama.cpp: src/models/gemma4.c
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import numpy.typing as npt
 from converters.architectures import gemma
 from converters.architectures.blocks import BLK, LAYER, attention, embeddings, gated_mlp, head_norms, norm, where
 from converters.architectures.family import Config, Family, Present, Row
-from converters.architectures.settings import common, full_rope, is_number, sliding_layers
+from converters.architectures.settings import common, full_rope, is_number, is_whole, sliding_layers
 from converters.tokenizer_rules import GEMMA_4_RULES
 
+UNUSED = "unused."  # before the names of weights that a checkpoint has and transformers does not load
 UNROTATED = 1e30  # a frequency divided by this does not turn
 
 
@@ -73,10 +75,14 @@ ROWS = (
 )  # fmt: skip
 
 
+FULL_HEAD_DIM = 512  # what transformers takes for layers of full attention
+OWN = ("head_dim", "num_key_value_heads")  # settings that a layer may have for itself
+
+
 def _of_full_layers(config: Config, name: str, older: str) -> Any:
     """A setting that layers of full attention have for themselves: `per_layer_config`, or a key of its own."""
-    if config.get(older) is not None:
-        return config[older]
+    if config.get(older) is not None or not config.get("per_layer_config"):
+        return config.get(older)
     own: Config = config.get("per_layer_config") or {}
     kinds = config["layer_types"]
     full = [
@@ -85,9 +91,14 @@ def _of_full_layers(config: Config, name: str, older: str) -> Any:
     return full[0] if full else None
 
 
+def _full_head_dim(config: Config) -> int:
+    own: int | None = _of_full_layers(config, "head_dim", "global_head_dim")
+    return own or (config["head_dim"] if config.get("per_layer_config") else FULL_HEAD_DIM)
+
+
 def hyperparameters(config: Config) -> dict[str, Any]:
     values, sliding = common(config), sliding_layers(config)
-    full_dim = _of_full_layers(config, "head_dim", "global_head_dim") or config["head_dim"]
+    full_dim = _full_head_dim(config)
     local = config["rope_parameters"]["sliding_attention"]
     values |= {
         "attention.sliding_window": config["sliding_window"],
@@ -118,7 +129,7 @@ def hyperparameters(config: Config) -> dict[str, Any]:
 def computed(config: Config) -> dict[str, npt.NDArray[np.float32]]:
     """Which part of a head is rotated in layers that see the whole context: the first values of each half."""
     rope = full_rope(config)
-    dim = _of_full_layers(config, "head_dim", "global_head_dim") or config["head_dim"]
+    dim = _full_head_dim(config)
     rotated = int(dim * rope.get("partial_rotary_factor", 1.0) / 2)
     return {"rope_freqs.weight": np.array([1.0] * rotated + [UNROTATED] * (dim // 2 - rotated), np.float32)}
 
@@ -129,17 +140,54 @@ def derived(config: Config) -> dict[str, Any]:
     return {"layer_types": kinds}
 
 
+def _is_size(value: Any) -> bool:
+    return value is None or is_whole(value)
+
+
 def problems(config: Config) -> list[str]:
     ropes = config["rope_parameters"]
     kinds = {name: ropes[name].get("rope_type") for name in ropes if isinstance(ropes[name], dict)}
+    own = config.get("per_layer_config") or {}
+    types, first_shared = config["layer_types"], config["num_hidden_layers"] - config["num_kv_shared_layers"]
+    odd = [n for n, layer in own.items() if not isinstance(layer, dict) or not all(map(_is_size, map(layer.get, OWN)))]
     checks = (
+        (
+            not odd,
+            f"per_layer_config has layers ({', '.join(odd)}) whose {' or '.join(OWN)} is no positive whole number",
+        ),
         (
             kinds == {"full_attention": "proportional", "sliding_attention": "default"},
             f"rope_parameters are {kinds}, expected proportional for full and default for sliding attention",
         ),
         (is_number(config.get("sliding_window")), f"sliding_window is {config.get('sliding_window')!r}"),
+        (types[-1:] == ["full_attention"], "the last layer has no full attention, which transformers gives it"),
+        # Which layer's they are: `reuse` of the KV cache, src/llama-model.cpp; `kv_sharing_modes` of transformers.
+        (
+            first_shared == config["num_hidden_layers"]
+            or types[first_shared - 2 : first_shared] == ["sliding_attention", "full_attention"],
+            f"num_kv_shared_layers is {config['num_kv_shared_layers']}, and llama.cpp takes the keys of the two layers "
+            "before the shared ones for those of a layer with a window and of one that sees all",
+        ),
+        (
+            not config.get("num_global_key_value_heads") or bool(config.get("attention_k_eq_v")),
+            "num_global_key_value_heads without attention_k_eq_v, which transformers does not read and llama.cpp does",
+        ),
     )
     return [problem for ok, problem in checks if not ok]
+
+
+def rename(name: str, config: Config) -> str:
+    """Keys and values of layers that take an earlier layer's: checkpoints have them, and nothing reads them."""
+    layers, shared = config.get("num_hidden_layers"), config.get("num_kv_shared_layers") or 0
+    found = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\.weight", name)
+    is_unused = found and is_whole(layers) and is_whole(shared) and int(found[1]) >= layers - shared
+    return UNUSED + name if is_unused else name
+
+
+def notices(config: Config) -> list[str]:
+    shared = config["num_kv_shared_layers"]
+    said = f"the last {shared} layers use the keys and values of earlier ones: weights for their own are left out"
+    return [said] if shared else []
 
 
 FAMILY = Family(
@@ -157,14 +205,18 @@ FAMILY = Family(
     aliases={"top_k_experts": "num_experts_per_tok", "expert_intermediate_size": "moe_intermediate_size"},
     derived=derived,
     activations=gemma.GELU,
-    fixed={"attention_bias": False, "use_bidirectional_attention": False},
+    # "vision": tokens of an image see one another, those of a text do not
+    fixed={"attention_bias": False, "use_bidirectional_attention": "vision"},
     kinds={
+        "head_dim": "whole",
         "sliding_window": "whole", "num_kv_shared_layers": "count", "hidden_size_per_layer_input": "count?",
         "final_logit_softcapping": "number?", "global_head_dim": "whole?", "num_global_key_value_heads": "whole?",
         "per_layer_config": "object?",
     },
     problems=problems,
+    notices=notices,
     computed=computed,
-    ignored=gemma.FAMILY.ignored,
+    ignored=(*gemma.FAMILY.ignored, rf"{re.escape(UNUSED)}.*"),
+    rename=rename,
     tokenizer=GEMMA_4_RULES,
 )  # fmt: skip

@@ -43,6 +43,7 @@ FAMILY = Family(
     derived=lambda config: {"intermediate_size": config.get("n_inner") or 4 * config["hidden_size"],
                             "num_key_value_heads": config["num_attention_heads"]},
     derived_wins=True,
+    kinds={"n_inner": "whole?"},
     aliases={"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers",
              "n_positions": "max_position_embeddings"},
     activations=GELU,

@@ -9,7 +9,7 @@ from typing import Any
 
 from converters.architectures.blocks import BLK, LAYER, attention, embeddings, norm
 from converters.architectures.family import Config, Family, Indices, Order, Row, every_second
-from converters.architectures.settings import common, full_rope, rope_type_problems, whole_rope
+from converters.architectures.settings import common, full_rope, is_number, rope_type_problems, whole_rope
 from converters.architectures.sizes import Sizes
 
 EXPERTS = f"{LAYER}.mlp.experts"
@@ -76,6 +76,8 @@ def layer_types(config: Config) -> dict[str, Any]:
 def problems(config: Config) -> list[str]:
     pattern = layer_types(config)["layer_types"]
     own = [] if config["layer_types"] == pattern else ["layer_types do not alternate, as llama.cpp's gpt-oss does"]
+    window = config.get("sliding_window")
+    own += [] if is_number(window) else [f"sliding_window is {window!r}, expected a number"]
     return [*own, *rope_type_problems("default", "yarn")(config), *whole_rope(config)]
 
 
@@ -97,12 +99,12 @@ FAMILY = Family(
         "attention_bias": True,
         "rope_parameters": {
             "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
-            "original_max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096, "truncate": False,
         },
     },
     derived=layer_types,
     aliases={"num_local_experts": "num_experts"},
-    fixed={"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+    fixed={"attention_bias": True, "tie_word_embeddings": False, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     kinds={"sliding_window": "whole"},
     problems=problems,
     notices=notices,

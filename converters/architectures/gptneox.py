@@ -59,7 +59,7 @@ FAMILY = Family(
     derived_wins=True,
     aliases={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
     activations=("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh"),
-    fixed={"attention_bias": True},
+    fixed={"attention_bias": True, "tie_word_embeddings": False},
     problems=rope_type_problems("default"),
     ignored=(*IGNORED, r".*\.attention\.rotary_emb\..*"),
 )  # fmt: skip

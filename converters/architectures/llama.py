@@ -9,7 +9,14 @@ from typing import Any
 
 from converters.architectures.blocks import attention, embeddings, experts, gated_mlp, norm
 from converters.architectures.family import Config, Family, Indices, interleaved_rows
-from converters.architectures.settings import common, head_dim, llama3_factors, rope_type_problems, whole_rope
+from converters.architectures.settings import (
+    common,
+    head_dim,
+    llama3_factors,
+    rope_type_problems,
+    whole_rope,
+    window_notices,
+)
 from converters.architectures.sizes import Sizes
 from converters.tokenizer_rules import LLAMA_RULES
 
@@ -49,21 +56,15 @@ def problems(config: Config) -> list[str]:
     return [*rope_type_problems("default", "linear", "llama3", "yarn")(config), *whole_rope(config)]
 
 
-def notices(config: Config) -> list[str]:
-    window = config.get("sliding_window")
-    if isinstance(window, int) and window < (config.get("max_position_embeddings") or 0):
-        return [f"sliding_window {window} is not applied by llama.cpp: equal up to {window} tokens of context"]
-    return []
-
-
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
 FAMILY = Family(
-    "llama", ROWS, hyperparameters, defaults=DEFAULTS, fills_head_dim=True, problems=problems, notices=notices,
+    "llama", ROWS, hyperparameters, defaults=DEFAULTS, fills_head_dim=True, problems=problems,
     computed=llama3_factors, tokenizer=LLAMA_RULES,
 )  # fmt: skip
 MISTRAL = Family(
-    "llama", ROWS, hyperparameters, defaults={**DEFAULTS, "max_position_embeddings": 131072, "num_key_value_heads": 8},
-    fills_head_dim=True, problems=problems, notices=notices, computed=llama3_factors, tokenizer=LLAMA_RULES,
+    "llama", ROWS, hyperparameters,
+    defaults={**DEFAULTS, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    fills_head_dim=True, problems=problems, notices=window_notices, computed=llama3_factors, tokenizer=LLAMA_RULES,
 )  # fmt: skip
 MIXTRAL = Family(
     "llama",
@@ -75,7 +76,7 @@ MIXTRAL = Family(
     },
     aliases={"num_local_experts": "num_experts"},
     problems=problems,
-    notices=notices,
+    notices=window_notices,
     computed=llama3_factors,
     tokenizer=LLAMA_RULES,
 )  # fmt: skip

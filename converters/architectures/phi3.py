@@ -13,7 +13,14 @@ import numpy.typing as npt
 
 from converters.architectures.blocks import BLK, LAYER, embeddings, fused_mlp, norm
 from converters.architectures.family import Config, Family, Row
-from converters.architectures.settings import common, full_rope, rope_type_problems
+from converters.architectures.settings import (
+    common,
+    full_rope,
+    is_number,
+    rope_type_problems,
+    usual_head_dim,
+    window_notices,
+)
 from converters.tokenizer_rules import PHI_3_RULES
 
 LONG_ROPES = ("longrope", "su")
@@ -36,6 +43,15 @@ def old_context(config: Config) -> int:
     return int(full_rope(config)["original_max_position_embeddings"])
 
 
+def stretched_by(config: Config) -> float:
+    return float(config["max_position_embeddings"] / old_context(config))
+
+
+def attention_factor(config: Config) -> float:
+    stretch = stretched_by(config)
+    return math.sqrt(1 + math.log(stretch) / math.log(old_context(config))) if stretch > 1 else 1.0
+
+
 def hyperparameters(config: Config) -> dict[str, Any]:
     rope = full_rope(config)
     values = {key: value for key, value in common(config).items() if not key.startswith("rope.")}
@@ -46,9 +62,7 @@ def hyperparameters(config: Config) -> dict[str, Any]:
         "attention.sliding_window": config.get("sliding_window") or 0,  # 0 tells Phi-4 from the others
     }
     if rope["rope_type"] in LONG_ROPES:
-        stretch = config["max_position_embeddings"] / old_context(config)
-        factor = math.sqrt(1 + math.log(stretch) / math.log(old_context(config))) if stretch > 1 else 1.0
-        values["rope.scaling.attn_factor"] = factor
+        values["rope.scaling.attn_factor"] = attention_factor(config)
     return values
 
 
@@ -60,13 +74,30 @@ def computed(config: Config) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def problems(config: Config) -> list[str]:
-    rope = full_rope(config)
-    found = rope_type_problems("default", *LONG_ROPES)(config)
+    rope, stretch = full_rope(config), stretched_by(config)
+    found = [*usual_head_dim(config), *rope_type_problems("default", *LONG_ROPES)(config)]
+    given = {key: rope[key] for key in ("factor", "attention_factor") if rope.get(key) is not None}
+    usual = {"factor": stretch, "attention_factor": attention_factor(config)}
+    if rope["rope_type"] in LONG_ROPES:
+        found += [
+            f"{key} of the rotary embedding is {value}, and llama.cpp's converter takes {usual[key]}"
+            for key, value in given.items()
+            if not (is_number(value) and math.isclose(value, usual[key], rel_tol=1e-6))
+        ]
     for name in ("long_factor", "short_factor") if rope["rope_type"] in LONG_ROPES else ():
         factors = rope.get(name)
         if not isinstance(factors, list) or len(factors) != rotary_dim(config) // 2:
             found.append(f"{name} is {factors!r}, expected a list of {rotary_dim(config) // 2} numbers")
     return found
+
+
+def notices(config: Config) -> list[str]:
+    rope = full_rope(config)
+    long = (
+        f"rotary factors: transformers takes the long ones from token {old_context(config) + 1} on, llama.cpp from the "
+        f"first where it is opened with room for more than {old_context(config)}: equal where both take the same"
+    )
+    return [*window_notices(config), *([long] if rope["rope_type"] in LONG_ROPES else [])]
 
 
 FAMILY = Family(
@@ -80,6 +111,7 @@ FAMILY = Family(
     fixed={"attention_bias": False},
     kinds={"sliding_window": "whole?"},
     problems=problems,
+    notices=notices,
     computed=computed,
     tokenizer=PHI_3_RULES,
 )  # fmt: skip

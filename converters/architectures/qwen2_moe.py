@@ -6,7 +6,7 @@ from typing import Any
 
 from converters.architectures.blocks import attention, embeddings, experts, norm, shared_expert
 from converters.architectures.family import Config, Family
-from converters.architectures.qwen2 import DEFAULTS, notices, problems
+from converters.architectures.qwen2 import DEFAULTS, notices, problems_of_plain_heads
 from converters.architectures.settings import common
 
 ROWS = (
@@ -36,7 +36,7 @@ FAMILY = Family(
         **DEFAULTS, "qkv_bias": True, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
         "shared_expert_intermediate_size": 5632, "num_key_value_heads": 16,
     },
-    fixed={**EVERY_LAYER, "norm_topk_prob": False},
-    problems=problems,
+    fixed={**EVERY_LAYER, "norm_topk_prob": False, "tie_word_embeddings": False},
+    problems=problems_of_plain_heads,
     notices=notices,
 )  # fmt: skip

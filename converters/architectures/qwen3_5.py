@@ -17,6 +17,7 @@ from converters.architectures.qwen2_moe import hyperparameters as mixture
 from converters.architectures.qwen3_next import (
     LINEAR,
     LINEAR_DEFAULTS,
+    LINEAR_KINDS,
     NORMS,
     PREDICTING,
     extra_layers,
@@ -77,7 +78,16 @@ def dense_hyperparameters(config: Config) -> dict[str, Any]:
 
 
 def mixture_hyperparameters(config: Config) -> dict[str, Any]:
-    return _with_sections(mixture(config), config)
+    values = _with_sections(mixture(config), config)
+    return values if config["has_intermediate_size"] else {
+        key: value for key, value in values.items() if key != "feed_forward_length"
+    }  # fmt: skip
+
+
+def _mixture_derived(config: Config) -> dict[str, Any]:
+    """No layer is dense, so `intermediate_size` says nothing; where the file has it, the converter writes it."""
+    has = "intermediate_size" in config
+    return {**layer_types(config), "intermediate_size": config["moe_intermediate_size"], "has_intermediate_size": has}
 
 
 DENSE = Family(
@@ -87,6 +97,7 @@ DENSE = Family(
     defaults={**LINEAR_DEFAULTS, "num_key_value_heads": 4},
     derived=layer_types,
     fixed={"attention_bias": False},
+    kinds=LINEAR_KINDS,
     problems=problems,
     rename=rename,
     extra_layers=extra_layers,
@@ -97,10 +108,11 @@ MIXTURE = Family(
     mixture_hyperparameters,
     defaults={
         **LINEAR_DEFAULTS, "num_key_value_heads": 2, "num_experts": 256, "num_experts_per_tok": 8,
-        "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "intermediate_size": 512,
+        "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
     },
-    derived=layer_types,
+    derived=_mixture_derived,
     fixed={"attention_bias": False},
+    kinds=LINEAR_KINDS,
     problems=problems,
     rename=rename,
     extra_layers=extra_layers,

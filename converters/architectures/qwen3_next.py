@@ -146,13 +146,18 @@ def layer_types(config: Config) -> dict[str, Any]:
 
 
 def problems(config: Config) -> list[str]:
-    return rope_type_problems("default")(config)
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    uneven = f"linear_num_value_heads {values} is not a multiple of linear_num_key_heads {keys}"
+    return [*([] if values % keys == 0 else [uneven]), *rope_type_problems("default")(config)]
 
 
 LINEAR_DEFAULTS = {
     "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "head_dim": 256, "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16,
     "linear_num_value_heads": 32, "partial_rotary_factor": 0.25,
+}  # fmt: skip
+LINEAR_KINDS = {
+    **{name: "whole" for name in LINEAR_DEFAULTS if name.startswith("linear_")}, "full_attention_interval": "whole?",
 }  # fmt: skip
 FAMILY = Family(
     "qwen3next",
@@ -164,6 +169,7 @@ FAMILY = Family(
     },
     derived=layer_types,
     fixed={**EVERY_LAYER, "norm_topk_prob": True, "attention_bias": False},
+    kinds=LINEAR_KINDS,
     problems=problems,
     rename=rename,
     extra_layers=extra_layers,

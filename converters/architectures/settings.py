@@ -105,7 +105,16 @@ def flatten(config: Config) -> dict[str, Any]:
     """A configuration with the text model's part on top of that of a multimodal one."""
     nested = config.get("text_config")
     whole = {key: config.get(key) for key in ("architectures", "model_type")}
+    if config.get("tie_word_embeddings") is True:
+        whole["tie_word_embeddings"] = True  # the text model's own setting is not looked at then
     return {**config, **nested, **whole} if isinstance(nested, dict) else {**config}
+
+
+# Where null is no key left out, but says that there is none, or that it follows from others.
+NULL_IS_NONE = (
+    "sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "hidden_size_per_layer_input", "head_dim",
+    "num_key_value_heads",
+)  # fmt: skip
 
 
 def complete(flat: Config, family: Family, extra_layers: int = 0) -> dict[str, Any]:
@@ -115,7 +124,8 @@ def complete(flat: Config, family: Family, extra_layers: int = 0) -> dict[str, A
     """
     given = {key: value for key, value in flat.items() if value is not None}
     aliased = {name: given[other] for other, name in family.aliases.items() if other in given}
-    full = {**family.defaults, **given, **aliased, "extra_layers": extra_layers}
+    defaults = {key: value for key, value in family.defaults.items() if key not in flat or key not in NULL_IS_NONE}
+    full = {**defaults, **given, **aliased, "extra_layers": extra_layers}
     if wrong := [*_wrong(full, family, needed=("num_hidden_layers", "num_attention_heads", "hidden_size"))]:
         return {**full, WRONG: wrong}
     if family.fills_head_dim and "head_dim" not in full:
@@ -150,7 +160,7 @@ def _rope(config: Config, family: Family) -> dict[str, Any]:
 
 
 def _one_rope(given: Config, config: Config, *, local: bool = False) -> dict[str, Any]:
-    rope = dict(given)
+    rope = {key: value for key, value in given.items() if value is not None}
     rope["rope_type"] = rope.get("rope_type", rope.pop("type", None)) or "default"
     rope.pop("type", None)
     rope.setdefault("rope_theta", config.get("rope_local_base_freq" if local else "rope_theta", 10000.0))
@@ -160,9 +170,11 @@ def _one_rope(given: Config, config: Config, *, local: bool = False) -> dict[str
     return rope
 
 
-_ROPE_NUMBERS = (
-    "factor", "original_max_position_embeddings", "extrapolation_factor", "attention_factor", "beta_fast", "beta_slow",
-)  # fmt: skip
+# Numbers of a stretched rotary embedding, and the least that each may be.
+_ROPE_NUMBERS = {
+    "factor": 0.0, "original_max_position_embeddings": 1.0, "extrapolation_factor": 0.0, "attention_factor": 0.0,
+    "beta_fast": 0.0, "beta_slow": 0.0,
+}  # fmt: skip
 
 
 def full_rope(config: Config) -> dict[str, Any]:
@@ -177,7 +189,7 @@ def problems_of(config: Config, given: Config, family: Family) -> list[str]:
     Args:
         given: the file's own.
     """
-    needed = [key for key, kind in KINDS.items() if not kind.endswith("?")]
+    needed = [key for key, kind in {**KINDS, **family.kinds}.items() if not kind.endswith("?")]
     wrong = config.get(WRONG) or [*_wrong(config, family, needed)]
     if wrong:
         return wrong
@@ -224,6 +236,8 @@ def _ropes(config: Config, given: Config) -> list[str]:
     if old and new and isinstance(old, dict) and isinstance(new, dict) and _form(old) != _form(new):
         found.append(f"rope_scaling {old} and rope_parameters {new} differ; delete the one it was not trained with")
     ropes = config["rope_parameters"]
+    if odd := [kind for kind in LAYER_KINDS if not isinstance(ropes.get(kind, {}), dict)]:
+        return [f"rope_parameters: {kind} is {ropes[kind]!r}, expected an object" for kind in odd]
     for rope in ropes.values() if "full_attention" in ropes else (ropes,):
         found += _one_ropes(rope)
     return found
@@ -240,6 +254,8 @@ def _one_ropes(rope: Config) -> list[str]:
     kind = rope["rope_type"]
     missing = [key for key in ROPE_TYPES.get(str(kind), ()) if not is_number(rope.get(key))]
     share = rope.get("partial_rotary_factor", 1.0)
+    numbers = ((key, rope[key], least) for key, least in _ROPE_NUMBERS.items() if key in rope)
+    odd = [f"{key} {value!r}" for key, value, least in numbers if not (is_number(value) and value >= least)]
     checks = (
         (is_number(rope["rope_theta"]), f"rope_theta is {rope['rope_theta']!r}, expected a positive number"),
         (not missing, f"rope_type {kind!r} lacks {', '.join(missing)}"),
@@ -248,25 +264,58 @@ def _one_ropes(rope: Config) -> list[str]:
             f"low_freq_factor {rope.get('low_freq_factor')} is not below "
             f"high_freq_factor {rope.get('high_freq_factor')}",
         ),
-        (
-            not (odd := [key for key in _ROPE_NUMBERS if not _is_optional_number(rope.get(key))]),
-            f"rope_parameters has {', '.join(f'{key} {rope.get(key)!r}' for key in odd)}, expected positive numbers",
-        ),
+        (not odd, f"rope_parameters has {', '.join(odd)}, expected positive numbers"),
         (is_number(share) and share <= 1, f"partial_rotary_factor is {share!r}, expected a number above 0, at most 1"),
     )
     return [problem for ok, problem in checks if not ok]
 
 
-def _is_optional_number(value: Any) -> bool:
-    return value is None or is_number(value)
+YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp reads no others (src/llama-hparams.h)
+
+
+def _yarn_problems(rope: Config) -> list[str]:
+    """How llama.cpp scales what YaRN rotates follows from the factor alone (src/llama-context.cpp)."""
+    wanted = _yarn_scale(rope["factor"], 1.0)
+    given = rope.get("attention_factor")
+    if given is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        given = _yarn_scale(rope["factor"], rope["mscale"]) / _yarn_scale(rope["factor"], rope["mscale_all_dim"])
+    own = [] if given is None or math.isclose(given, wanted, rel_tol=1e-6) else [
+        f"YaRN's attention_factor is {given}, and llama.cpp takes {wanted}"
+    ]  # fmt: skip
+    return own + [
+        f"YaRN's {key} is {rope[key]}, and llama.cpp takes {usual}"
+        for key, usual in YARN_BETAS.items()
+        if rope.get(key) and rope[key] != usual
+    ]
+
+
+def _yarn_scale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def usual_head_dim(config: Config) -> list[str]:
+    """A check for families whose heads llama.cpp takes to fill hidden_size."""
+    usual = config["hidden_size"] // config["num_attention_heads"]
+    own = f"head_dim is {head_dim(config)}, and llama.cpp takes hidden_size / num_attention_heads, {usual}"
+    return [] if head_dim(config) * config["num_attention_heads"] == config["hidden_size"] else [own]
+
+
+def window_notices(config: Config) -> list[str]:
+    """For families whose sliding window llama.cpp does not apply."""
+    window = config.get("sliding_window")
+    if isinstance(window, int) and window < (config.get("max_position_embeddings") or 0):
+        return [f"sliding_window {window} is not applied by llama.cpp: equal up to {window} tokens of context"]
+    return []
 
 
 def rope_type_problems(*known: str) -> Callable[[Config], list[str]]:
     """A family's check that the rotary embedding is one that its graph in llama.cpp knows."""
 
     def problems(config: Config) -> list[str]:
-        kind = full_rope(config)["rope_type"]
-        return [] if kind in known else [f"rope_type is {kind!r}, known are {', '.join(known)}"]
+        rope = full_rope(config)
+        if rope["rope_type"] not in known:
+            return [f"rope_type is {rope['rope_type']!r}, known are {', '.join(known)}"]
+        return _yarn_problems(rope) if rope["rope_type"] == "yarn" else []
 
     return problems
 
@@ -354,9 +403,10 @@ def llama3_factors(config: Config) -> dict[str, npt.NDArray[np.float32]]:
         return {}
     factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     old_context = float(rope["original_max_position_embeddings"])
-    # In float32 at every step, a number by a tensor as torch divides it: the reciprocal, times the number.
+    # In float32 at every step, a number by a tensor as torch divides it: the reciprocal, times the number. But powers
+    # in double precision: torch's are the nearest float32 nearly always, numpy's own float32 ones often not.
     steps = np.arange(0, head_dim(config), 2, dtype=np.float32) / np.float32(head_dim(config))
-    frequencies = np.float32(1.0) / np.power(np.float32(rope["rope_theta"]), steps)
+    frequencies = np.float32(1.0) / np.power(float(rope["rope_theta"]), steps.astype(np.float64)).astype(np.float32)
     factors, one = [], np.float32(1)
     for wavelength in one / frequencies * np.float32(2 * math.pi):
         if wavelength < old_context / high or wavelength > old_context / low:

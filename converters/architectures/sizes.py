@@ -60,6 +60,10 @@ class Sizes:
             raise FormatError(f"{self.architecture}.{name} is {value!r}, expected a positive whole number")
         return value
 
+    def key_or_feed_forward(self, name: str) -> int:
+        """A size that is the dense layers' where it has no key of its own; some mixtures have no dense layers."""
+        return self.key(name) if f"{self.architecture}.{name}" in self.metadata else self["feed_forward"]
+
     @property
     def is_sliding(self) -> bool:
         """Whether this layer sees a window of the context only, where that changes its sizes (Gemma 4)."""
@@ -110,9 +114,9 @@ NAMES: Mapping[str, Callable[[Sizes], int]] = {
     "qkv_rows": lambda s: s["q_rows"] + s["kv_rows"] + s["v_rows"],
     "gated_q_rows": lambda s: 2 * s["q_rows"],
     "experts": lambda s: s.key("expert_count"),
-    "expert_feed_forward": lambda s: s.key("expert_feed_forward_length", s["feed_forward"]),
+    "expert_feed_forward": lambda s: s.key_or_feed_forward("expert_feed_forward_length"),
     "two_expert_feed_forward": lambda s: 2 * s["expert_feed_forward"],
-    "shared_feed_forward": lambda s: s.key("expert_shared_feed_forward_length", s["feed_forward"]),
+    "shared_feed_forward": lambda s: s.key_or_feed_forward("expert_shared_feed_forward_length"),
     "per_layer_input": lambda s: s.key("embedding_length_per_layer_input"),
     "all_per_layer_inputs": lambda s: s["layers"] * s["per_layer_input"],
     # Gated delta net (Qwen3-Next and later): keys and values of linear attention

@@ -6,7 +6,7 @@ from typing import Any
 
 from converters.architectures.blocks import BLK, LAYER, attention, embeddings, gated_mlp, norm, where
 from converters.architectures.family import Config, Family, Row
-from converters.architectures.settings import common, full_rope, rope_type_problems, theta_unless_usual
+from converters.architectures.settings import common, full_rope, rope_type_problems, theta_unless_usual, usual_head_dim
 
 normed = where("qk_layernorm")
 ROWS = (
@@ -24,13 +24,18 @@ ROWS = (
 
 
 def hyperparameters(config: Config) -> dict[str, Any]:
-    values = {key: value for key, value in common(config).items() if not key.startswith("rope.")}
+    others = ("rope.", "attention.layer_norm_rms")  # older files call their epsilon as others call that of an RMS norm
+    values = {key: value for key, value in common(config).items() if not key.startswith(others)}
     head = config["hidden_size"] // config["num_attention_heads"]
     values |= {
         "rope.dimension_count": int(full_rope(config)["partial_rotary_factor"] * head),
         "use_parallel_residual": bool(config["use_parallel_residual"]),
     }
     return values | theta_unless_usual(config)
+
+
+def problems(config: Config) -> list[str]:
+    return [*usual_head_dim(config), *rope_type_problems("default")(config)]
 
 
 FAMILY = Family(
@@ -42,5 +47,6 @@ FAMILY = Family(
         "num_key_value_heads": 32, "use_parallel_residual": False,
     },
     aliases={"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"},
-    problems=rope_type_problems("default"),
+    fixed={"tie_word_embeddings": False},
+    problems=problems,
 )  # fmt: skip

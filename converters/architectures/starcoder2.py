@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from converters.architectures.blocks import BLK, LAYER, attention, embeddings, norm
 from converters.architectures.family import Config, Family, Row
-from converters.architectures.settings import common, rope_type_problems, whole_rope
+from converters.architectures.settings import common, rope_type_problems, usual_head_dim, whole_rope, window_notices
 
 ROWS = (
     *embeddings(bias=True),
@@ -17,14 +17,7 @@ ROWS = (
 
 
 def problems(config: Config) -> list[str]:
-    return [*rope_type_problems("default", "linear", "yarn")(config), *whole_rope(config)]
-
-
-def notices(config: Config) -> list[str]:
-    window = config.get("sliding_window")
-    if isinstance(window, int) and window < config["max_position_embeddings"]:
-        return [f"sliding_window {window} is not applied by llama.cpp: equal up to {window} tokens of context"]
-    return []
+    return [*usual_head_dim(config), *rope_type_problems("default", "linear", "yarn")(config), *whole_rope(config)]
 
 
 FAMILY = Family(
@@ -35,7 +28,8 @@ FAMILY = Family(
         "max_position_embeddings": 4096, "norm_epsilon": 1e-5, "num_key_value_heads": 2, "use_bias": True,
         "tie_word_embeddings": True,
     },
+    fixed={"use_bias": True},
     activations=("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
     problems=problems,
-    notices=notices,
+    notices=window_notices,
 )  # fmt: skip
