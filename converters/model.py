@@ -81,7 +81,8 @@ def understand(checkpoint: Checkpoint) -> Model:
 
 
 def _remote_code(config: Config) -> str:
-    return str((config.get("auto_map") or {}).get("AutoModelForCausalLM") or "")
+    classes = config.get("auto_map")
+    return str(classes.get("AutoModelForCausalLM") or "") if isinstance(classes, dict) else ""
 
 
 def _renamed(checkpoint: Checkpoint, family: Family, config: Config) -> tuple[dict[str, str], list[str]]:
@@ -135,9 +136,11 @@ def _views(checkpoint: Checkpoint, family: Family, sizes: Sizes, config: Config)
         used |= set(needed)
         numbers |= set() if place.row.mxfp4 else set(needed) & set(checkpoint.tensors)
         missing = [name for name in needed if name not in checkpoint.tensors]
-        problems += [f"{name}: is missing" for name in missing]
-        problems += [] if missing else _shape_problems(checkpoint, place, sizes)
-        views[gguf_name] = View.of(checkpoint, place, sizes)
+        wrong = [f"{name}: is missing" for name in missing] or _shape_problems(checkpoint, place, sizes)
+        if wrong:  # and no sizes to be trusted: row orders of them might not fit in memory
+            problems += wrong
+        else:
+            views[gguf_name] = View.of(checkpoint, place, sizes)
     ignored = re.compile("|".join(family.ignored))
     problems += [
         f"{name}: no tensor of a {family.architecture} model with this config.json"
