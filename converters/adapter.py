@@ -229,7 +229,9 @@ def _targets(folder: Path, config: PeftConfig, tensors: Tensors, base: Base, dty
     if misfits:
         raise BaseMismatchError(
             f"{folder}: {len(misfits)} modules do not fit the base {base.name}:{listed(misfits)}",
-            hint=f"It was trained on {config.base_model or 'a base it does not name'}: give that one.",
+            hint=_UNTIE_HINT
+            if any(_TIED in misfit for misfit in misfits)
+            else f"It was trained on {config.base_model or 'a base it does not name'}: give that one.",
         )
     if not targets:
         raise FormatError(f"{folder / WEIGHTS}: holds no LoRA tensors")
@@ -244,12 +246,16 @@ def _halves(config: PeftConfig, tensors: Tensors, family: Family) -> list[str]:
     return [f"target_modules has {name!r}, and no tensor belongs to it" for name in absent]
 
 
+_TIED = "the base ties its embeddings"
+_UNTIE_HINT = "Give a base that does not, with --base: `edgelora convert BASE --untie` makes one."
+
+
 def _misfit(factors: Factors, place: Place | None, base: Base) -> str:
     if place is None:
         return f"{factors.module}: no module of a {base.family.architecture} model"
     is_tied = "output.weight" not in base.shapes
     if is_tied and place.gguf_module in ("token_embd", "output"):
-        return f"{factors.module}: the base ties its embeddings, and llama.cpp cannot adapt one tensor in two places"
+        return f"{factors.module}: {_TIED}, and llama.cpp cannot adapt one tensor in two places"
     shape = base.shapes.get(place.gguf_name)
     if shape is None:
         return f"{factors.module}: the base has no {place.gguf_name}"

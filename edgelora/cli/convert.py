@@ -131,15 +131,16 @@ def command(
         raise click.UsageError("--json goes with --dry-run")
     read_inputs(chosen)  # what is wrong with them is said before a download
     options = ConvertOptions(settings=chosen, base=base, chat_template=chat_template, threads=threads, force=force)
+    name = Path(source).name
     with stage_bars() as stages:
-        path = fetch(source, revision=revision, progress=stages.bytes(f"Downloading {source}"), notice=_warn)
+        path = fetch(source, revision=revision, progress=stages.bytes(f"Downloading {name}"), notice=_warn)
         report = convert(
             path,
             out,
             options,
-            progress=stages.bytes(f"Converting {source}"),
+            progress=stages.bytes(f"Converting {name}"),
             measured=stages.windows("Measuring importance"),
-            prepared=stages.bytes("Writing it in its own precision"),
+            prepared=stages.bytes("Own precision"),
         )
     if plan := getattr(report, "plan", None):
         _print_plan(plan, report.notices, as_json=as_json)
@@ -149,7 +150,7 @@ def command(
         with stage_bars() as stages:
             progress = BaseProgress(
                 measured=stages.windows("Measuring perplexity"),
-                prepared=stages.bytes("Writing it in its own precision"),
+                prepared=stages.bytes("Own precision"),
             )
             change = check_perplexity(
                 path,

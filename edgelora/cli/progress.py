@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 def bytes_bar(title: str) -> Iterator[ByteProgress]:
     """A bar for work measured in bytes, as converters report it: `(done_bytes, total_bytes, what)`."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.table import Column
 
     columns = (
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[what]}", markup=False),
+        BarColumn(bar_width=20),
+        DownloadColumn(table_column=Column(no_wrap=True)),
+        TransferSpeedColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[what]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
     with _bar(TextColumn("{task.description}", markup=False), *columns) as progress:
         yield ByteProgress(progress, title)

@@ -161,7 +161,10 @@ def _misfits(adapter: GGUFHeader, base: GGUFHeader) -> Iterator[str]:
         elif weight.type_name.lower() == "nvfp4":
             yield f"{target}: the base is NVFP4, on which llama.cpp cannot apply adapters"
         elif target == "token_embd.weight" and "output.weight" not in base.tensors:
-            yield f"{target}: the base's embedding is tied to its output, on which llama.cpp cannot apply an adapter"
+            yield (
+                f"{target}: the base's embedding is tied to its output, on which llama.cpp cannot apply an adapter "
+                "(`edgelora convert BASE --untie` makes a base where it is not)"
+            )
 
 
 def _weight_shape(target: str, a: TensorInfo, b: TensorInfo) -> tuple[int, ...]:
