@@ -41,9 +41,10 @@ def _modelopt(settings: Settings, tensors: Parts, shards: Shards, problems: Prob
 
 def _compressed_tensors(settings: Settings, tensors: Parts, shards: Shards, problems: Problems) -> Found:
     weights = _weights_of_groups(settings)
-    kind = settings.get("format") or weights.pop("format", None)
-    if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        raise refused(f"{settings['sparsity_config']['format']} (compressed-tensors)")
+    kind, sparsity = str(settings.get("format") or weights["format"]), settings.get("sparsity_config")
+    sparse = sparsity.get("format", "dense") if isinstance(sparsity, Mapping) else sparsity or "dense"
+    if sparse != "dense":
+        raise refused(f"{sparse} (compressed-tensors)")
     if settings.get("transform_config"):
         raise refused("compressed-tensors", " with rotations of their own (transform_config)")
     if kind == "dense":
@@ -58,7 +59,7 @@ def _compressed_tensors(settings: Settings, tensors: Parts, shards: Shards, prob
         one_of(weights, "type", "int")
         one_of(weights, "strategy", "group", "channel")
         return _packed(weights, tensors, shards, problems)
-    raise refused(str(kind), "" if kind in REFUSED else " (compressed-tensors)")
+    raise refused(kind, "" if kind in REFUSED else " (compressed-tensors)")
 
 
 def _weights_of_groups(settings: Settings) -> dict[str, Any]:
