@@ -86,20 +86,20 @@ def experts(
         Row(gate, f"{BLK}.ffn_gate_exps", wide, each="experts", when=when),
         Row(up, f"{BLK}.ffn_up_exps", wide, each="experts", when=when),
         Row(down, f"{BLK}.ffn_down_exps", tall, each="experts", when=when),
-        Row(f"{prefix}.experts.gate_up_proj", f"{BLK}.ffn_gate_exps", wide, rows=_first_halves, hf_shape=fused,
+        Row(f"{prefix}.experts.gate_up_proj", f"{BLK}.ffn_gate_exps", wide, rows=first_halves, hf_shape=fused,
             ends=bare, when=when),
-        Row(f"{prefix}.experts.gate_up_proj", f"{BLK}.ffn_up_exps", wide, rows=_second_halves, hf_shape=fused,
+        Row(f"{prefix}.experts.gate_up_proj", f"{BLK}.ffn_up_exps", wide, rows=second_halves, hf_shape=fused,
             ends=bare, when=when),
         Row(f"{prefix}.experts.down_proj", f"{BLK}.ffn_down_exps", tall, ends=bare, when=when),
     )  # fmt: skip
 
 
-def _first_halves(sizes: Sizes) -> Indices:
+def first_halves(sizes: Sizes) -> Indices:
     rows = sizes["expert_feed_forward"]
     return part_of_each(sizes["experts"], 2 * rows, 0, rows)
 
 
-def _second_halves(sizes: Sizes) -> Indices:
+def second_halves(sizes: Sizes) -> Indices:
     rows = sizes["expert_feed_forward"]
     return part_of_each(sizes["experts"], 2 * rows, rows, 2 * rows)
 

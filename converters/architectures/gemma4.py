@@ -178,7 +178,7 @@ def problems(config: Config) -> list[str]:
 
 def rename(name: str, config: Config) -> str:
     """Keys and values of layers that take an earlier layer's: checkpoints have them, and nothing reads them."""
-    layers, shared = config.get("num_hidden_layers"), config.get("num_kv_shared_layers") or 0
+    layers, shared = config.get("num_hidden_layers", 0), config.get("num_kv_shared_layers") or 0
     found = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\.weight", name)
     is_unused = found and is_whole(layers) and is_whole(shared) and int(found[1]) >= layers - shared
     return UNUSED + name if is_unused else name

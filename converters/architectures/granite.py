@@ -34,7 +34,9 @@ FAMILY = Family(
     hyperparameters,
     defaults={**llama.DEFAULTS, **{name: 1.0 for _, name in FACTORS}},
     kinds={
-        "attention_multiplier": "number?", "embedding_multiplier": "number?", "residual_multiplier": "number?",
+        "attention_multiplier": "number?",
+        "embedding_multiplier": "number?",
+        "residual_multiplier": "number?",
         "logits_scaling": "number?",
     },
     problems=problems,

@@ -162,10 +162,26 @@ MULTIMODAL: Mapping[str, tuple[str, str, str, Mapping[str, Any]]] = {
     "qwen3.5": ("Qwen3_5Config", "Qwen3_5ForConditionalGeneration", "qwen3.5",
                 {"vision_config": {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2,
                                    "out_hidden_size": 64}}),
+    "qwen2-vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration", "qwen2",
+                 {"vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}}),
+    "qwen2.5-vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration", "qwen2",
+                   {"vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
+                                      "out_hidden_size": 64}}),
+    "qwen3-vl": ("Qwen3VLConfig", "Qwen3VLForConditionalGeneration", "qwen3",
+                 {"vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
+                                    "out_hidden_size": 64, "deepstack_visual_indexes": [0]}}),
+    "mistral-small-3.1": ("Mistral3Config", "Mistral3ForConditionalGeneration", "mistral",
+                          {"vision_config": {"model_type": "pixtral", **VISION, "image_size": 32, "patch_size": 16}}),
+    "gemma-4": ("Gemma4Config", "Gemma4ForConditionalGeneration", "gemma-4-dense",
+                {"vision_config": {**VISION, "head_dim": 16, "num_key_value_heads": 2, "image_size": 32,
+                                   "patch_size": 16}}),
     "llava": ("LlavaConfig", "LlavaForConditionalGeneration", "llama",
               {"vision_config": {"model_type": "clip_vision_model", **VISION, "image_size": 32, "patch_size": 16,
                                  "projection_dim": 32}}),
 }  # fmt: skip
+
+
+MROPE = {"qwen2": [2, 3, 3], "qwen3": [6, 5, 5]}  # halves of a head, for time, height and width
 
 
 @pytest.mark.parametrize("name", MULTIMODAL)
@@ -174,8 +190,10 @@ def test_the_text_model_of_a_multimodal_checkpoint(name: str, tmp_path: Path) ->
 
     config_class, model_class, text, settings = MULTIMODAL[name]
     tiny = tiny_models.TINY[text]
-    text_config = getattr(transformers, tiny.config)(**{**tiny_models.COMMON, **tiny.settings})
-    config = getattr(transformers, config_class)(text_config=text_config.to_dict(), **settings)
+    text_config = getattr(transformers, tiny.config)(**{**tiny_models.COMMON, **tiny.settings}).to_dict()
+    if "qwen2" in name or "qwen3-" in name:
+        text_config["rope_parameters"]["mrope_section"] = MROPE[text]
+    config = getattr(transformers, config_class)(text_config=text_config, **settings)
     torch.manual_seed(0)
     folder = tmp_path / "model"
     getattr(transformers, model_class)(config).save_pretrained(folder)

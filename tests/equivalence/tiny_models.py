@@ -91,6 +91,24 @@ TINY: Mapping[str, Tiny] = {
     ),
     "llama-biases": Tiny("LlamaConfig", "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "mistral": Tiny("MistralConfig", "MistralForCausalLM", {"sliding_window": None}),
+    "ministral-3": Tiny(
+        "Ministral3Config",
+        "Ministral3ForCausalLM",
+        {
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
     "mixtral": Tiny("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4, "sliding_window": None}),
     "qwen2": Tiny("Qwen2Config", "Qwen2ForCausalLM"),
     "qwen2-tied": Tiny("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
@@ -232,8 +250,14 @@ TINY: Mapping[str, Tiny] = {
             "logits_scaling": 2.0,
         },
     ),
+    "granite-moe": Tiny(
+        "GraniteMoeConfig", "GraniteMoeForCausalLM", {"num_local_experts": 4, "attention_multiplier": 0.2}
+    ),
     "olmo2": Tiny("Olmo2Config", "Olmo2ForCausalLM"),
     "olmo3": Tiny("Olmo3Config", "Olmo3ForCausalLM", {"sliding_window": 64, "num_hidden_layers": 4}),
+    "olmoe": Tiny(
+        "OlmoeConfig", "OlmoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+    ),
     "stablelm": Tiny("StableLmConfig", "StableLmForCausalLM", {"use_qkv_bias": True}),
     "stablelm-12b": Tiny(
         "StableLmConfig", "StableLmForCausalLM", {"qk_layernorm": True, "use_parallel_residual": True}
@@ -260,6 +284,20 @@ TINY: Mapping[str, Tiny] = {
         {"sliding_window": None, "layer_types": ["full_attention"] * 3, "rope_parameters": LLAMA3},
     ),
     "ernie-4.5": Tiny("Ernie4_5Config", "Ernie4_5ForCausalLM", {"vocab_size": 400, "head_dim": 32}, "sentencepiece"),
+    "ernie-4.5-moe": Tiny(
+        "Ernie4_5_MoeConfig",
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "vocab_size": 400,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_num_shared_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+        "sentencepiece",
+    ),
     "gpt-oss": Tiny(
         "GptOssConfig",
         "GptOssForCausalLM",
