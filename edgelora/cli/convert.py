@@ -140,7 +140,7 @@ def command(
             options,
             progress=stages.bytes(f"Converting {name}"),
             measured=stages.windows("Measuring importance"),
-            prepared=stages.bytes("Own precision"),
+            prepared=stages.bytes("Unquantized copy"),
         )
     if plan := getattr(report, "plan", None):
         _print_plan(plan, report.notices, as_json=as_json)
@@ -150,7 +150,7 @@ def command(
         with stage_bars() as stages:
             progress = BaseProgress(
                 measured=stages.windows("Measuring perplexity"),
-                prepared=stages.bytes("Own precision"),
+                prepared=stages.bytes("Unquantized copy"),
             )
             change = check_perplexity(
                 path,
