@@ -61,12 +61,12 @@ class PackedColumns(Dequantized):
         return out
 
     @abstractmethod
-    def _numbers(self, shards: Shards, inputs: tuple[int, int], outputs: tuple[int, int]) -> npt.NDArray[np.uint32]:
+    def _numbers(self, shards: Shards, inputs: tuple[int, int], outputs: tuple[int, int]) -> npt.NDArray[np.uint8]:
         """The integers of some inputs (from and to whole words) and outputs, (inputs, outputs)."""
 
     def _across(
         self, shards: Shards, tensor: StoredTensor, rows: tuple[int, int], outputs: tuple[int, int]
-    ) -> npt.NDArray[np.uint32]:
+    ) -> npt.NDArray[np.uint8]:
         """Some outputs of rows whose words hold neighbours, whether or not they begin a word."""
         per_word, (start, stop) = 32 // self.bits, outputs
         first = start // per_word
@@ -84,7 +84,7 @@ class PackedColumns(Dequantized):
 
 
 class GPTQ(PackedColumns):
-    def _numbers(self, shards: Shards, inputs: tuple[int, int], outputs: tuple[int, int]) -> npt.NDArray[np.uint32]:
+    def _numbers(self, shards: Shards, inputs: tuple[int, int], outputs: tuple[int, int]) -> npt.NDArray[np.uint8]:
         per_word = 32 // self.bits
         words = shards.block(self.words, (inputs[0] // per_word, inputs[1] // per_word), outputs)
         return unpacked(words, self.bits, axis=0)
@@ -93,5 +93,5 @@ class GPTQ(PackedColumns):
 class AWQ(PackedColumns):
     order = (0, 4, 1, 5, 2, 6, 3, 7)
 
-    def _numbers(self, shards: Shards, inputs: tuple[int, int], outputs: tuple[int, int]) -> npt.NDArray[np.uint32]:
+    def _numbers(self, shards: Shards, inputs: tuple[int, int], outputs: tuple[int, int]) -> npt.NDArray[np.uint8]:
         return self._across(shards, self.words, inputs, outputs)

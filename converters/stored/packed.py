@@ -12,7 +12,7 @@ import numpy as np
 
 from converters.safetensors_file import StoredTensor
 from converters.shards import Floats, Shards, floats
-from converters.stored.tensor import Dequantized, group_indices, unpacked
+from converters.stored.tensor import Dequantized, each_block, group_indices, unpacked
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,16 @@ class Packed(Dequantized):
     def rows(self, shards: Shards, start: int, stop: int) -> Floats:
         columns = self.shape[-1]
         values = unpacked(shards.rows(self.packed, start, stop), self.bits, axis=1)[:, :columns].astype(np.float32)
-        group_of = self._group_of(shards, columns)
-        values -= self._zeros(shards, start, stop)[:, group_of]
-        values *= floats(shards.rows(self.scale, start, stop), self.scale.dtype)[:, group_of]
-        return values
-
-    def _group_of(self, shards: Shards, columns: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        zeros = self._zeros(shards, start, stop)
+        scales = floats(shards.rows(self.scale, start, stop), self.scale.dtype)
         if self.group_of is None:
-            return np.arange(columns) // self.group
-        return group_indices(self.group_of, shards.rows(self.group_of), self.scale.shape[-1])
+            each_block(np.subtract, values, zeros, self.group)
+            each_block(np.multiply, values, scales, self.group)
+            return values
+        group_of = group_indices(self.group_of, shards.rows(self.group_of), self.scale.shape[-1])
+        values -= zeros[:, group_of]
+        values *= scales[:, group_of]
+        return values
 
     def _zeros(self, shards: Shards, start: int, stop: int) -> Floats:
         if self.zero is None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from converters.safetensors_file import StoredTensor
 from converters.shards import Floats, Shards, floats
-from converters.stored.tensor import FLOATS, Dequantized, Problems
+from converters.stored.tensor import FLOATS, Dequantized, Problems, each_block
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 SCALE = (*FLOATS, "F8_E8M0")
@@ -43,8 +43,8 @@ class Scaled(Dequantized):
     def rows(self, shards: Shards, start: int, stop: int) -> Floats:
         values = floats(shards.rows(self.weight, start, stop), self.weight.dtype)
         if self.zero is not None:
-            self._each(np.subtract, values, self._served(shards, self.zero, start, stop))
-        self._each(np.multiply, values, self._served(shards, self.scale, start, stop))
+            each_block(np.subtract, values, self._served(shards, self.zero, start, stop), self.block[1])
+        each_block(np.multiply, values, self._served(shards, self.scale, start, stop), self.block[1])
         if self.is_int8:
             values *= ONE_127TH
         return values
@@ -58,15 +58,6 @@ class Scaled(Dequantized):
         numbers = shards.numbers(tensor, low * n_cols, high * n_cols)
         served: Floats = floats(numbers, tensor.dtype).reshape(-1, n_cols)[picked - low]
         return served
-
-    def _each(self, change: np.ufunc, values: Floats, grid: Floats) -> None:
-        """Change every number in place by what its block has."""
-        n_cols, width, columns = grid.shape[1], self.block[1], values.shape[1]
-        if n_cols * width == columns:
-            blocks = values.reshape(len(values), n_cols, width)
-            change(blocks, grid[:, :, None], out=blocks)
-        else:
-            change(values, np.repeat(grid, width, axis=1)[:, :columns], out=values)
 
 
 def scaled(

@@ -75,21 +75,33 @@ class Problems(list[str]):
         return False
 
 
-def unpacked(words: Array, bits: int, axis: int, order: tuple[int, ...] = ()) -> npt.NDArray[np.uint32]:
-    """The numbers in 32-bit words, the lowest bits first, put one after the other along `axis` (0 or 1).
+def unpacked(words: Array, bits: int, axis: int, order: tuple[int, ...] = ()) -> npt.NDArray[np.uint8]:
+    """The numbers of up to 8 bits in 32-bit words, the lowest bits first, one after the other along `axis` (0 or 1).
 
     Args:
         words: int32, (rows, columns).
         order: which place in a word each number has, where it is not its own.
     """
-    shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
-    if order:
-        shifts = shifts[list(order)]
-    rows, columns = words.shape
-    along = (1, -1, 1) if axis == 0 else (1, 1, -1)
-    spread = words.view(np.uint32)[(slice(None), None) if axis == 0 else (..., None)] >> shifts.reshape(along)
-    spread &= np.uint32((1 << bits) - 1)
+    (rows, columns), per_word, whole = words.shape, 32 // bits, words.view(np.uint32)
+    spread = np.empty((rows, per_word, columns) if axis == 0 else (rows, columns, per_word), np.uint8)
+    places = np.moveaxis(spread, 1 if axis == 0 else 2, 0)
+    for place, number in enumerate(order or range(per_word)):
+        places[place] = (whole >> np.uint32(bits * number)) & np.uint32((1 << bits) - 1)
     return spread.reshape(-1, columns) if axis == 0 else spread.reshape(rows, -1)
+
+
+def each_block(change: np.ufunc, values: Floats, grid: Floats, width: int) -> None:
+    """Change every number in place by what its block has.
+
+    Args:
+        grid: (rows, blocks), each for `width` columns; the last may serve fewer.
+    """
+    (rows, columns), n_blocks = values.shape, grid.shape[1]
+    if n_blocks * width == columns:
+        blocks = values.reshape(rows, n_blocks, width)
+        change(blocks, grid[:, :, None], out=blocks)
+    else:
+        change(values, np.repeat(grid, width, axis=1)[:, :columns], out=values)
 
 
 def group_indices(tensor: StoredTensor, raw: Array, groups: int) -> npt.NDArray[np.int64]:
