@@ -14,7 +14,7 @@ from converters.tokenizer_rules import GEMMA_RULES
 INTERVAL = 6
 LAYERS_OF_27B = 62
 ROWS = (
-    *embeddings(norm_value=PLUS_ONE)[:2],
+    *embeddings(norm_value=PLUS_ONE),
     *NORMS,
     *attention(),
     *head_norms(value=PLUS_ONE),

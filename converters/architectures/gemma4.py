@@ -43,7 +43,7 @@ def _when(row: Row, present: Present) -> Row:
 per_layer, sparse = where("hidden_size_per_layer_input"), where("enable_moe_block")
 EXPERTS = f"{LAYER}.experts"
 ROWS = (
-    *embeddings()[:2],
+    *embeddings(),
     *(norm(hf, gguf) for hf, gguf in (
         ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "post_attention_norm"),
         ("pre_feedforward_layernorm", "ffn_norm"), ("post_feedforward_layernorm", "post_ffw_norm"),

@@ -1,4 +1,7 @@
-"""Granite 3 with experts (1B-A400M, 3B-A800M). llama.cpp: src/models/granite-moe.cpp; converter: conversion/granite.py."""
+"""Granite 3 with experts (1B-A400M, 3B-A800M).
+
+llama.cpp: src/models/granite-moe.cpp; its converter: conversion/granite.py.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from converters.architectures import llama
-from converters.architectures.family import Config, Family
+from converters.architectures.family import Config
 from converters.architectures.settings import full_rope, is_number, whole_rope
 
 SMALL = replace(llama.MISTRAL, architecture="mistral3")
@@ -37,7 +37,7 @@ MINISTRAL = replace(
     hyperparameters=hyperparameters,
     problems=problems,
     defaults={
-        **SMALL.defaults, "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+        **SMALL.defaults, "max_position_embeddings": 262144, "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
         "rope_parameters": {
             "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
             "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from converters.architectures.blocks import attention, embeddings, experts, head_norms, norm
 from converters.architectures.family import Config, Family
 from converters.architectures.olmo2 import problems
@@ -31,8 +30,10 @@ FAMILY = Family(
     common,
     defaults={
         "max_position_embeddings": 4096, "rms_norm_eps": EPSILON, "num_experts": 64, "num_experts_per_tok": 8,
-        "num_key_value_heads": 16,
     },
-    fixed={"attention_bias": False, "clip_qkv": None, "norm_topk_prob": False, "rms_norm_eps": EPSILON},
+    fixed={
+        "attention_bias": False, "tie_word_embeddings": False, "clip_qkv": None, "norm_topk_prob": False,
+        "rms_norm_eps": EPSILON,
+    },
     problems=all_problems,
 )  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 from converters.architectures import Config, Family, Sizes, find_family
 from converters.architectures.settings import complete, flatten, problems_of
 from converters.errors import FormatError
+from converters.model import PUBLISHED_WITH_CODE
 from tests.converters.released_models import PARAMETERS, REFUSED, RELEASED, Facts, every
 
 
@@ -51,6 +52,11 @@ def test_a_released_model_is_taken(name: str) -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_its_tensors_are_as_many_parameters_as_are_published(name: str) -> None:
     assert parameters(RELEASED[name]) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", [name for name, facts in RELEASED.items() if "auto_map" in facts])
+def test_code_that_was_published_beside_it_is_no_reason_to_refuse(name: str) -> None:
+    assert RELEASED[name]["architectures"][0] in PUBLISHED_WITH_CODE
 
 
 def test_another_size_would_be_seen() -> None:
@@ -107,6 +113,12 @@ def test_what_is_equal_up_to_a_point_is_said(name: str, said: str) -> None:
     family, config, _ = read(RELEASED[name])
     [notice] = family.notices(config)
     assert said in notice
+
+
+def test_a_window_that_transformers_fills_in_is_said() -> None:
+    facts = {key: value for key, value in RELEASED["mistralai/Mistral-7B-v0.3"].items() if key != "sliding_window"}
+    family, config, _ = read(facts)
+    assert "sliding_window 4096" in family.notices(config)[0]
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from converters.architectures import FAMILIES, MODEL_TYPES
+from converters.architectures.settings import complete, full_rope
 from converters.base import BaseReport, convert_base
 from converters.checkpoint import read_json
 from tests.converters.released_models import RELEASED, every
 from tests.converters.test_released_models import metadata, read
-from tests.equivalence import tiny_models
-from tests.equivalence.reference import reference_root
+from tests.equivalence import reference, tiny_models
 from tests.equivalence.test_checkpoint_variants import rewritten
+from tests.equivalence.test_families import assert_equal
 from tests.equivalence.tiny_models import GELU_TOLERANCE, LLAMA3, TINY, some_ids
 
 pytestmark = pytest.mark.train
@@ -50,7 +52,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
         (root / str(number)).mkdir()
         (root / str(number) / "config.json").write_text(json.dumps(facts))
         save_file({"nothing": np.zeros(1, np.float32)}, root / str(number) / "model.safetensors")
-    job = {"root": str(reference_root()), "folders": [str(root / number) for number in folders]}
+    job = {"root": str(reference.reference_root()), "folders": [str(root / number) for number in folders]}
     done = subprocess.run(
         [sys.executable, str(WORKER), json.dumps(job), str(root / "answer.json")],
         capture_output=True,
@@ -75,6 +77,43 @@ def test_the_metadata_of_llama_cpps_converter(name: str, answers: Mapping[str, A
     }
     computed = {key: value.astype(float).tolist() for key, value in family.computed(config).items()}
     assert computed == theirs["tensors"]
+
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 300,
+}  # fmt: skip
+# What no class of transformers has as it is called here: it is in `rope_parameters`, or ours alone.
+OURS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "rope_parameters", "has_intermediate_size")
+ROPE_KEYS = ("rope_type", "rope_theta", "partial_rotary_factor", "factor", "beta_fast", "beta_slow", "truncate")
+# transformers does not read it where there is no window
+ASIDE = {("Qwen2MoeForCausalLM", "sliding_window")}
+
+
+def attribute(config: Any, name: str, default: Any = None) -> Any:
+    """Of a configuration; Gemma 4 has some for each layer only."""
+    try:
+        return getattr(config, name, default)
+    except Exception:
+        return default
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.endswith("ForConditionalGeneration")])
+def test_what_a_file_leaves_out_is_what_transformers_fills_in(name: str) -> None:
+    """Every setting that is filled in here, and the rotary embedding."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    theirs, family = CONFIG_MAPPING[MODEL_TYPES[name]](**SMALL), FAMILIES[name]
+    ours = complete({"architectures": [name], **SMALL}, family)
+    keys = {"num_key_value_heads", "sliding_window", *family.defaults, *family.derived(ours)} & ours.keys() - {*OURS}
+    for key in keys:
+        names = [key, *(other for other, ours_is in family.aliases.items() if ours_is == key)]
+        found = [value for value in (attribute(theirs, each) for each in names) if value is not None]
+        assert not found or ours[key] == found[0] or (name, key) in ASIDE, key
+    rope = attribute(theirs, "rope_parameters") or {}
+    rope, mine = rope.get("full_attention", rope), full_rope(ours)
+    assert {key: mine.get(key) for key in rope if key in ROPE_KEYS} == {
+        key: value for key, value in rope.items() if key in ROPE_KEYS
+    }
 
 
 # -- logits ---------------------------------------------------------------------------------------------------------
@@ -229,6 +268,21 @@ def test_keys_and_values_that_nothing_reads_change_nothing(tmp_path: Path) -> No
     assert one.n_tensors == two.n_tensors
     assert one.fingerprint == two.fingerprint
     assert any("the last 5 layers" in notice for notice in two.notices)
+
+
+@pytest.mark.parametrize("name", ["gemma-3", "gemma-4"])
+def test_an_output_that_is_not_the_embeddings(name: str, tmp_path: Path) -> None:
+    """Gemma 1 and 2 always tie in llama.cpp, the later ones need not; and it is used."""
+    folder = tiny_models.build(name, tmp_path / "model", tie_word_embeddings=False)
+    found = differences(folder, tmp_path / "base.gguf")
+    assert found is not None
+    assert found.max() < TINY[name].tolerance
+    theirs = reference.convert({"theirs": folder}, tmp_path)["theirs"]
+    assert assert_equal(tmp_path / "base.gguf", theirs) > 20
+    tied = tiny_models.build(name, tmp_path / "tied")
+    found = differences(tied, tmp_path / "tied.gguf", of=folder)
+    assert found is not None
+    assert found.max() > 10 * TINY[name].tolerance
 
 
 @pytest.mark.parametrize("name", ["mistral", "phi-3", "starcoder2"])
