@@ -70,6 +70,10 @@ FAMILY = Family(
         "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_interval": 1,
     },
     aliases={"moe_num_experts": "num_experts", "moe_k": "num_experts_per_tok"},
+    kinds={
+        "moe_num_shared_experts": "count", "moe_layer_start_index": "count", "moe_layer_interval": "whole",
+        "moe_intermediate_size": "whole",
+    },
     fixed={"use_bias": False},
     problems=problems,
     ignored=(*IGNORED, r"model\.mtp_\w+\..*"),

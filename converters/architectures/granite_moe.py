@@ -33,6 +33,7 @@ FAMILY = Family(
     defaults={**granite.FAMILY.defaults, "num_experts": 8, "num_experts_per_tok": 2},
     aliases={"num_local_experts": "num_experts"},
     problems=granite.problems,
+    kinds=granite.FAMILY.kinds,
     computed=llama3_factors,
     tokenizer=LLAMA_RULES,
 )

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.ggml_base import library_path
+from edgelora.engine.native import forget_log, reason
 
 F32 = 0  # ggml_type
 FLASH_ATTENTION_OFF = 0
@@ -28,13 +29,18 @@ llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
 llama_cpp.llama_backend_init()
 
 
+def _said() -> str:
+    """The last that llama.cpp logged: to us, or to the engine, if that has been imported since."""
+    return "".join(_log[-5:]) or reason()
+
+
 @contextlib.contextmanager
 def loaded(path: Path, *, vocab_only: bool = False) -> Iterator[Any]:
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers, params.vocab_only = 0, vocab_only
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
-        raise RuntimeError("llama.cpp cannot load it: " + "".join(_log[-5:]))
+        raise RuntimeError("llama.cpp cannot load it: " + _said())
     try:
         yield model
     finally:
@@ -63,7 +69,7 @@ def logits(
 def _apply(model: Any, context: Any, path: Path) -> None:
     adapter = llama_cpp.llama_adapter_lora_init(model, str(path).encode())
     if not adapter:
-        raise RuntimeError("llama.cpp cannot load the adapter: " + "".join(_log[-5:]))
+        raise RuntimeError("llama.cpp cannot load the adapter: " + _said())
     adapters, scales = (type(adapter) * 1)(adapter), (ctypes.c_float * 1)(1.0)
     if llama_cpp.llama_set_adapters_lora(context, adapters, 1, scales):
         raise RuntimeError("llama.cpp cannot apply the adapter")
@@ -127,8 +133,10 @@ def quantize(
         params.imatrix = entries
     if tensor_types:
         params.tt_overrides = patterns
+    _log.clear()
+    forget_log()
     if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)):
-        raise RuntimeError("llama_model_quantize failed: " + "".join(_log[-5:]))
+        raise RuntimeError("llama_model_quantize failed: " + _said())
 
 
 def _imatrix_array(imatrix: Mapping[str, npt.NDArray[np.float32]]) -> Any:
