@@ -29,9 +29,9 @@ llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
 llama_cpp.llama_backend_init()
 
 
-def _said() -> str:
+def said() -> str:
     """The last that llama.cpp logged: to us, or to the engine, if that has been imported since."""
-    return "".join(_log[-5:]) or reason()
+    return "".join(_log[-20:]) or reason()
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def loaded(path: Path, *, vocab_only: bool = False) -> Iterator[Any]:
     params.n_gpu_layers, params.vocab_only = 0, vocab_only
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
-        raise RuntimeError("llama.cpp cannot load it: " + _said())
+        raise RuntimeError("llama.cpp cannot load it: " + said())
     try:
         yield model
     finally:
@@ -69,7 +69,7 @@ def logits(
 def _apply(model: Any, context: Any, path: Path) -> None:
     adapter = llama_cpp.llama_adapter_lora_init(model, str(path).encode())
     if not adapter:
-        raise RuntimeError("llama.cpp cannot load the adapter: " + _said())
+        raise RuntimeError("llama.cpp cannot load the adapter: " + said())
     adapters, scales = (type(adapter) * 1)(adapter), (ctypes.c_float * 1)(1.0)
     if llama_cpp.llama_set_adapters_lora(context, adapters, 1, scales):
         raise RuntimeError("llama.cpp cannot apply the adapter")
@@ -136,7 +136,7 @@ def quantize(
     _log.clear()
     forget_log()
     if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)):
-        raise RuntimeError("llama_model_quantize failed: " + _said())
+        raise RuntimeError("llama_model_quantize failed: " + said())
 
 
 def _imatrix_array(imatrix: Mapping[str, npt.NDArray[np.float32]]) -> Any:
