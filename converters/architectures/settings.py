@@ -275,21 +275,25 @@ YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp reads no others 
 
 def _yarn_problems(rope: Config) -> list[str]:
     """How llama.cpp scales what YaRN rotates follows from the factor alone (src/llama-context.cpp)."""
-    wanted = _yarn_scale(rope["factor"], 1.0)
-    given = rope.get("attention_factor")
-    if given is None and rope.get("mscale") and rope.get("mscale_all_dim"):
-        given = _yarn_scale(rope["factor"], rope["mscale"]) / _yarn_scale(rope["factor"], rope["mscale_all_dim"])
-    own = [] if given is None or math.isclose(given, wanted, rel_tol=1e-6) else [
-        f"YaRN's attention_factor is {given}, and llama.cpp takes {wanted}"
-    ]  # fmt: skip
-    return own + [
+    return yarn_scale_problems(rope, yarn_scale(rope["factor"], 1.0)) + [
         f"YaRN's {key} is {rope[key]}, and llama.cpp takes {usual}"
         for key, usual in YARN_BETAS.items()
         if rope.get(key) and rope[key] != usual
     ]
 
 
-def _yarn_scale(factor: float, mscale: float) -> float:
+def yarn_scale_problems(rope: Config, wanted: float) -> list[str]:
+    """Where transformers scales what YaRN rotates otherwise (`_compute_yarn_parameters`, modeling_rope_utils.py)."""
+    factor, mscale, all_dim = rope["factor"], rope.get("mscale"), rope.get("mscale_all_dim")
+    if odd := [value for value in (mscale, all_dim) if value and not is_number(value)]:
+        return [f"YaRN's mscale and mscale_all_dim: {odd[0]!r} is no positive number"]
+    usual = yarn_scale(factor, mscale) / yarn_scale(factor, all_dim) if mscale and all_dim else yarn_scale(factor, 1.0)
+    scale = usual if rope.get("attention_factor") is None else rope["attention_factor"]
+    same = math.isclose(scale, wanted, rel_tol=1e-6)
+    return [] if same else [f"YaRN's attention_factor is {scale}, and llama.cpp takes {wanted}"]
+
+
+def yarn_scale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -353,6 +353,34 @@ RELEASED: Mapping[str, Facts] = {
     "bigcode/starcoder2-7b": {**STARCODER, **sizes(4608, 18432, 32, 36, 4, 49152, 16384), "rope_theta": 1000000},
     "bigcode/starcoder2-15b": {**STARCODER, **sizes(6144, 24576, 40, 48, 4, 49152, 16384), "rope_theta": 100000,
                                "tie_word_embeddings": False},
+    # kin of the families above
+    "allenai/OLMoE-1B-7B-0924": {
+        **OLMO_2, **one("OlmoeForCausalLM", "olmoe"), **sizes(2048, 1024, 16, 16, 16, 50304, 4096), "clip_qkv": None,
+        "norm_topk_prob": False, "num_experts": 64, "num_experts_per_tok": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0},
+    "ibm-granite/granite-3.0-1b-a400m-base": {
+        **GRANITE_2B, **one("GraniteMoeForCausalLM", "granitemoe"), **sizes(1024, 512, 24, 16, 8, 49152, 4096),
+        "logits_scaling": 6.0, "num_experts_per_tok": 8, "num_local_experts": 32, "rope_theta": 10000},
+    "baidu/ERNIE-4.5-21B-A3B-PT": {
+        **one("Ernie4_5_MoeForCausalLM", "ernie4_5_moe"), **SILU, **sizes(2560, 12288, 28, 20, 4, 103424, 131072),
+        "moe_intermediate_size": 1536, "moe_k": 6, "moe_layer_end_index": 27, "moe_layer_interval": 1,
+        "moe_layer_start_index": 1, "moe_num_experts": 64, "moe_num_shared_experts": 2, "rms_norm_eps": 1e-5,
+        "rope_scaling": None, "rope_theta": 500000.0, "tie_word_embeddings": True, "use_bias": False},
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": {
+        **one("Mistral3ForConditionalGeneration", "mistral3"), "vision_config": {"model_type": "pixtral"},
+        "text_config": {"model_type": "mistral", **SILU, **sizes(5120, 32768, 40, 32, 8, 131072, 131072),
+                        "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 1000000000.0, "sliding_window": None}},
+    "Qwen/Qwen2.5-VL-7B-Instruct": {
+        **QWEN2, **one("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
+        **sizes(3584, 18944, 28, 28, 4, 152064, 128000), "max_window_layers": 28, "sliding_window": 32768,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vision_config": {"depth": 32}},
+    "Qwen/Qwen3-VL-8B-Instruct": {
+        **one("Qwen3VLForConditionalGeneration", "qwen3_vl"), "tie_word_embeddings": False,
+        "text_config": {"model_type": "qwen3_vl_text", **SILU, **sizes(4096, 12288, 36, 32, 8, 151936, 262144),
+                        "attention_bias": False, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 5000000,
+                        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20],
+                                         "rope_type": "default"}},
+        "vision_config": {"deepstack_visual_indexes": [8, 16, 24], "depth": 27}},
     # Cohere, GLM, EXAONE, ERNIE, gpt-oss
     "CohereLabs/c4ai-command-r-v01": {**COHERE, **sizes(8192, 22528, 40, 64, 64, 256000, 8192), "logit_scale": 0.0625,
                                       "model_max_length": 131072, "rope_theta": 8000000.0, "use_qk_norm": False},
@@ -448,6 +476,7 @@ PARAMETERS: Mapping[str, int] = {
     "allenai/OLMo-2-0425-1B": 1_484_916_736,
     "allenai/OLMo-2-1124-7B": 7_298_617_344,
     "allenai/Olmo-3-1025-7B": 7_298_011_136,
+    "allenai/OLMoE-1B-7B-0924": 6_919_161_856,
     "stabilityai/stablelm-3b-4e1t": 2_795_443_200,
     "stabilityai/stablelm-3b-4e1t (first)": 2_795_443_200,
     "stabilityai/stablelm-2-1_6b": 1_644_515_328,

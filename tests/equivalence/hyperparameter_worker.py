@@ -26,6 +26,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
         config[key] = value(config)
     kind = get_model_class(get_model_architecture(config, ModelType.TEXT))
     model = kind(folder, gguf.LlamaFileType.ALL_F32, folder / "out.gguf", hparams=config, model_name=None)
+    model = getattr(model, "impl", model)  # Mistral 3: one of several
     model.set_gguf_parameters()
     tensors = {name: [float(value) for value in tensor] for name, tensor in model.generate_extra_tensors()}
     pairs = {key: pair.value for key, pair in model.gguf_writer.kv_data[0].items()}  # Phi-3's tensors add to them

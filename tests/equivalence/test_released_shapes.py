@@ -322,6 +322,10 @@ COMPUTED_OTHERWISE: Mapping[str, tuple[str, dict[str, Any]]] = {
     "yarn-attention": ("llama", {"rope_parameters": yarn(4.0, attention_factor=2.0)}),
     "yarn-mscale": ("llama", {"rope_parameters": yarn(16.0, mscale=1.0, mscale_all_dim=1.0)}),
     "yarn-betas": ("llama", {"rope_parameters": yarn(4.0, beta_fast=4.0, beta_slow=0.05)}),
+    "ministral-mscale": ("ministral-3", {"rope_parameters": {
+        **TINY["ministral-3"].settings["rope_parameters"], "mscale": 4.0}}),
+    "phi-3.5-attention": ("phi-3.5", {"rope_parameters": {
+        **TINY["phi-3.5"].settings["rope_parameters"], "attention_factor": 3.0}}),
     "olmo-3-thetas": ("olmo3", {"rope_parameters": {
         FULL: {"rope_type": "default", "rope_theta": 10000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}}),
@@ -331,6 +335,7 @@ NOT_LOADED: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gemma-4-sharing": ("gemma-4", {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": [
         FULL, "sliding_attention", "sliding_attention", "sliding_attention", "sliding_attention", FULL]}),
     "olmo-2-tied": ("olmo2", {"tie_word_embeddings": True}),
+    "olmoe-tied": ("olmoe", {"tie_word_embeddings": True}),
     "stablelm-tied": ("stablelm", {"tie_word_embeddings": True}),
     "gpt-neox-tied": ("gpt-neox", {"tie_word_embeddings": True}),
     "qwen2-moe-tied": ("qwen2-moe", {"tie_word_embeddings": True}),
