@@ -260,13 +260,14 @@ def _check_texts(conversion: _Conversion, adapter: Path | None) -> None:
     from edgelora.engine.windows import check_text
     from edgelora.resolution import contract_of
 
-    inputs, template = conversion.inputs, conversion.template
+    inputs, settings, template = conversion.inputs, conversion.settings, conversion.template
     contract = contract_of(adapter) if adapter and not template else None
     of_adapter = ChatTemplate(contract.chat_template) if contract and contract.chat_template else template
     with _vocabulary(conversion) as path:
-        for text, chosen in ((inputs.calibrate, of_adapter), (inputs.check, template)):
-            if text:
-                check_text(path, text, conversion.source, chosen)
+        if inputs.calibrate:
+            check_text(path, inputs.calibrate, conversion.source, settings.calibrate_chunks, of_adapter)
+        if inputs.check:
+            check_text(path, inputs.check, conversion.source, settings.check_chunks, template)
 
 
 @contextmanager

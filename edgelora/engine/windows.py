@@ -296,7 +296,10 @@ class Encoder:
         own = self.settings.chat_template or self.template or self.model.chat_template()
         tokens: list[int] = []
         problems = []
+        enough = self.settings.chunks and self.settings.chunks * self.settings.chunk_size
         for conversation in conversations:
+            if enough and len(tokens) >= enough:
+                break  # the rest is not read
             template = own or (None if conversation.templated else ChatTemplate(BUILTIN["plain"]))
             if template is None:
                 raise ModelFileError(
@@ -314,19 +317,22 @@ class Encoder:
         return tokens
 
 
-def check_text(path: Path, source: Source, base: Path, chat_template: ChatTemplate | None = None) -> None:
+def check_text(
+    path: Path, source: Source, base: Path, chunks: int | None = None, chat_template: ChatTemplate | None = None
+) -> None:
     """Refuse a text that `Windows.tokens` would refuse, with no more of a model than its vocabulary.
 
     Args:
         path: a GGUF base, or a file with the metadata of one and no weights.
         base: what messages call it.
+        chunks: how many windows will be read, None for all.
 
     Raises:
         DataFileError: too few tokens for one window, or conversations that the chat template refuses.
         SettingsError: windows longer than what the base was made for.
         ModelFileError: conversations, and no chat template; or a vocabulary that llama.cpp cannot load.
     """
-    settings = WindowSettings(base, chat_template=chat_template)
+    settings = WindowSettings(base, chunks=chunks, chat_template=chat_template)
     model = Model(path, vocab_only=True)
     try:
         _check_length(settings, model.n_ctx_train)
