@@ -24,16 +24,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from converters.block_types import TYPES
 from converters.errors import FormatError, MissingFileError, TruncatedFileError, UnsupportedError, listed
-from converters.quant_types import TYPES
 from converters.reader import ARRAY, MAGIC, MAX_TENSOR_NAME, STRING, GGUFHeader, TensorInfo, read_header
+from converters.tensor_kinds import EMBEDDINGS
 from converters.writer import TensorSpec, Typed, Value, check_output, create, file_size, header_bytes
 
 Floats = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
-EMBEDDING = "token_embd.weight"
 MAX_OVERRIDE_BYTES = 127  # llama_model_kv_override::val_str, include/llama.h, less its NUL
 _MAX_COUNT = 2**53  # counts are float32 in the file; beyond this int64 and float64 part ways
 _AGAIN = "Download it again, or make one with `edgelora convert --calibrate`."
@@ -78,8 +78,8 @@ class ImportanceMatrix:
         """What llama-quantize weighs a tensor's columns with.
 
         Returns:
-            float32, shape (n_expert, n_cols); None where the matrix has nothing for this tensor. That of an embedding
-            (its columns are looked up and not multiplied) counts as nothing where its size is another.
+            float32, shape (n_expert, n_cols); None where the matrix has nothing for this tensor. That of embeddings
+            (they are looked up and not multiplied) counts as nothing where its size is another.
 
         Raises:
             FormatError: the matrix has another number of values, so it was made for another model.
@@ -89,7 +89,7 @@ class ImportanceMatrix:
             return None
         if entry.sums.size == n_cols * n_expert:
             return entry.means().reshape(n_expert, n_cols)
-        if name == EMBEDDING:  # src/llama-quant.cpp, llama_model_quantize_impl
+        if name in EMBEDDINGS:  # src/llama-quant.cpp, llama_model_quantize_impl
             return None
         experts = f" for each of {n_expert} experts" if n_expert > 1 else ""
         raise FormatError(

@@ -1,14 +1,14 @@
 """Rows of float32 to rows of blocks, byte for byte as llama.cpp makes them.
 
 F32 is what it is. Everything else is llama.cpp's own `ggml_quantize_chunk` (ggml/src/ggml.c), called in the
-`libggml-base` that llama-cpp-python installs, or a kernel that is proven to make its bytes (`converters.native`); F16 and
-BF16 are numpy casts where that library is not installed. llama.cpp's quantizers end the process where they meet what they do not
-expect: all of that is refused here first.
+`libggml-base` that llama-cpp-python installs, or a kernel that is proven to make its bytes (`converters.native`); F16
+and BF16 are numpy casts where that library is not installed. llama.cpp's quantizers end the process where they meet
+what they do not expect: all of that is refused here first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,13 @@ from converters.block_types import BlockType
 from converters.errors import UnsupportedError
 from converters.ggml_base import encoder, is_installed
 from converters.quant_types import ABORTS_WITHOUT_IMATRIX
-from converters.tensor_kinds import EMBEDDINGS
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 # These look a point up in a grid, and abort where there is none: values that are not finite, or so large that their
 # squares overflow (`iq2_find_best_neighbour` and its kin, ggml/src/ggml-quants.c).
-_ON_A_GRID = frozenset(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"))
+ON_A_GRID = frozenset(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"))
 _LARGEST_ON_A_GRID = 1e9
 
 
@@ -40,7 +39,7 @@ def quantize_rows(rows: Floats, block_type: BlockType, importance: Floats | None
             turned to float32 first, which loses nothing: llama-quantize does the same.
         block_type: a row of `block_types.TYPES`.
         importance: float32, shape (n_cols,): a row of an importance matrix, finite and not negative. F32, F16, BF16,
-            Q8_0 and MXFP4 do not look at it. Experts have a row each: see `quantize_slab`.
+            Q8_0 and MXFP4 do not look at it. Experts have a row each, so theirs are encoded one by one.
 
     Returns:
         uint8, shape (n_rows, bytes of a row).
@@ -68,65 +67,6 @@ def quantize_rows(rows: Floats, block_type: BlockType, importance: Floats | None
     return out
 
 
-def quantize_slab(
-    rows: Floats, block_type: BlockType, importance: Floats | None, first_row: int, rows_per_matrix: int
-) -> Bytes:
-    """Encode some rows of a tensor of experts, each expert with its own row of the importance matrix.
-
-    As `llama_tensor_quantize_impl` (src/llama-quant.cpp) does it.
-
-    Args:
-        rows: float32, shape (n_rows, n_cols), rows of the tensor seen as (n_experts * rows_per_matrix, n_cols).
-        importance: float32, shape (n_experts, n_cols), from `importance_for`; one row for a plain matrix.
-        first_row: where `rows` start in the tensor.
-        rows_per_matrix: rows of one expert.
-
-    Returns:
-        uint8, shape (n_rows, bytes of a row).
-
-    Raises:
-        UnsupportedError: as `quantize_rows`.
-    """
-    if importance is None:
-        return quantize_rows(rows, block_type)
-    parts, start = [], 0
-    while start < len(rows):
-        matrix, row = divmod(first_row + start, rows_per_matrix)
-        stop = start + rows_per_matrix - row
-        parts.append(quantize_rows(rows[start:stop], block_type, importance[matrix]))
-        start = stop
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def importance_for(name: str, shape: Sequence[int], imatrix: Mapping[str, Floats]) -> Floats | None:
-    """What an importance matrix has for one tensor, as `llama_model_quantize_impl` (src/llama-quant.cpp) looks it up.
-
-    Args:
-        name: of the tensor in GGUF.
-        shape: in numpy order; (n_experts, n_rows, n_cols) for experts.
-        imatrix: tensor name to float32 values.
-
-    Returns:
-        float32, shape (n_experts or 1, n_cols), for `quantize_slab`; None if there is nothing for it. Token embeddings
-        do without, too, if what there is has another size: embeddings are not multiplied, unless they are the output.
-
-    Raises:
-        UnsupportedError: it has another number of values than the tensor needs.
-    """
-    found = imatrix.get(name)
-    if found is None:
-        return None
-    matrices = shape[-3] if len(shape) > 2 else 1
-    if found.size != matrices * shape[-1]:
-        if name in EMBEDDINGS:
-            return None
-        raise UnsupportedError(
-            f"{name}: the importance matrix has {found.size} values for it, {matrices} x {shape[-1]} are needed",
-            hint="It was made from another model, or by an old llama.cpp: compute it again with --calibrate TEXT.",
-        )
-    return found.reshape(matrices, shape[-1])
-
-
 def _check(rows: Floats, block_type: BlockType, importance: Floats | None) -> None:
     if not block_type.can_be_made:
         raise UnsupportedError(f"llama.cpp cannot quantize to {block_type.name}", hint="Choose another type.")
@@ -144,7 +84,7 @@ def _check(rows: Floats, block_type: BlockType, importance: Floats | None) -> No
         raise UnsupportedError(
             "the importance matrix has values that are negative or not finite", hint="Compute it again."
         )
-    if block_type.name in _ON_A_GRID and rows.size and not _fits_a_grid(rows):
+    if block_type.name in ON_A_GRID and rows.size and not _fits_a_grid(rows):
         raise UnsupportedError(
             f"{block_type.name} cannot hold values that are not finite, or beyond {_LARGEST_ON_A_GRID:.0e}",
             hint="Choose a type of the Q family for this tensor; the model itself looks damaged.",

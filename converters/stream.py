@@ -18,15 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.errors import FormatError, UnsupportedError, listed
-from converters.quantize import Bytes, Floats, quantize_rows
+from converters.quantize import ON_A_GRID, Bytes, Floats, quantize_rows
 from converters.writer import Part, TensorSpec, create_parts
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes written, bytes in all, and the tensor that is being written."""
 
 CHUNK_BYTES = 4 << 20  # of float32 rows
-# llama.cpp ends the process where these meet a value that is no number (the grids of ggml/src/ggml-quants.c).
-NEEDS_FINITE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def _encode(source: Source, start: int, stop: int, *, is_last: bool) -> _Chunk:
     assert source.read is not None
     rows, block_type = source.read(start, stop), source.spec.block_type
     is_finite = bool(np.isfinite(rows).all())
-    if not is_finite and block_type.name in NEEDS_FINITE:
+    if not is_finite and block_type.name in ON_A_GRID:
         raise FormatError(
             f"{source.spec.name}: holds values that are NaN or infinite, which {block_type.name} cannot hold",
             hint="Download the model again, or choose another quantization.",

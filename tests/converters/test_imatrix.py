@@ -133,9 +133,10 @@ def test_other_models_matrix_is_refused_with_both_sizes() -> None:
 
 def test_tensors_without_importance() -> None:
     assert matrix().values_for("blk.1.ffn_down.weight", 8) is None
-    embedding = matrix(entries={"token_embd.weight": Importance(floats(1, 2), np.array([1]))})
-    assert embedding.values_for("token_embd.weight", 8) is None  # llama-quantize lets this one pass
-    assert embedding.values_for("token_embd.weight", 2) is not None
+    for name in ("token_embd.weight", "per_layer_token_embd.weight"):
+        embedding = matrix(entries={name: Importance(floats(1, 2), np.array([1]))})
+        assert embedding.values_for(name, 8) is None  # llama-quantize lets these pass
+        assert embedding.values_for(name, 2) is not None
 
 
 def test_keys_of_the_quantized_file() -> None:

@@ -14,7 +14,7 @@ from converters.block_types import BlockType
 from converters.errors import UnsupportedError
 from converters.ggml_base import library_path
 from converters.quant_types import ABORTS_WITHOUT_IMATRIX, TYPES
-from converters.quantize import importance_for, quantize_rows, quantize_slab
+from converters.quantize import quantize_rows
 
 # Every kind of float32: normal, subnormal, zero, infinite, the largest, the F16 limits, and halves that round to even.
 EDGES = [
@@ -97,34 +97,6 @@ def test_importance_changes_bytes(name: str) -> None:
 def test_importance_does_not_change_bytes(name: str) -> None:
     rows = normal(4, 256)
     np.testing.assert_array_equal(quantize_rows(rows, TYPES[name], importance(256)), quantize_rows(rows, TYPES[name]))
-
-
-def test_chunks_of_experts_take_each_experts_importance() -> None:
-    """3 experts of 4 rows, in chunks that start and end within one."""
-    rows, weights, kind = normal(12, 256), importance(3, 256), TYPES["Q4_K"]
-    each = [quantize_rows(rows[4 * index : 4 * index + 4], kind, weights[index]) for index in range(3)]
-    whole = np.concatenate(each)
-    np.testing.assert_array_equal(quantize_slab(rows, kind, weights, 0, 4), whole)
-    for start, stop in ((0, 4), (1, 3), (2, 11), (5, 12), (8, 12)):
-        np.testing.assert_array_equal(quantize_slab(rows[start:stop], kind, weights, start, 4), whole[start:stop])
-    assert not np.array_equal(quantize_slab(rows, kind, weights[::-1], 0, 4), whole)
-    assert not np.array_equal(quantize_slab(rows[5:], kind, weights, 0, 4), whole[5:])
-
-
-def test_importance_is_looked_up_by_name_and_checked_by_size() -> None:
-    imatrix = {"blk.0.ffn_up_exps.weight": importance(3 * 8), "token_embd.weight": importance(7)}
-    found = importance_for("blk.0.ffn_up_exps.weight", (3, 4, 8), imatrix)
-    assert found is not None
-    np.testing.assert_array_equal(found, imatrix["blk.0.ffn_up_exps.weight"].reshape(3, 8))
-    assert importance_for("blk.0.ffn_up.weight", (4, 8), imatrix) is None
-    assert importance_for("token_embd.weight", (4, 8), imatrix) is None
-    with pytest.raises(UnsupportedError, match=r"ffn_up_exps\.weight: .* has 24 values for it, 4 x 8 are needed"):
-        importance_for("blk.0.ffn_up_exps.weight", (4, 4, 8), imatrix)
-
-
-def test_without_importance_experts_are_like_any_rows() -> None:
-    rows = normal(12, 256)
-    np.testing.assert_array_equal(quantize_slab(rows, TYPES["Q4_K"], None, 0, 4), quantize_rows(rows, TYPES["Q4_K"]))
 
 
 def test_what_needs_importance_aborts_in_llama_cpp_and_is_refused_here() -> None:

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from converters import quant_types
-from converters.block_types import BlockType
 from converters.dequantize import dequantize_rows
-from converters.errors import UnsupportedError
+from converters.errors import FormatError, UnsupportedError
+from converters.imatrix import Importance, ImportanceMatrix
 from converters.quant_types import (
     RECIPES,
     TYPE_BY_NUMBER,
@@ -150,7 +150,8 @@ def ours(
     sources = {name: TYPES[tensor.type_name] for name, tensor in header.tensors.items()}
     model = ModelShape.from_metadata(header.metadata)
     plan = plan_types(shapes, recipe, model, overrides=overrides, has_imatrix=imatrix is not None, source_types=sources)
-    made: Stored = {}
+    entries = {name: Importance(values, np.array([1])) for name, values in (imatrix or {}).items()}
+    matrix, made = ImportanceMatrix(entries, (), 0, 0), Stored()
     for name, kind in plan.types.items():
         tensor, shape = header.tensors[name], shapes[name]
         raw = np.frombuffer(data, np.uint8, tensor.size_bytes, tensor.offset)
@@ -158,16 +159,14 @@ def ours(
             made[name] = kind.name, raw.tobytes()
             continue
         rows = dequantize_rows(raw.reshape(-1, sources[name].row_bytes(shape[-1])), sources[name], shape[-1])
-        made[name] = kind.name, encoded(rows, kind, shape[-3] if len(shape) > 2 else 1, (imatrix or {}).get(name))
+        n_expert = shape[-3] if len(shape) > 2 else 1
+        weights = matrix.values_for(name, shape[-1], n_expert)
+        if weights is None:
+            made[name] = kind.name, quantize_rows(rows, kind).tobytes()
+            continue
+        experts = zip(np.split(rows, n_expert), weights, strict=True)
+        made[name] = kind.name, b"".join(quantize_rows(each, kind, row).tobytes() for each, row in experts)
     return made
-
-
-def encoded(rows: Floats, kind: BlockType, n_expert: int, values: Floats | None) -> bytes:
-    """Each expert with its own values of an importance matrix; embeddings do without those of another size."""
-    if values is None or values.size != n_expert * rows.shape[1]:
-        return quantize_rows(rows, kind).tobytes()
-    weights, experts = values.reshape(n_expert, -1), np.split(rows, n_expert)
-    return b"".join(quantize_rows(each, kind, row).tobytes() for each, row in zip(experts, weights, strict=True))
 
 
 def theirs(path: Path, out: Path, recipe: Recipe, **options: Any) -> Stored:
@@ -306,7 +305,7 @@ def test_an_imatrix_of_another_model(written: Writer, tmp_path: Path) -> None:
     imatrix["blk.0.attn_q.weight"] = np.ones(512, np.float32)
     with pytest.raises(RuntimeError, match="imatrix size 512 is different from tensor size 256"):
         theirs(source, out, recipe, imatrix=imatrix)
-    with pytest.raises(UnsupportedError, match="has 512 values for it, 1 x 256 are needed"):
+    with pytest.raises(FormatError, match=r"has 512 values for blk\.0\.attn_q\.weight, the tensor has 256 columns"):
         ours(source, recipe, imatrix)
 
 
