@@ -5,10 +5,12 @@ Rows are read when they are asked for, so a stack of 128 experts takes no more m
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ ReadRange = Callable[[int, int], npt.NDArray[Any]]
 STRIP_BYTES = 4 << 20  # of a transposed matrix at a time
 WIDE_SPAN = 4  # rows that lie within so many times their number are read in one go
 MXFP4_BLOCK = 32
+_orders: WeakValueDictionary[bytes, Indices] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class View:
     @classmethod
     def of(cls, tensors: Tensors, place: Place, sizes: Sizes) -> View:
         names, shape = place.hf_names(sizes), place.shape(sizes)
-        return cls(tensors, names, shape, place, place.row_order(sizes), place.column_order(sizes))
+        return cls(tensors, names, shape, place, _shared(place.row_order(sizes)), _shared(place.column_order(sizes)))
 
     @property
     def is_transposed(self) -> bool:
@@ -128,6 +131,14 @@ class View:
                 strip = self.tensors.rows(self.names[0], int(matrix) * n_in + first, int(matrix) * n_in + last)
                 out[where, first:last] = strip[:, wanted].T
         return out
+
+
+def _shared(order: Indices | None) -> Indices | None:
+    """One array for all equal ones: those of 128 experts take megabytes each, and the layers of a model are alike."""
+    if order is None:
+        return None
+    order = np.ascontiguousarray(order)
+    return _orders.setdefault(hashlib.sha256(order.data).digest(), order)
 
 
 def scales_of(blocks: str) -> str:
