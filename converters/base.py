@@ -177,4 +177,6 @@ def _reader_of(values: Floats) -> ReadRows:
 
 
 def _inputs(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    return (*checkpoint.folder.iterdir(), *{tensor.file for tensor in checkpoint.tensors.values()})
+    """All that lies beside the weights but GGUF files: those may be what an earlier conversion made."""
+    beside = (path for path in checkpoint.folder.iterdir() if path.suffix != ".gguf")
+    return (*beside, *{tensor.file for tensor in checkpoint.tensors.values()})

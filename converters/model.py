@@ -29,7 +29,11 @@ OTHER_PARTS = re.compile(
 )
 # Classes whose code was published beside the weights before transformers had it. Others keep their name and change
 # what they compute, so they are refused.
-PUBLISHED_WITH_CODE = frozenset(("PhiForCausalLM", "Phi3ForCausalLM", "FalconForCausalLM", "RWForCausalLM", "StableLmForCausalLM", "StableLMEpochForCausalLM", "Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM", "Exaone4ForCausalLM", "Glm4ForCausalLM", "GPTNeoXForCausalLM"))
+PUBLISHED_WITH_CODE = frozenset((
+    "PhiForCausalLM", "Phi3ForCausalLM", "FalconForCausalLM", "RWForCausalLM", "StableLmForCausalLM",
+    "StableLMEpochForCausalLM", "Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM", "Exaone4ForCausalLM",
+    "Glm4ForCausalLM", "GPTNeoXForCausalLM",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)

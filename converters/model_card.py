@@ -66,10 +66,21 @@ def _typed(folder: Path, key: str, pair: Any) -> Value:
     """gguf's value, checked: it takes whatever the model card and generation_config.json say."""
     kinds: dict[str, Any] = {"INT32": int, "UINT32": int, "FLOAT32": (int, float), "STRING": str, "ARRAY": list}
     value, wanted = pair.value, kinds[pair.type.name]
+    items = value if isinstance(value, list) else [value]
     largest = 2**31 - 1 if wanted is int else F32_MAX
-    is_number = isinstance(value, (int, float))
-    if not isinstance(value, wanted) or isinstance(value, bool) or (is_number and not abs(value) <= largest):
-        raise FormatError(f"{folder}: {key} is {value!r} in its README.md or generation_config.json")
+    fits = isinstance(value, wanted) and len({*map(type, items)}) <= 1
+    if not fits or not all(_is_plain(item, largest) for item in items):
+        raise FormatError(
+            f"{folder}: {key} is {repr(value)[:200]} in its README.md or generation_config.json",
+            hint="Correct it there: a number among the words of a README.md has to be quoted.",
+        )
     if pair.type.name == "INT32":
         return Typed("i", value)
     return float(value) if pair.type.name == "FLOAT32" else value
+
+
+def _is_plain(value: Any, largest: float) -> bool:
+    """Whether it is text that can be written down, or a number that a GGUF file holds."""
+    if isinstance(value, str):
+        return not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= largest

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converters.errors import UnsupportedError
+from converters.errors import FormatError, UnsupportedError
 
 # Layers that make a model llama.cpp's LLM_TYPE_70B (`load_arch_hparams`, src/models/*.cpp).
 _LAYERS_OF_70B = {"llama": 80, "llama-embed": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
@@ -14,7 +14,7 @@ _70B_SHARES_HEADS = ("llama", "llama-embed")
 
 # Layers that `load_arch_hparams` adds to the file's block_count (src/models/nanbeige.cpp, granite-switch.cpp).
 _LAYERS: Mapping[str, Callable[[int, Mapping[str, Any]], int]] = {
-    "nanbeige": lambda layers, metadata: layers * int(metadata.get("nanbeige.num_loops", 1)),
+    "nanbeige": lambda layers, metadata: layers * _whole(metadata, "nanbeige.num_loops", 1),
     "graniteswitch": lambda layers, metadata: layers + 1,
 }
 
@@ -42,19 +42,20 @@ class ModelShape:
 
         Raises:
             UnsupportedError: the architecture or the number of layers is missing.
+            FormatError: a number of heads or experts is none.
         """
         architecture = metadata.get("general.architecture")
         layers = metadata.get(f"{architecture}.block_count")
         if not isinstance(architecture, str) or not isinstance(layers, int):
             missing = f"{architecture}.block_count" if isinstance(architecture, str) else "general.architecture"
             raise UnsupportedError(f"the file's metadata has no {missing}", hint="It is not a model in GGUF.")
-        heads = metadata.get(f"{architecture}.attention.head_count", 0)
+        heads = _per_layer(metadata, f"{architecture}.attention.head_count", 0)
         return cls(
             architecture,
             _LAYERS[architecture](layers, metadata) if architecture in _LAYERS else layers,
-            _per_layer(heads),
-            _per_layer(metadata.get(f"{architecture}.attention.head_count_kv", heads)),
-            int(metadata.get(f"{architecture}.expert_count", 0)),
+            heads,
+            _per_layer(metadata, f"{architecture}.attention.head_count_kv", heads),
+            _whole(metadata, f"{architecture}.expert_count", 0),
         )
 
     @property
@@ -71,8 +72,18 @@ class ModelShape:
         return self.architecture not in _70B_SHARES_HEADS or (shares_heads and self.n_expert != 8)
 
 
-def _per_layer(value: Any) -> int | tuple[int, ...]:
-    return int(value) if isinstance(value, int) else tuple(int(item) for item in value)
+def _per_layer(metadata: Mapping[str, Any], key: str, otherwise: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    value = metadata.get(key, otherwise)
+    if isinstance(value, (list, tuple)) and all(isinstance(item, int) for item in value):
+        return tuple(value)
+    return _whole(metadata, key, value)
+
+
+def _whole(metadata: Mapping[str, Any], key: str, otherwise: Any) -> int:
+    value = metadata.get(key, otherwise)
+    if not isinstance(value, int):
+        raise FormatError(f"{key} is {str(value)[:40]!r}, expected a whole number", hint="Download the file again.")
+    return value
 
 
 def _first_of(value: int | tuple[int, ...]) -> int:

@@ -94,7 +94,8 @@ def plan_requantize(base: BaseFile, options: QuantizeOptions, metadata: Mapping[
     shapes = {name: item.shape for name, item in taken.items()}
     choice = choose(shapes, stored, ModelShape.from_metadata(header.metadata), options)
     _check_sources(header, stored, choice, options)
-    sources = tuple(_source(base, name, taken[name], choice) for name in choice.types)
+    changed = frozenset(choice.changed)
+    sources = tuple(_source(base, name, taken[name], choice, name in changed) for name in choice.types)
     fingerprint, notices = _fingerprint(header)
     template = metadata.get("tokenizer.chat_template", header.metadata.get("tokenizer.chat_template"))
     return Job(
@@ -151,9 +152,9 @@ def _check_sources(
         )
 
 
-def _source(base: BaseFile, name: str, item: _Taken, choice: TypeChoice) -> Source:
+def _source(base: BaseFile, name: str, item: _Taken, choice: TypeChoice, is_changed: bool) -> Source:
     spec = TensorSpec(name, item.shape, choice.types[name])
-    if name in set(choice.changed):
+    if is_changed:
         return Source(spec, read=partial(base.rows, item.source), importance=choice.importance.get(name))
     return Source(spec, read_blocks=partial(base.blocks, item.source))
 

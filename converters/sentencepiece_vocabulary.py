@@ -18,7 +18,7 @@ from converters.sentencepiece_json import sentencepiece_json
 from converters.sentencepiece_model import SentencePieceModel, read_sentencepiece
 from converters.tokenizer_differences import added_differences, sentencepiece_example
 from converters.tokenizer_draft import UNUSED_SCORE, Draft, Entries, Source
-from converters.tokenizer_file import TokenizerFile
+from converters.tokenizer_file import ID, TokenizerFile
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 NO_SPACE_AFTER_SPECIAL = "it puts no space after a special token, as llama.cpp does"
@@ -158,7 +158,7 @@ def _decoder_tokens(source: Source) -> dict[int, AddedToken]:
     if not isinstance(given, Mapping):
         raise FormatError(f"{source.folder / 'tokenizer_config.json'}: added_tokens_decoder is not an object")
     for key, entry in given.items():
-        number = int(key) if str(key).isdecimal() else -1
+        number = int(key) if ID.fullmatch(key) else -1
         if not 0 <= number < source.size or not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
             problem = f"added_tokens_decoder has {key!r}, the vocabulary has {source.size}"
             raise FormatError(f"tokenizer_config.json: {problem}")

@@ -33,6 +33,7 @@ ALWAYS_CONTROL = frozenset((
     "<|calls|>", "</s>", "[EOS]", "<eos>", "<turn|>", "<|tool_response>", "[e~[", "<｜end▁of▁sentence｜>",
     "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>",
 ))  # fmt: skip
+LONGEST_OVERLAP = 256  # of added tokens that is looked for, in characters: no vocabulary comes near it
 ORDINARY_END = {"<|tool_response>", "<|plamo:eos|>"}  # beside one of these, it leaves </s> as it is
 SAMPLES = (
     "Hello world", " two  spaces   three", "it's we'LL o'clock 'tis", "1 12 123 1234 12345 3.14", "a\n\nb\r\n\tc \n d",
@@ -118,9 +119,9 @@ def _crossing(tokens: Sequence[str]) -> str:
     """Two tokens of which one ends as a longer one begins: Hugging Face takes the first in a text, llama.cpp that."""
     starts: dict[str, str] = {}
     for token in sorted(tokens, key=len):
-        starts |= {token[:length]: token for length in range(1, len(token))}
+        starts |= {token[:length]: token for length in range(1, min(len(token), LONGEST_OVERLAP))}
     for token in tokens:
-        for length in range(1, len(token)):
+        for length in range(1, min(len(token), LONGEST_OVERLAP)):
             other = starts.get(token[-length:], "")
             if len(other) > len(token) and len(set(token + other)) > 1:
                 return f"{token!r} and {other!r}"

@@ -8,6 +8,7 @@ as `TokenizersBackend.__init__` does (tokenization_utils_tokenizers.py).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 NFC = {"type": "NFC"}
 END = "<|endoftext|>"
+ID = re.compile(r"[0-9]{1,10}")
 
 
 def _bytes(*, use_regex: bool = True) -> dict[str, Any]:
@@ -292,7 +294,7 @@ def _unique(entries: Iterable[Any]) -> Sequence[AddedToken]:
 def _added_tokens(folder: Path, tokenizer_config: Json, special: Collection[str]) -> dict[int, AddedToken]:
     given: Any = tokenizer_config.get("added_tokens_decoder")
     if isinstance(given, Mapping):
-        tokens = {int(key): _token(entry, special=False) for key, entry in given.items() if str(key).isdecimal()}
+        tokens = {int(key): _token(entry, special=False) for key, entry in given.items() if ID.fullmatch(key)}
     else:
         path = folder / "added_tokens.json"
         given = read_json(path) if path.is_file() else {}

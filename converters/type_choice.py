@@ -90,14 +90,15 @@ def _check_needs(
     types: Mapping[str, BlockType], recipe: Recipe, candidates: Sequence[str], changed: Sequence[str],
     importance: Mapping[str, Floats], imatrix: ImportanceMatrix | None,
 ) -> None:  # fmt: skip
-    needing = [name for name in needs_imatrix(types, recipe) if name in set(candidates)]
+    known, differing = frozenset(candidates), frozenset(changed)
+    needing = [name for name in needs_imatrix(types, recipe) if name in known]
     if imatrix is None and needing:
         shown = listed([f"{name} ({types[name].name})" for name in needing])
         raise UnsupportedError(
             f"{recipe.name} needs an importance matrix: these types have too few bits without one:{shown}",
             hint=_IMATRIX_HINT,
         )
-    missing = [name for name in needing if name in set(changed) and name not in importance]
+    missing = [name for name in needing if name in differing and name not in importance]
     if missing:
         shown = listed([f"{name} ({types[name].name})" for name in missing])
         raise UnsupportedError(

@@ -112,8 +112,7 @@ class GGUFFile:
         """Begin the next part."""
         self._flush()
         number = len(self._partials)
-        target = self._targets[number]
-        partial = target.with_name(f"{target.name}.{secrets.token_hex(6)}.partial")
+        partial = _partial(self._targets[number])
         self._file = open(partial, "xb")  # noqa: SIM115
         self._partials.append(partial)
         self._ended = 0
@@ -188,19 +187,21 @@ def check_output(path: Path, size: int, *, force: bool, inputs: Iterable[Path] =
 
     Raises:
         OutputExistsError: `path` is there and `force` is not given.
-        WriteError: no such folder, or `path` is one, or a device, or one of the inputs.
+        WriteError: no such folder, or `path` is one, or a device, or one of the inputs, or its name is too long.
         DiskFullError: fewer than `size` bytes are free.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise WriteError(f"{path}: is a folder", hint="Name a file.")
     path = _resolved(path)
-    if path.exists() and not path.is_file():
+    is_there = os.path.exists(path)  # unlike Path.exists, also false of a name that is too long
+    if is_there and not path.is_file():
         raise WriteError(f"{path}: is a device or a pipe, not a file", hint="Name a file.")
-    if path.exists() and (same := [other for other in inputs if other.exists() and path.samefile(other)]):
+    if is_there and (same := [other for other in inputs if other.exists() and path.samefile(other)]):
         raise WriteError(f"{path}: is {same[0]}, which is read for it", hint="Name another file.")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise WriteError(f"{path}: there is no folder {path.parent}", hint=f"Make it: mkdir -p {path.parent}")
-    if path.exists() and not force:
+    _check_name(path)
+    if is_there and not force:
         raise OutputExistsError(f"{path}: already exists", hint="Choose another name, or overwrite it with --force.")
     free = shutil.disk_usage(path.parent).free
     if free < size:
@@ -208,6 +209,23 @@ def check_output(path: Path, size: int, *, force: bool, inputs: Iterable[Path] =
             f"{path}: needs {size:,} bytes, {free:,} are free there",
             hint="Free some space, choose another disk, or a smaller quantization.",
         )
+
+
+def _check_name(path: Path) -> None:
+    """Raises:
+    WriteError: the name is too long for this disk, with the ending that it has while it is written.
+    """
+    try:
+        os.lstat(_partial(path))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written ({error.strerror})", hint="Choose another name.") from None
+
+
+def _partial(target: Path) -> Path:
+    """A new name beside it, for as long as it is not whole."""
+    return target.with_name(f"{target.name}.{secrets.token_hex(6)}.partial")
 
 
 @contextlib.contextmanager

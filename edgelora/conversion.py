@@ -6,6 +6,7 @@ The bytes are the work of `converters`; this module adds what only edgelora know
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -290,7 +291,7 @@ def _target(out: Path | str | None, name: str) -> Path:
         raise SettingsError("a GGUF file cannot go to standard output", hint="Name a file with -o.")
     if out is None:
         return Path(name)
-    if Path(out).is_dir():
+    if os.path.isdir(out):  # unlike Path.is_dir, also false of a name that is too long
         return Path(out) / name
     if str(out).endswith("/"):
         raise ModelFileError(f"{out}: no such folder", hint=f"Make it first: mkdir -p {out}")

@@ -57,7 +57,10 @@ def library(extra_flags: Sequence[str] = ()) -> ctypes.CDLL | None:
 def find_compiler() -> tuple[str, ...] | None:
     """The command of the C compiler: `$CC`, or the first of `COMPILERS` that is installed."""
     for command in (os.environ.get("CC", ""), *COMPILERS):
-        words = shlex.split(command)
+        try:
+            words = shlex.split(command)
+        except ValueError:  # a quotation without an end
+            continue
         program = shutil.which(words[0]) if words else None
         if program:
             return (program, *words[1:])

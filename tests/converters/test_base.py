@@ -18,6 +18,7 @@ import pytest
 
 from converters import base as base_module
 from converters.base import convert_base
+from converters.checkpoint import Checkpoint
 from converters.errors import (
     ConversionError,
     DiskFullError,
@@ -28,6 +29,7 @@ from converters.errors import (
     UnsupportedError,
     WriteError,
 )
+from converters.model import understand
 from converters.quant_types import RECIPES
 from converters.reader import read_header
 from tests.conftest import ROOT
@@ -160,6 +162,25 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
         convert_base(folder, tmp_path / "none" / "base.gguf")
     with pytest.raises(WriteError, match="is a folder"):
         convert_base(folder, folder)
+    for length in (300, 240):  # by itself, and with the ending of a file that is not whole yet
+        with pytest.raises(WriteError, match="too long"):
+            convert_base(folder, tmp_path / ("a" * (length - 5) + ".gguf"), dry_run=True)
+
+
+def test_what_was_made_inside_the_model_folder_can_be_made_again(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    convert_base(folder, folder / "base.gguf", quant="f32")
+    assert convert_base(folder, folder / "base.gguf", quant="f16", force=True).types["F16"] > 0
+
+
+def test_layers_share_the_order_of_their_rows(tmp_path: Path) -> None:
+    """Those of 128 experts take megabytes a layer."""
+    with Checkpoint(make_model(tmp_path / "model")) as checkpoint:
+        views = understand(checkpoint).views
+        q, other_q, k = (views[f"blk.{name}.weight"].order for name in ("0.attn_q", "1.attn_q", "0.attn_k"))
+        assert q is not None
+        assert q is other_q
+        assert q is not k
 
 
 LLAMA3_UPSIDE_DOWN = {
@@ -329,6 +350,16 @@ def test_a_broken_model_card_is_named(tmp_path: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: [apache\n  bad: : yes\n---\n")
     with pytest.raises(FormatError, match=r"README\.md"):
         convert_base(folder, tmp_path / "base.gguf")
+
+
+@pytest.mark.parametrize("card", ["tags: [chat, 2024]", "tags: [[chat]]", r'model_name: "\ud800"', "license: 2"])
+def test_values_of_a_model_card_that_no_file_can_hold(card: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    (folder / "README.md").write_text("---\ntags: [chat, '2024']\n---\n")
+    convert_base(folder, tmp_path / "base.gguf")
+    (folder / "README.md").write_text(f"---\n{card}\n---\n")
+    with pytest.raises(FormatError, match=r"general\.\w+ is .* in its README\.md"):
+        convert_base(folder, tmp_path / "base.gguf", force=True)
 
 
 @pytest.mark.parametrize("repository", ["models--owner--tiny-chat", "models--tiny-chat"])

@@ -197,6 +197,14 @@ def test_no_compiler(fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert native.quantizer(TYPES["Q4_K"], encoder(12)) is None
 
 
+def test_a_compiler_that_is_named_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    found = build.find_compiler()
+    for wrong in ("gcc 'unclosed", "no-such-compiler -O2"):
+        monkeypatch.setenv("CC", wrong)
+        assert build.find_compiler() == found
+
+
 def test_turned_off(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGELORA_NATIVE", "0")
     monkeypatch.setattr(build, "library", lambda: pytest.fail("built"))

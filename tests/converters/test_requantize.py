@@ -338,6 +338,16 @@ def test_no_byte_of_a_header_is_a_crash(tmp_path: Path) -> None:
     assert refused > 300
 
 
+@pytest.mark.parametrize("key", ["attention.head_count", "attention.head_count_kv", "expert_count"])
+@pytest.mark.parametrize("value", ["x", 1.5, float("nan"), ["x"], [1.5]])
+def test_sizes_that_are_no_numbers(key: str, value: Value, tmp_path: Path) -> None:
+    arrays, options = {"blk.0.ffn_up.weight": np.ones((2, 32), np.float32)}, QuantizeOptions("q8_0")
+    requantize(write(tmp_path / "a.gguf", arrays, {**STRANGER, f"stranger.{key}": 1}), tmp_path / "b.gguf", options)
+    path = write(tmp_path / "a.gguf", arrays, {**STRANGER, f"stranger.{key}": value})
+    with pytest.raises(FormatError, match=rf"stranger\.{key} is .*, expected a whole number"):
+        requantize(path, tmp_path / "c.gguf", options)
+
+
 def test_strings_and_numbers_survive(tmp_path: Path) -> None:
     """By gguf's own reader and writer: every type of value."""
     path = tmp_path / "a.gguf"

@@ -262,7 +262,8 @@ def test_a_token_that_llama_cpp_takes_for_a_control_token(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("tokens", "seen"), [(["<a>", "><bb"], True), (["<a>", "<bb>"], False), (["  ", "   "], False)]
+    ("tokens", "seen"),
+    [(["<a>", "><bb"], True), (["<a>", "<bb>"], False), (["  ", "   "], False), (["<a>", ">" + "<b" * 50_000], True)],
 )
 def test_added_tokens_that_can_overlap(tokens: list[str], seen: bool, tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer()
@@ -274,6 +275,7 @@ def test_added_tokens_that_can_overlap(tokens: list[str], seen: bool, tmp_path: 
 JUNK: dict[str, tuple[str, Any]] = {
     "templates without names": ("tokenizer_config.json", {"chat_template": [{"template": "x"}]}),
     "an added_tokens_decoder that is a list": ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+    "an added_tokens_decoder with endless ids": ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {}}}),
     "a negative id": ("config.json", {"bos_token_id": -1}),
     "an id that is not one": ("generation_config.json", {"eos_token_id": [True]}),
 }
@@ -287,6 +289,13 @@ def test_junk_in_the_files_around_a_tokenizer(what: str, tmp_path: Path) -> None
     write_json(tmp_path / file, value)
     with pytest.raises(FormatError):
         load_vocabulary(tmp_path, 270)
+
+
+def test_ids_of_added_tokens_that_are_none(tmp_path: Path) -> None:
+    """Hugging Face's tokenizer takes what tokenizer_config.json adds; keys that are no ids add nothing."""
+    decoder = {"9" * 5000: {"content": "a b"}, "²": {"content": "c d"}}
+    with_them = load_vocabulary(folder_with(tmp_path, byte_level_tokenizer(), added_tokens_decoder=decoder), SIZE)
+    assert not {"a b", "c d"} & set(with_them.tokens)
 
 
 def varint(number: int) -> bytes:
