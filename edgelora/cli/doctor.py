@@ -41,11 +41,21 @@ def examine() -> dict[str, Any]:
         "devices": [vars(device) for device in devices()],
         "cpu_features": system_info(),
         "cores": usable_cores(),
+        "native_kernels": _has_native_kernels(),
         "memory_bytes": {"total": memory.total, "available": memory.available},
         "packages": {name: _version(name) for name in PACKAGES},
         "store": {"folder": str(store.folder), "bases": [str(path) for path in store.registered_bases()]},
         "base_variable": BASE_VARIABLE,
     }
+
+
+def _has_native_kernels() -> bool:
+    """Whether quantization runs on kernels of our own: compiled for this machine, and equal to llama.cpp's bytes."""
+    from converters import native
+    from converters.block_types import TYPES
+    from converters.ggml_base import encoder
+
+    return native.quantizer(TYPES["Q4_K"], encoder(TYPES["Q4_K"].number)) is not None
 
 
 def _version(package: str) -> str | None:
@@ -68,6 +78,8 @@ def _print(report: dict[str, Any]) -> None:
         memory = f"{_gigabytes(device['free_bytes'])} free of {_gigabytes(device['total_bytes'])}"
         table.add_row("device", f"{device['name']}: {device['description']} ({device['kind']}), {memory}")
     table.add_row("cpu", ", ".join(report["cpu_features"]) or "no vector extensions reported")
+    kernels = "native kernels, proven on this machine" if report["native_kernels"] else "llama.cpp's own code"
+    table.add_row("quantization", kernels)
     free = report["memory_bytes"]
     table.add_row("memory", f"{_gigabytes(free['available'])} available of {_gigabytes(free['total'])}")
     table.add_row("packages", ", ".join(f"{name} {version}" for name, version in report["packages"].items() if version))
