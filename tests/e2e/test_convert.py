@@ -425,6 +425,17 @@ def test_a_dry_run_says_what_then_happens(text: Path, tmp_path: Path) -> None:
     assert "there already, and replaced only with --force" in again.stderr
 
 
+def test_a_plan_that_does_not_fit_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=1_900_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
+    arguments = (TINY_BASE, "-o", tmp_path / "x.gguf")
+    result = converted(*arguments, "--dry-run")
+    assert re.search(r"does not fit on that disk: 3\d,\d{3} bytes more are needed", result.stderr), result.stderr
+    assert json.loads(converted(*arguments, "--dry-run", "--json").stdout)["fits"] is False
+    refused(run("convert", *arguments), 3, "x.gguf: needs 1,9", "1,900,000 are free")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dry_run_into_a_pipe_that_closes(tmp_path: Path) -> None:
     command = '"$0" convert "$1" --dry-run | head -n 1'
     result = subprocess.run(
