@@ -51,12 +51,31 @@ class Importance:
     sums: Floats
     counts: Counts
 
-    def means(self) -> Floats:
-        """float32, shape (n,): sums over counts, in float32; 1 for an expert that was never used."""
-        counts = self.counts.astype(np.float32)[:, None]
-        sums = self.sums.reshape(len(counts), -1)
+    def means(self, start: int = 0, stop: int | None = None) -> Floats:
+        """float32, shape (stop - start,): sums over counts, in float32; 1 for an expert that was never used."""
+        places = np.arange(start, self.sums.size if stop is None else stop)
+        counts = self.counts[places // (self.sums.size // self.counts.size)].astype(np.float32)
         used = counts > 0
-        return np.where(used, sums / np.where(used, counts, np.float32(1)), np.float32(1)).reshape(-1)
+        return np.where(used, self.sums[places] / np.where(used, counts, np.float32(1)), np.float32(1))
+
+
+@dataclass(frozen=True)
+class Means:
+    """What llama-quantize weighs a tensor's columns with: float32 (n_cols,) of each expert, by its number.
+
+    They are computed when they are asked for: of a mixture of 128 experts they take hundreds of megabytes.
+    """
+
+    entry: Importance
+    n_cols: int
+
+    def __len__(self) -> int:
+        return self.entry.sums.size // self.n_cols
+
+    def __getitem__(self, expert: int) -> Floats:
+        if not 0 <= expert < len(self):
+            raise IndexError(expert)
+        return self.entry.means(expert * self.n_cols, (expert + 1) * self.n_cols)
 
 
 @dataclass(frozen=True)
@@ -74,12 +93,12 @@ class ImportanceMatrix:
     chunk_count: int
     chunk_size: int
 
-    def values_for(self, name: str, n_cols: int, n_expert: int = 1) -> Floats | None:
+    def means_for(self, name: str, n_cols: int, n_expert: int = 1) -> Means | None:
         """What llama-quantize weighs a tensor's columns with.
 
         Returns:
-            float32, shape (n_expert, n_cols); None where the matrix has nothing for this tensor. That of embeddings
-            (they are looked up and not multiplied) counts as nothing where its size is another.
+            Those of `n_expert` experts, 1 for a matrix without; None where there is nothing for this tensor. Those of
+            embeddings (which are looked up and not multiplied) count as nothing where their size is another.
 
         Raises:
             FormatError: the matrix has another number of values, so it was made for another model.
@@ -88,7 +107,7 @@ class ImportanceMatrix:
         if entry is None:
             return None
         if entry.sums.size == n_cols * n_expert:
-            return entry.means().reshape(n_expert, n_cols)
+            return Means(entry, n_cols)
         if name in EMBEDDINGS:  # src/llama-quant.cpp, llama_model_quantize_impl
             return None
         experts = f" for each of {n_expert} experts" if n_expert > 1 else ""

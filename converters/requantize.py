@@ -89,6 +89,10 @@ def plan_requantize(base: BaseFile, options: QuantizeOptions, metadata: Mapping[
             f"{header.path}: a GGUF adapter, and adapters are not quantized again",
             hint="Give a base; an adapter is converted from its PEFT folder.",
         )
+    if not header.tensors:
+        raise FormatError(
+            f"{header.path}: has no tensors: a vocabulary, and no model", hint="Give a file with weights."
+        )
     taken = _tensors(header, options)
     stored = {name: item.block_type for name, item in taken.items()}
     shapes = {name: item.shape for name, item in taken.items()}

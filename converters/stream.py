@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,14 @@ Progress = Callable[[int, int, str], None]
 CHUNK_BYTES = 4 << 20  # of float32 rows
 
 
+class Importances(Protocol):
+    """Rows of an importance matrix by the number of the expert; see `imatrix.Means`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, expert: int, /) -> Floats: ...
+
+
 @dataclass(frozen=True)
 class Source:
     """One tensor to be made.
@@ -34,21 +42,20 @@ class Source:
     Attributes:
         read: rows `start` to `stop` of it as float32; a vector is one row.
         read_blocks: the same as blocks of the tensor's own type, where they go over as they are.
-        importance: float32 (row length,), or (experts, row length) for a stack of experts; None without.
+        importance: float32 (row length,) for each expert of a stack, or for one matrix; None without.
         chunk_bytes: of float32 rows to read at a time.
     """
 
     spec: TensorSpec
     read: Callable[[int, int], Floats] | None = None
     read_blocks: Callable[[int, int], Bytes] | None = None
-    importance: Floats | None = None
+    importance: Importances | None = None
     chunk_bytes: int = CHUNK_BYTES
 
     @property
     def rows_of_importance(self) -> int:
         """How many rows share their importance: those of one expert, or all."""
-        shape = self.spec.shape
-        return shape[-2] if self.importance is not None and self.importance.ndim == 2 else max(1, prod(shape[:-1]))
+        return prod(self.spec.shape[:-1]) // (1 if self.importance is None else len(self.importance))
 
 
 @dataclass(frozen=True)
@@ -136,19 +143,12 @@ def _encode(source: Source, start: int, stop: int, *, is_last: bool) -> _Chunk:
             hint="Download the model again, or choose another quantization.",
         )
     try:
-        data = quantize_rows(rows, block_type, _importance_of(source, start))
+        weights = None if source.importance is None else source.importance[start // source.rows_of_importance]
+        data = quantize_rows(rows, block_type, weights)
     except UnsupportedError as error:
         raise UnsupportedError(f"{source.spec.name}: {error.message}", hint=error.hint) from None
     overflowed = block_type.name == "F16" and is_finite and not _is_finite(data, "F16")
     return _Chunk(source, data, is_finite, overflowed, is_last)
-
-
-def _importance_of(source: Source, start: int) -> Floats | None:
-    importance = source.importance
-    if importance is None or importance.ndim == 1:
-        return importance
-    of_expert: Floats = importance[start // source.rows_of_importance]
-    return of_expert
 
 
 # All bits of an exponent: that is no finite number. By its bits, as numpy's own test of float16 is ten times slower.

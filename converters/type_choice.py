@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 
 from converters.block_types import PLAIN, BlockType
 from converters.errors import FormatError, UnsupportedError, listed
-from converters.imatrix import ImportanceMatrix
+from converters.imatrix import ImportanceMatrix, Means
 from converters.model_shape import ModelShape
 from converters.options import QuantizeOptions
 from converters.quant_types import Overrides, Recipe, find_recipe, needs_imatrix, plan_types, without_effect
-from converters.quantize import Floats
 from converters.tensor_kinds import is_quantizable
 
 Shapes = Mapping[str, Sequence[int]]
@@ -25,12 +24,12 @@ class TypeChoice:
     Attributes:
         types: by name, in llama.cpp's order of tensors.
         changed: names of those that are not what they were.
-        importance: float32 (row length,), or (experts, row length) for a stack of experts; absent without.
+        importance: what the columns weigh, by name; absent without.
     """
 
     types: Mapping[str, BlockType]
     changed: tuple[str, ...]
-    importance: Mapping[str, Floats] = field(repr=False)
+    importance: Mapping[str, Means] = field(repr=False)
     notices: tuple[str, ...]
 
 
@@ -75,20 +74,17 @@ def _named(candidates: Sequence[str]) -> str:
     return f"The model's layers have {', '.join(parts[:12])}." if parts else ""
 
 
-def _importance(shapes: Shapes, changed: Sequence[str], imatrix: ImportanceMatrix | None) -> dict[str, Floats]:
-    found: dict[str, Floats] = {}
-    for name in changed if imatrix is not None else ():
-        shape = shapes[name]
-        assert imatrix is not None
-        values = imatrix.values_for(name, shape[-1], shape[-3] if len(shape) > 2 else 1)
-        if values is not None:
-            found[name] = values if len(shape) > 2 else values[0]
-    return found
+def _importance(shapes: Shapes, changed: Sequence[str], imatrix: ImportanceMatrix | None) -> dict[str, Means]:
+    if imatrix is None:
+        return {}
+    shaped = ((name, shapes[name]) for name in changed)
+    found = {name: imatrix.means_for(name, shape[-1], shape[-3] if len(shape) > 2 else 1) for name, shape in shaped}
+    return {name: means for name, means in found.items() if means is not None}
 
 
 def _check_needs(
     types: Mapping[str, BlockType], recipe: Recipe, candidates: Sequence[str], changed: Sequence[str],
-    importance: Mapping[str, Floats], imatrix: ImportanceMatrix | None,
+    importance: Mapping[str, Means], imatrix: ImportanceMatrix | None,
 ) -> None:  # fmt: skip
     known, differing = frozenset(candidates), frozenset(changed)
     needing = [name for name in needs_imatrix(types, recipe) if name in known]
@@ -108,7 +104,7 @@ def _check_needs(
         )
 
 
-def _unmeasured(types: Mapping[str, BlockType], changed: Sequence[str], importance: Mapping[str, Floats]) -> list[str]:
+def _unmeasured(types: Mapping[str, BlockType], changed: Sequence[str], importance: Mapping[str, Means]) -> list[str]:
     names = [name for name in changed if types[name].name not in PLAIN and name not in importance]
     if not names:
         return []

@@ -81,10 +81,10 @@ def matrix(**changes: Any) -> ImportanceMatrix:
 
 def test_means_are_sums_over_counts_in_float32(tmp_path: Path) -> None:
     imatrix = read_imatrix(gguf_file(tmp_path / "a.gguf", dense(sums=(1, 2, 3, 10), count=3)))
-    values = imatrix.values_for(DENSE, 4)
+    values = imatrix.means_for(DENSE, 4)
     assert values is not None
-    assert values.dtype == np.float32
-    np.testing.assert_array_equal(values, floats(1, 2, 3, 10)[None] / np.float32(3))
+    assert values[0].dtype == np.float32
+    np.testing.assert_array_equal([*values], floats(1, 2, 3, 10)[None] / np.float32(3))
     assert (imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size) == (("wiki.txt",), 3, 64)
 
 
@@ -93,9 +93,9 @@ def test_experts_have_their_own_counts_and_unused_ones_get_ones(tmp_path: Path) 
         f"{EXPERTS}.in_sum2": floats(2, 4, 7, 9, 5, 10).reshape(3, 2),
         f"{EXPERTS}.counts": floats(2, 0, 5).reshape(3, 1),
     }
-    values = read_imatrix(gguf_file(tmp_path / "a.gguf", arrays)).values_for(EXPERTS, 2, 3)
+    values = read_imatrix(gguf_file(tmp_path / "a.gguf", arrays)).means_for(EXPERTS, 2, 3)
     assert values is not None
-    assert values.tolist() == [[1, 2], [1, 1], [1, 2]]
+    assert [row.tolist() for row in values] == [[1, 2], [1, 1], [1, 2]]
 
 
 def test_counts_are_rounded_as_lround_does(tmp_path: Path) -> None:
@@ -107,14 +107,14 @@ def test_counts_are_rounded_as_lround_does(tmp_path: Path) -> None:
 def test_legacy_values_are_divided_by_the_calls(tmp_path: Path) -> None:
     data = legacy_bytes([("b", 4, (2, 6)), (DENSE, 3, (1, 2, 3, 10))])
     imatrix = read_imatrix(saved(tmp_path / "a.dat", data))
-    np.testing.assert_array_equal(imatrix.values_for(DENSE, 4), floats(1, 2, 3, 10)[None] / np.float32(3))
+    np.testing.assert_array_equal(imatrix.means_for(DENSE, 4)[0], floats(1, 2, 3, 10) / np.float32(3))  # type: ignore[index]
     assert list(imatrix.entries) == ["b", DENSE]
     assert (imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size) == (("wiki.txt",), 5, 0)
 
 
 def test_legacy_without_calls_holds_the_means(tmp_path: Path) -> None:
     imatrix = read_imatrix(saved(tmp_path / "a.dat", legacy_bytes([(DENSE, 0, (1, 2))])))
-    assert imatrix.values_for(DENSE, 2).tolist() == [[1, 2]]  # type: ignore[union-attr]
+    assert imatrix.means_for(DENSE, 2)[0].tolist() == [1, 2]  # type: ignore[index]
 
 
 def test_oldest_legacy_files_end_after_their_values(tmp_path: Path) -> None:
@@ -126,17 +126,17 @@ def test_oldest_legacy_files_end_after_their_values(tmp_path: Path) -> None:
 
 def test_other_models_matrix_is_refused_with_both_sizes() -> None:
     with pytest.raises(FormatError, match=r"8 values for blk\.0\.ffn_down\.weight, the tensor has 16 columns \(16\)"):
-        matrix().values_for(DENSE, 16)
+        matrix().means_for(DENSE, 16)
     with pytest.raises(FormatError, match=r"24 values for .* 8 columns for each of 4 experts \(32\)"):
-        matrix().values_for(EXPERTS, 8, 4)
+        matrix().means_for(EXPERTS, 8, 4)
 
 
 def test_tensors_without_importance() -> None:
-    assert matrix().values_for("blk.1.ffn_down.weight", 8) is None
+    assert matrix().means_for("blk.1.ffn_down.weight", 8) is None
     for name in ("token_embd.weight", "per_layer_token_embd.weight"):
         embedding = matrix(entries={name: Importance(floats(1, 2), np.array([1]))})
-        assert embedding.values_for(name, 8) is None  # llama-quantize lets these pass
-        assert embedding.values_for(name, 2) is not None
+        assert embedding.means_for(name, 8) is None  # llama-quantize lets these pass
+        assert embedding.means_for(name, 2) is not None
 
 
 def test_keys_of_the_quantized_file() -> None:

@@ -255,6 +255,12 @@ def test_quantized_types_are_named(full: Path, tmp_path: Path) -> None:
     assert report.fingerprint == fingerprint(full)
 
 
+def test_a_vocabulary_is_no_model(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.gguf", {}, {**STRANGER, "tokenizer.ggml.tokens": ["a"]})
+    with pytest.raises(FormatError, match="has no tensors"):
+        requantize(path, tmp_path / "b.gguf", dry_run=True)
+
+
 def test_integers_are_no_weights(tmp_path: Path) -> None:
     spec = TensorSpec("blk.0.a.weight", (2, 32), TYPES["I32"])
     with create(tmp_path / "a.gguf", header_bytes(STRANGER, [spec])) as file:

@@ -64,7 +64,7 @@ def test_a_chunk_never_holds_rows_of_two_experts(chunk_bytes: int, threads: int,
 
 def test_one_importance_for_all_rows(tmp_path: Path) -> None:
     values, importance = random(9, 256), np.random.default_rng(1).random(256, np.float32)
-    write(tmp_path / "a.gguf", source("a", values, "Q4_K", importance=importance, chunk_bytes=2048))
+    write(tmp_path / "a.gguf", source("a", values, "Q4_K", importance=[importance], chunk_bytes=2048))
     assert stored(tmp_path / "a.gguf", "a") == quantize_rows(values, TYPES["Q4_K"], importance).tobytes()
     assert stored(tmp_path / "a.gguf", "a") != quantize_rows(values, TYPES["Q4_K"]).tobytes()
 

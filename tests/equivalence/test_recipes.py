@@ -160,7 +160,7 @@ def ours(
             continue
         rows = dequantize_rows(raw.reshape(-1, sources[name].row_bytes(shape[-1])), sources[name], shape[-1])
         n_expert = shape[-3] if len(shape) > 2 else 1
-        weights = matrix.values_for(name, shape[-1], n_expert)
+        weights = matrix.means_for(name, shape[-1], n_expert)
         if weights is None:
             made[name] = kind.name, quantize_rows(rows, kind).tobytes()
             continue
