@@ -109,9 +109,8 @@ def _fetch(
 ) -> Path:
     if os.path.exists(local := os.path.expanduser(source)):
         if revision:
-            raise UnsupportedError(
-                f"{source}: is here, and has no revision {revision}", hint=f"For the hub's, write hf:{source}."
-            )
+            hint = f"For the hub's, write hf:{source}." if is_hub_id(f"hf:{source}") else "Leave the revision out."
+            raise UnsupportedError(f"{source}: is here, and has no revision {revision}", hint=hint)
         return Path(local)
     reference = hub_reference(source, revision)
     if _is_offline():

@@ -282,7 +282,7 @@ class Encoder:
             name = source.name if isinstance(source, CalibrationText) else "the text"
             raise DataFileError(
                 f"{name} is {len(tokens)} tokens long; a window takes {self.settings.chunk_size}",
-                hint="Give a longer text, or a smaller chunk size.",
+                hint="Give a longer text.",
             )
         return tokens
 
