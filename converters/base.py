@@ -113,7 +113,12 @@ def plan_base(checkpoint: Checkpoint, options: QuantizeOptions, metadata: Mappin
         architecture=model.family.architecture,
         fingerprint=fingerprint,
         chat_template=template if isinstance(template, str) else None,
-        notices=(*model.notices, *choice.notices, *_kept_notices(len(kept))),
+        notices=(
+            *model.notices,
+            *choice.notices,
+            *_kept_notices(len(kept)),
+            *untie_notices(options, is_untied=OUTPUT in model.views),
+        ),
     )
 
 
@@ -154,6 +159,10 @@ def _untied(model: Model, options: QuantizeOptions) -> dict[str, Source]:
     check_can_untie(model.family)
     embedding = model.views["token_embd.weight"]
     return {OUTPUT: Source(TensorSpec(OUTPUT, embedding.shape, TYPES["F32"]), embedding.read)}
+
+
+def untie_notices(options: QuantizeOptions, *, is_untied: bool) -> list[str]:
+    return ["--untie changes nothing: this model has an output of its own"] if options.untie and is_untied else []
 
 
 def check_can_untie(family: Family) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from converters.architectures import find_gguf_family
-from converters.base import OUTPUT, check_can_untie
+from converters.base import OUTPUT, check_can_untie, untie_notices
 from converters.base_file import BaseFile
 from converters.block_types import PLAIN, TYPES, BlockType
 from converters.errors import FormatError, UnsupportedArchitectureError, UnsupportedError, listed
@@ -112,7 +112,7 @@ def plan_requantize(base: BaseFile, options: QuantizeOptions, metadata: Mapping[
         architecture=header.architecture,
         fingerprint=fingerprint,
         chat_template=template if isinstance(template, str) else None,
-        notices=(*choice.notices, *notices),
+        notices=(*choice.notices, *untie_notices(options, is_untied=OUTPUT in header.tensors), *notices),
         alignment=header.alignment,
     )
 

@@ -318,6 +318,8 @@ def test_types_chosen_by_hand(tmp_path: Path) -> None:
     downs = [found[f"blk.{layer}.ffn_down.weight"] for layer in range(4)]
     assert downs == ["Q5_K", "Q5_K", "F16", "F16"]
     assert (found["output.weight"], found["token_embd.weight"]) == ("Q8_0", "Q5_0")
+    again = converted(out, "--allow-requantize", "--untie", "--quant", "q4_0", "-o", tmp_path / "again.gguf")
+    assert "--untie changes nothing" in again.stderr
     converted(TINY_BASE, "--pure", "-o", out, "--force")
     assert set(types(out).values()) == {"F32", "Q4_K"}
     assert "output.weight" not in types(out)
