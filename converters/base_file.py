@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
@@ -14,7 +13,8 @@ import numpy as np
 
 from converters.block_types import TYPES
 from converters.dequantize import dequantize_rows
-from converters.errors import ConversionError, FormatError, MissingFileError, TruncatedFileError, listed
+from converters.errors import FormatError, MissingFileError, listed
+from converters.open_files import OpenFiles
 from converters.quantize import Bytes, Floats
 from converters.reader import GGUFHeader, TensorInfo, read_header
 from converters.split import COUNT, NUMBER, TENSORS, PartName, part_name
@@ -79,31 +79,22 @@ def _key_problems(number: int, part: GGUFHeader, count: int) -> Iterator[str]:
 class BaseFile:
     """An open base: `header` says what there is, `blocks` and `rows` read it. A context manager.
 
-    Rows are read with `pread`, so memory does not grow with the model, and any number of threads may read at once.
-
     Raises:
         ConversionError: see `read_base_header`.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.header = read_base_header(path)
-        self._descriptors: dict[Path, int] = {}
+        self._files = OpenFiles(self.header.files)
 
     def __enter__(self) -> Self:
-        try:
-            for path in self.header.files:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            self.__exit__(None, None, None)
-            raise MissingFileError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        self._files.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._files.__exit__(kind, error, trace)
 
     def blocks(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
         """Rows `start` to `stop` of a tensor as they are, uint8 (stop - start, bytes of a row); a vector is one row.
@@ -114,7 +105,8 @@ class BaseFile:
         tensor = self.header.tensors[name]
         row_bytes = TYPES[tensor.type_name].row_bytes(tensor.shape[-1])
         stop = prod(tensor.shape[:-1]) if stop is None else stop
-        data = self._read(tensor, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+        offset, count = tensor.offset + start * row_bytes, (stop - start) * row_bytes
+        data = self._files.bytes_of(tensor.path, name, offset, count, hint=_AGAIN)
         return np.frombuffer(data, np.uint8).reshape(stop - start, row_bytes)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Floats:
@@ -125,20 +117,3 @@ class BaseFile:
         """
         tensor = self.header.tensors[name]
         return dequantize_rows(self.blocks(name, start, stop), TYPES[tensor.type_name], tensor.shape[-1])
-
-    def _read(self, tensor: TensorInfo, offset: int, count: int) -> bytes:
-        descriptor, pieces = self._descriptors[tensor.path], []
-        while count:
-            try:
-                piece = os.pread(descriptor, count, offset)  # one call gives at most 2 GiB
-            except OSError as error:
-                raise MissingFileError(f"{tensor.path}: cannot be read ({error.strerror})") from None
-            if not piece:
-                raise _shorter(tensor)
-            pieces.append(piece)
-            offset, count = offset + len(piece), count - len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def _shorter(tensor: TensorInfo) -> ConversionError:
-    return TruncatedFileError(f"{tensor.path}: ends inside tensor {tensor.name}", hint=_AGAIN)

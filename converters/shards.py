@@ -1,22 +1,15 @@
-"""The bytes of safetensors files, as numbers: rows of a tensor, or some of their columns.
-
-Everything is read with `pread`, so memory does not grow with the model (mapped pages would count as resident), and any
-number of threads may read at once.
-"""
+"""The bytes of safetensors files, as numbers: rows of a tensor, or some of their columns."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from math import prod
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from converters.errors import MissingFileError, TruncatedFileError
+from converters.open_files import OpenFiles
 from converters.safetensors_file import StoredTensor
 
 Floats = npt.NDArray[np.float32]
@@ -75,51 +68,12 @@ DTYPES: Mapping[str, tuple[np.dtype[Any], Callable[[Array], Floats]]] = {
 }
 
 
-class Shards:
-    """Some open files. A context manager: it closes them.
-
-    Raises:
-        MissingFileError: one that cannot be opened.
-    """
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self.files = sorted(set(files))
-        self._descriptors: dict[Path, int] = {}
-
-    def __enter__(self) -> Self:
-        try:
-            for path in self.files:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            self.__exit__(None, None, None)
-            raise MissingFileError(f"{error.filename}: cannot be read ({error.strerror})") from None
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+class Shards(OpenFiles):
+    """Some open safetensors files."""
 
     def read(self, tensor: StoredTensor, start: int, count: int) -> bytes:
-        """Bytes of a tensor, `start` counted from its own first one.
-
-        Raises:
-            TruncatedFileError: the file has become shorter since its header was read.
-            MissingFileError: it cannot be read any more.
-        """
-        descriptor, offset, pieces = self._descriptors[tensor.file], tensor.offset + start, []
-        while count:
-            try:
-                piece = os.pread(descriptor, count, offset)  # one call gives at most 2 GiB
-            except OSError as error:
-                raise MissingFileError(f"{tensor.file}: cannot be read ({error.strerror})") from None
-            if not piece:
-                raise TruncatedFileError(f"{tensor.file}: ends inside tensor {tensor.name}", hint="Download it again.")
-            pieces.append(piece)
-            offset, count = offset + len(piece), count - len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        """Bytes of a tensor, `start` counted from its own first one; raises as `bytes_of`."""
+        return self.bytes_of(tensor.file, tensor.name, tensor.offset + start, count, hint="Download it again.")
 
     def numbers(self, tensor: StoredTensor, start: int, stop: int) -> Array:
         """Numbers `start` to `stop` of a tensor as they are stored; BF16 and F8 are their bits."""
