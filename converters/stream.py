@@ -1,6 +1,7 @@
 """Tensors into GGUF files, one after the other: read in rows, quantized on every core, written in order.
 
-At any moment a few chunks of `CHUNK_BYTES` are alive, so memory does not grow with the model.
+At any moment a few chunks of `CHUNK_BYTES` are alive, so memory does not grow with the model; nor much with the number
+of cores, as many of them take smaller chunks.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ Progress = Callable[[int, int, str], None]
 """Called with bytes written, bytes in all, and the tensor that is being written."""
 
 CHUNK_BYTES = 4 << 20  # of float32 rows
+ALL_CHUNKS_BYTES = 96 << 20
 
 
 class Importances(Protocol):
@@ -89,7 +91,7 @@ def write_tensors(
     broken: dict[str, str] = {}
     overflowed: dict[str, str] = {}
     with ThreadPoolExecutor(threads) as pool, create_parts(parts) as file:
-        for chunk in _in_order(pool, _jobs(sources), ahead=threads + 2):
+        for chunk in _in_order(pool, _jobs(sources, threads), ahead=_ahead(threads)):
             name = chunk.source.spec.name
             file.write(chunk.data.data)
             done += chunk.data.nbytes
@@ -111,18 +113,24 @@ def write_tensors(
 
 def peak_memory(sources: Iterable[Source], threads: int | None = None) -> int:
     """Bytes that chunks in flight take at most: each is read, held as float32 and quantized."""
-    largest = max((_chunk_rows(source) * source.spec.shape[-1] * 4 for source in sources), default=0)
-    return ((threads or default_threads()) + 2) * 3 * largest
+    threads = threads or default_threads()
+    largest = max((_chunk_rows(source, threads) * source.spec.shape[-1] * 4 for source in sources), default=0)
+    return _ahead(threads) * 3 * largest
 
 
-def _chunk_rows(source: Source) -> int:
-    rows = max(1, source.chunk_bytes // (4 * source.spec.shape[-1]))
-    return min(rows, source.rows_of_importance)
+def _ahead(threads: int) -> int:
+    """How many chunks are in memory."""
+    return threads + 2
 
 
-def _jobs(sources: Iterable[Source]) -> Iterator[Callable[[], _Chunk]]:
+def _chunk_rows(source: Source, threads: int) -> int:
+    n_bytes = min(source.chunk_bytes, ALL_CHUNKS_BYTES // _ahead(threads))
+    return min(max(1, n_bytes // (4 * source.spec.shape[-1])), source.rows_of_importance)
+
+
+def _jobs(sources: Iterable[Source], threads: int) -> Iterator[Callable[[], _Chunk]]:
     for source in sources:
-        n_rows, unit, step = prod(source.spec.shape[:-1]), source.rows_of_importance, _chunk_rows(source)
+        n_rows, unit, step = prod(source.spec.shape[:-1]), source.rows_of_importance, _chunk_rows(source, threads)
         starts = (start for first in range(0, n_rows, unit) for start in range(first, first + unit, step))
         for start in starts:
             stop = min(start + step, (start // unit + 1) * unit)

@@ -108,4 +108,3 @@ class Draft:
     carried: str
     with_scores: bool = True
     n_vocab: int | None = None
-    space_prefix: bool | None = None

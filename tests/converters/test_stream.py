@@ -14,7 +14,7 @@ from converters.block_types import TYPES
 from converters.errors import FormatError, UnsupportedError
 from converters.quantize import quantize_rows
 from converters.reader import read_header
-from converters.stream import Progress, Source, peak_memory, write_tensors
+from converters.stream import ALL_CHUNKS_BYTES, Progress, Source, peak_memory, write_tensors
 from converters.writer import Part, TensorSpec, header_bytes
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -176,6 +176,7 @@ def test_memory_follows_chunks_and_not_tensors() -> None:
     small, large = peak_memory([of(4096, 4096)], 2), peak_memory([of(10**7, 4096)], 2)
     assert small == large
     assert peak_memory([of(4096, 4096)], 8) > small
+    assert peak_memory([of(10**7, 4096)], 256) <= 3 * ALL_CHUNKS_BYTES  # many cores take smaller chunks
     assert peak_memory([], 2) == 0
     wide = of(2, 10**7)
     assert peak_memory([wide], 1) >= 10**7 * 4
