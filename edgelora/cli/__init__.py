@@ -9,6 +9,7 @@ import click
 
 from converters.errors import ConversionError
 from edgelora.cli import batch, chat, convert, doctor, train
+from edgelora.cli.visible import visible
 from edgelora.errors import EdgeloraError
 from edgelora.version import __version__
 
@@ -40,9 +41,9 @@ class ErrorBoundary(click.Group):
 
 
 def _report(message: str, hint: str) -> None:
-    click.secho(f"Error: {message}", err=True, fg="red")
+    click.secho(f"Error: {visible(message)}", err=True, fg="red")
     if hint:
-        click.echo(hint, err=True)
+        click.echo(visible(hint), err=True)
 
 
 @click.group(cls=ErrorBoundary, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
