@@ -38,7 +38,12 @@ def options() -> Iterator[str]:
     from edgelora.cli import cli
 
     for name, command in cli.commands.items():
-        context = click.Context(command, info_name=f"edgelora {name}", max_content_width=110, terminal_width=110)
+        context = click.Context(
+            command,
+            info_name=f"edgelora {name}",
+            terminal_width=110,
+            **{**cli.context_settings, "max_content_width": 110},
+        )
         title = f"<details><summary><code>edgelora {name} --help</code></summary>"
         yield f"{title}\n\n```\n{command.get_help(context)}\n```\n</details>\n"
 

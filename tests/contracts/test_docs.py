@@ -27,14 +27,14 @@ def examples() -> list[str]:
 def test_every_example_parses(line: str) -> None:
     _, name, *arguments = shlex.split(line)
     command = cli.commands[name]
-    command.make_parser(click.Context(command)).parse_args(arguments)
+    command.make_parser(click.Context(command, **cli.context_settings)).parse_args(arguments)
 
 
 def test_there_are_examples_and_a_wrong_one_would_fail() -> None:
     assert len(examples()) > 12
     command = cli.commands["chat"]
     with pytest.raises(click.NoSuchOption):
-        command.make_parser(click.Context(command)).parse_args(["--adaptor", "x.gguf"])
+        command.make_parser(click.Context(command, **cli.context_settings)).parse_args(["--adaptor", "x.gguf"])
 
 
 def test_no_generated_block_is_stale() -> None:
