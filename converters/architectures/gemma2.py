@@ -7,7 +7,7 @@ from typing import Any
 from converters.architectures import gemma
 from converters.architectures.blocks import attention, embeddings, gated_mlp, norm
 from converters.architectures.family import PLUS_ONE, Config, Family
-from converters.architectures.settings import is_number
+from converters.architectures.settings import head_dim, is_number
 from converters.tokenizer_rules import GEMMA_RULES
 
 NORMS = (
@@ -31,7 +31,7 @@ def hyperparameters(config: Config) -> dict[str, Any]:
 def problems(config: Config) -> list[str]:
     layers = config["num_hidden_layers"]
     # What llama.cpp divides q by, root of it (load_arch_hparams of gemma2, src/models/gemma2.cpp)
-    wanted = config["hidden_size"] // config["num_attention_heads"] if layers == LAYERS_OF_27B else config["head_dim"]
+    wanted = config["hidden_size"] // config["num_attention_heads"] if layers == LAYERS_OF_27B else head_dim(config)
     scalar = config.get("query_pre_attn_scalar", wanted)
     pattern = ["sliding_attention" if n % 2 == 0 else "full_attention" for n in range(layers)]
     checks = (

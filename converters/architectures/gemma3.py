@@ -8,7 +8,7 @@ from converters.architectures import gemma
 from converters.architectures.blocks import attention, embeddings, gated_mlp, head_norms
 from converters.architectures.family import PLUS_ONE, Config, Family
 from converters.architectures.gemma2 import NORMS
-from converters.architectures.settings import common, full_rope, is_number, rope_type_problems, whole_rope
+from converters.architectures.settings import common, full_rope, head_dim, is_number, rope_type_problems, whole_rope
 from converters.tokenizer_rules import GEMMA_RULES
 
 INTERVAL = 6
@@ -38,7 +38,7 @@ def derived(config: Config) -> dict[str, Any]:
 
 def problems(config: Config) -> list[str]:
     layers = config["num_hidden_layers"]
-    wanted = config["hidden_size"] // config["num_attention_heads"] if layers == LAYERS_OF_27B else config["head_dim"]
+    wanted = config["hidden_size"] // config["num_attention_heads"] if layers == LAYERS_OF_27B else head_dim(config)
     scalar = config.get("query_pre_attn_scalar", wanted)
     pattern = derived({"num_hidden_layers": layers})["layer_types"]
     checks = (

@@ -74,11 +74,13 @@ def computed(config: Config) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def problems(config: Config) -> list[str]:
-    rope, stretch = full_rope(config), stretched_by(config)
+    rope = full_rope(config)
     found = [*usual_head_dim(config), *rope_type_problems("default", *LONG_ROPES)(config)]
     given = {key: rope[key] for key in ("factor", "attention_factor") if rope.get(key) is not None}
-    usual = {"factor": stretch, "attention_factor": attention_factor(config)}
+    if rope["rope_type"] in LONG_ROPES and old_context(config) < 2:
+        return [*found, f"original_max_position_embeddings is {old_context(config)}"]
     if rope["rope_type"] in LONG_ROPES:
+        usual = {"factor": stretched_by(config), "attention_factor": attention_factor(config)}
         found += [
             f"{key} of the rotary embedding is {value}, and llama.cpp's converter takes {usual[key]}"
             for key, value in given.items()
