@@ -13,7 +13,6 @@ from converters.architectures import qwen2, qwen2_moe, qwen3, qwen3_moe
 from converters.architectures.family import Config, Family
 from converters.architectures.settings import common, full_rope
 
-
 Settings = Callable[[Config], dict[str, Any]]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import click
 from edgelora.base_settings import BaseSettings
 from edgelora.cli.options import FILE, config_option, template_option
 from edgelora.cli.progress import stage_bars
+from edgelora.cli.visible import visible
 
 if TYPE_CHECKING:
     from converters.adapter import AdapterReport
@@ -61,6 +62,9 @@ class SectionedCommand(click.Command):
                 formatter.write_dl(rows)
 
 
+MAX_NOTICES = 20
+
+
 @click.command("convert", cls=SectionedCommand)
 @click.argument("source")
 @click.option(
@@ -87,7 +91,11 @@ class SectionedCommand(click.Command):
 @click.option("--calibrate-chunks", type=click.IntRange(min=1), metavar="N",
               help="Windows of 512 tokens to read.  [default: all]")  # fmt: skip
 @click.option("--save-imatrix", type=FILE, metavar="FILE", help="Keep what --calibrate measures.")
-@click.option("--dry-run", is_flag=True, help="Show the plan: each tensor, sizes, memory, time. Write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show the plan: each tensor, sizes, memory, time. Write no GGUF (a hub id is downloaded).",
+)
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON.")
 @click.option("--check", type=FILE, metavar="TEXT", help="Compare the perplexity before and after on this text.")
 @click.option("--check-chunks", type=click.IntRange(min=1), metavar="N",
@@ -173,8 +181,7 @@ def _print(report: BaseReport | AdapterReport) -> None:
         _note(f"  base {report.name}, {report.architecture}, {report.n_tensors} tensors: {types}")
     else:
         _note(f"  adapter for {report.base_name}, {report.n_tensors} tensors")
-    for notice in report.notices:
-        _warn(notice)
+    _warn_of(report.notices)
     option = "--base" if isinstance(report, BaseReport) else "--adapter"
     _note(f"Next: edgelora chat {option} {shlex.quote(str(report.path))}")
 
@@ -190,10 +197,8 @@ def _print_plan(plan: Plan, notices: tuple[str, ...], *, as_json: bool) -> None:
         return
     width = max(len(tensor.name) for tensor in plan.tensors)
     for tensor in plan.tensors:
-        shape = "x".join(map(str, tensor.shape))
-        click.echo(
-            f"{tensor.name:{width}}  {shape:>14}  {tensor.source:>8} -> {tensor.type:7} {tensor.size_bytes:>14,}"
-        )
+        name, shape = visible(tensor.name), "x".join(map(str, tensor.shape))
+        click.echo(f"{name:{width}}  {shape:>14}  {tensor.source:>8} -> {tensor.type:7} {tensor.size_bytes:>14,}")
     for file in plan.files:
         click.echo(f"{file.path}  {file.size_bytes:,} bytes, {file.n_tensors} tensors")
     if not plan.fits:
@@ -202,13 +207,19 @@ def _print_plan(plan: Plan, notices: tuple[str, ...], *, as_json: bool) -> None:
         f"about {plan.peak_memory_bytes / 1e6:.0f} MB of memory and {plan.seconds:.0f} s; "
         f"{plan.free_bytes:,} bytes are free there"
     )
-    for notice in notices:
-        _warn(notice)
+    _warn_of(notices)
 
 
 def _warn(text: str) -> None:
-    click.secho(f"  {text}", err=True, fg="yellow")
+    click.secho(f"  {visible(text)}", err=True, fg="yellow")
+
+
+def _warn_of(notices: Sequence[str]) -> None:
+    for notice in notices[:MAX_NOTICES]:
+        _warn(notice)
+    if len(notices) > MAX_NOTICES:
+        _warn(f"and {len(notices) - MAX_NOTICES} notices more")
 
 
 def _note(text: str) -> None:
-    click.echo(text, err=True)
+    click.echo(visible(text), err=True)
