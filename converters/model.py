@@ -137,6 +137,8 @@ def _views(checkpoint: Checkpoint, family: Family, sizes: Sizes, config: Config)
             continue
         place = next((place for place in places if _stored(place, sizes)[0] in checkpoint.tensors), places[0])
         needed = _stored(place, sizes)
+        if not place.is_needed and needed[0] not in checkpoint.tensors:
+            continue
         used |= set(needed)
         numbers |= set() if place.row.mxfp4 else set(needed) & set(checkpoint.tensors)
         missing = [name for name in needed if name not in checkpoint.tensors]

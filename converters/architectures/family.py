@@ -60,6 +60,8 @@ class Row:
         when: whether a layer of this configuration has it; None: always.
         each: the size that `{each}` counts.
         absent_if_tied: the output, which a model with tied embeddings does not have.
+        if_stored: it is taken where `when` says no, too, if the checkpoint holds it: llama.cpp's converter writes it,
+            and nothing reads it.
         adaptable: llama.cpp's graph applies an adapter to it.
         mxfp4: the checkpoint holds blocks of MXFP4 (`_blocks`) and their exponents (`_scales`), which go over as they
             are, whatever the quantization.
@@ -78,6 +80,7 @@ class Row:
     when: Present | None = None
     each: str = ""
     absent_if_tied: bool = False
+    if_stored: bool = False
     adaptable: bool = True
     mxfp4: bool = False
 
@@ -104,11 +107,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor of a model under both names; `layer` is None outside the layers."""
+    """One tensor of a model under both names.
+
+    Attributes:
+        layer: None outside the layers.
+        is_needed: a checkpoint without it is broken.
+    """
 
     row: Row
     layer: int | None
     is_bias: bool = False
+    is_needed: bool = True
 
     def _filled(self, name: str) -> str:
         return name.replace("{layer}", str(self.layer))
@@ -215,10 +224,11 @@ class Family:
         """
         for row in self.rows:
             for layer in range(sizes["layers"]) if "{layer}" in row.gguf else (None,):
-                if row.when is None or row.when(config, layer):
-                    yield Place(row, layer)
+                needed = row.when is None or row.when(config, layer)
+                if needed or row.if_stored:
+                    yield Place(row, layer, is_needed=needed)
                     if row.has_bias(config):
-                        yield Place(row, layer, is_bias=True)
+                        yield Place(row, layer, is_bias=True, is_needed=needed)
 
 
 def interleaved_rows(heads: int, head_dim: int) -> Indices:

@@ -6,7 +6,6 @@ values with earlier ones, and values may be keys. llama.cpp: src/models/gemma4.c
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from converters.architectures.family import Config, Family, Present, Row
 from converters.architectures.settings import common, full_rope, is_number, is_whole, sliding_layers
 from converters.tokenizer_rules import GEMMA_4_RULES
 
-UNUSED = "unused."  # before the names of weights that a checkpoint has and transformers does not load
 UNROTATED = 1e30  # a frequency divided by this does not turn
 
 
@@ -36,8 +34,9 @@ _q, _k, _v, _o = attention()
 _q_norm, _k_norm = head_norms()
 
 
-def _when(row: Row, present: Present) -> Row:
-    return Row(row.hf, row.gguf, row.shape, when=present)
+def _own(row: Row, present: Present) -> Row:
+    """Keys and values: released checkpoints hold them also for layers that take an earlier layer's."""
+    return Row(row.hf, row.gguf, row.shape, when=present, if_stored=True)
 
 
 per_layer, sparse = where("hidden_size_per_layer_input"), where("enable_moe_block")
@@ -48,7 +47,7 @@ ROWS = (
         ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "post_attention_norm"),
         ("pre_feedforward_layernorm", "ffn_norm"), ("post_feedforward_layernorm", "post_ffw_norm"),
     )),
-    _q, _when(_k, has_keys), _when(_v, has_values), _o, _q_norm, _when(_k_norm, has_keys),
+    _q, _own(_k, has_keys), _own(_v, has_values), _o, _q_norm, _own(_k_norm, has_keys),
     *gated_mlp(),
     Row(f"{LAYER}.layer_scalar", f"{BLK}.layer_output_scale", (1,), ends=("", ".weight")),
     # an input for each layer
@@ -176,20 +175,6 @@ def problems(config: Config) -> list[str]:
     return [problem for ok, problem in checks if not ok]
 
 
-def rename(name: str, config: Config) -> str:
-    """Keys and values of layers that take an earlier layer's: checkpoints have them, and nothing reads them."""
-    layers, shared = config.get("num_hidden_layers", 0), config.get("num_kv_shared_layers") or 0
-    found = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\.weight", name)
-    is_unused = found and is_whole(layers) and is_whole(shared) and int(found[1]) >= layers - shared
-    return UNUSED + name if is_unused else name
-
-
-def notices(config: Config) -> list[str]:
-    shared = config["num_kv_shared_layers"]
-    said = f"the last {shared} layers use the keys and values of earlier ones: weights for their own are left out"
-    return [said] if shared else []
-
-
 FAMILY = Family(
     "gemma4",
     ROWS,
@@ -214,9 +199,7 @@ FAMILY = Family(
         "per_layer_config": "object?",
     },
     problems=problems,
-    notices=notices,
     computed=computed,
-    ignored=(*gemma.FAMILY.ignored, rf"{re.escape(UNUSED)}.*"),
-    rename=rename,
+    ignored=gemma.FAMILY.ignored,
     tokenizer=GEMMA_4_RULES,
 )  # fmt: skip

@@ -106,7 +106,6 @@ def test_what_a_configuration_means(name: str, values: dict[str, Any]) -> None:
         ("bigcode/starcoder2-3b", "sliding_window 4096"),
         ("microsoft/Phi-3.5-mini-instruct", "from token 4097 on"),
         ("openai/gpt-oss-20b", "truncate"),
-        ("google/gemma-4-E2B", "the last 20 layers"),
     ],
 )
 def test_what_is_equal_up_to_a_point_is_said(name: str, said: str) -> None:
@@ -212,14 +211,13 @@ def test_null_is_not_the_same_as_a_key_left_out(name: str) -> None:
     assert absent["num_key_value_heads"] < absent["num_attention_heads"] == null["num_key_value_heads"]
 
 
-def test_keys_that_nothing_reads_are_left_out() -> None:
+def test_keys_that_nothing_reads_are_not_asked_for() -> None:
     """Gemma 4 E2B: the checkpoint has keys and values for layers that take those of an earlier one."""
-    facts = RELEASED["google/gemma-4-E2B"]
-    family, config, _ = read(facts)
-    for layer, kept in ((14, True), (15, False)):
-        name = f"model.layers.{layer}.self_attn.k_proj.weight"
-        assert (family.rename(name, config) == name) is kept
-    assert family.rename("model.layers.15.self_attn.q_proj.weight", config) == "model.layers.15.self_attn.q_proj.weight"
+    family, config, _ = read(RELEASED["google/gemma-4-E2B"])
+    sizes = Sizes(family.architecture, config["vocab_size"], metadata(family, config))
+    keys = {place.layer: place.is_needed for place in family.places(sizes, config) if place.row.gguf.endswith("attn_k")}
+    assert [layer for layer, needed in keys.items() if needed] == list(range(15))
+    assert len(keys) == 35
 
 
 def test_a_model_type_that_contradicts_the_class() -> None:
