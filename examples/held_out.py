@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 
 
@@ -50,6 +51,7 @@ def meaning(text: str) -> object:
 
 def ask_torch(base: Path, adapter: Path, prompts: Sequence[str], *, max_new_tokens: int = 80) -> list[str]:
     """Greedy answers of HF + PEFT, in float32, as the adapter was trained."""
+    getLogger("bitsandbytes").setLevel("ERROR")  # PEFT imports it where it is there; it misses an optional package
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
