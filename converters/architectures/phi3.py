@@ -86,10 +86,11 @@ def problems(config: Config) -> list[str]:
             for key, value in given.items()
             if not (is_number(value) and math.isclose(value, usual[key], rel_tol=1e-6))
         ]
+    size = rotary_dim(config) // 2
     for name in ("long_factor", "short_factor") if rope["rope_type"] in LONG_ROPES else ():
         factors = rope.get(name)
-        if not isinstance(factors, list) or len(factors) != rotary_dim(config) // 2:
-            found.append(f"{name} is {factors!r}, expected a list of {rotary_dim(config) // 2} numbers")
+        if not isinstance(factors, list) or len(factors) != size or not all(map(is_number, factors)):
+            found.append(f"{name} is {factors!r}, expected a list of {size} numbers")
     return found
 
 
