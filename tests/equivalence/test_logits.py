@@ -14,20 +14,12 @@ from converters.base import convert_base
 from tests.converters.folders import CONFIG, make_model, safetensors_bytes, weights
 from tests.equivalence import llamacpp
 from tests.equivalence.conftest import REAL_MODELS, Builder
-from tests.equivalence.tiny_models import some_ids
+from tests.equivalence.tiny_models import LLAMA3, some_ids
 
 pytestmark = pytest.mark.train
 
 # Two float32 programs that add in another order; measured 6e-6 to 5e-5 over these models.
 TOLERANCE = 1e-3
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "untied": {"tie_word_embeddings": False},

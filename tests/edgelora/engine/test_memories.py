@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from converters.base import convert_base
-from edgelora.adapter_ref import AdapterRef
 from edgelora.engine.cache import Key, KVCache, KVSequence
 from edgelora.engine.engine import Engine
 from edgelora.engine.runtime import Runtime, Settings
-from edgelora.engine.stream import Completion, Request, Task
+from edgelora.engine.stream import Request
 from edgelora.errors import EdgeloraError
 from edgelora.template import BUILTIN, ChatTemplate
 from tests.edgelora.conftest import write_adapter
+from tests.edgelora.engine.runtimes import prompt_logits, runtime
 
 pytestmark = pytest.mark.train
 
@@ -52,22 +52,9 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     return made
 
 
-@contextmanager
-def runtime(files: tuple[Path, dict[str, Path]]) -> Iterator[Runtime]:
+def made_for(files: tuple[Path, dict[str, Path]]) -> AbstractContextManager[Runtime]:
     base, adapters = files
-    made = Runtime(Settings(base, n_ctx=512, threads=1, chat_template=TEMPLATE), lambda: True)
-    try:
-        for name, path in adapters.items():
-            made.load_adapter(AdapterRef(name, path))
-        yield made
-    finally:
-        made.close()
-
-
-def logits_of(made: Runtime, request: Request) -> tuple[np.ndarray, Completion]:
-    """Logits of the prompt's last token (n_vocab,)."""
-    completion = made.run(Task(request))
-    return np.ctypeslib.as_array(made.context.logits(), (made.context.n_vocab,)).copy(), completion
+    return runtime(Settings(base, n_ctx=512, threads=1, chat_template=TEMPLATE), adapters)
 
 
 def conversations(seed: int, n: int) -> Iterator[Request]:
@@ -87,12 +74,12 @@ def conversations(seed: int, n: int) -> Iterator[Request]:
 @pytest.mark.parametrize("name", [*RECURRENT, *SLIDING])
 def test_logits_are_those_of_a_fresh_engine(name: str, families: dict[str, tuple[Path, dict[str, Path]]]) -> None:
     reused = 0
-    with runtime(families[name]) as used:
+    with made_for(families[name]) as used:
         for request in conversations(1, 25):
-            got, completion = logits_of(used, request)
+            got, completion = prompt_logits(used, request)
             reused += completion.cached_tokens
-            with runtime(families[name]) as fresh:
-                want, _ = logits_of(fresh, request)
+            with made_for(families[name]) as fresh:
+                want, _ = prompt_logits(fresh, request)
             assert np.abs(got - want).max() <= (0 if request.deterministic else ROUNDING)
     assert reused > 300, "the cache was never used, so this test showed nothing"
 
@@ -106,11 +93,11 @@ def test_twin_a_state_that_was_not_cut_cannot_go_on(
         Request([{"role": "user", "content": " ".join(words)}], sampling=GREEDY)
         for words in (WORDS * 4, [*WORDS[:3], *WORDS * 3])
     )
-    with runtime(families[name]) as fresh:
-        want, _ = logits_of(fresh, second)
-    with runtime(families[name]) as used:
-        logits_of(used, first)
-        got, completion = logits_of(used, second)
+    with made_for(families[name]) as fresh:
+        want, _ = prompt_logits(fresh, second)
+    with made_for(families[name]) as used:
+        prompt_logits(used, first)
+        got, completion = prompt_logits(used, second)
     assert completion.cached_tokens == 0
     assert np.array_equal(got, want)
 
@@ -121,10 +108,10 @@ def test_twin_a_state_that_was_not_cut_cannot_go_on(
         return sequence
 
     monkeypatch.setattr(KVCache, "take", careless)
-    with runtime(families[name]) as used:
-        logits_of(used, first)
+    with made_for(families[name]) as used:
+        prompt_logits(used, first)
         with pytest.raises(EdgeloraError, match="sequence positions"):
-            logits_of(used, second)
+            prompt_logits(used, second)
 
 
 @pytest.mark.parametrize("name", [*RECURRENT, *SLIDING])

@@ -4,39 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgelora.adapter_ref import AdapterRef
 from edgelora.engine.cache import CHUNK, KVSequence
-from edgelora.engine.runtime import Runtime, Settings
-from edgelora.engine.stream import Completion, Request, Task
+from edgelora.engine.runtime import Settings
+from edgelora.engine.stream import Request
+from tests.edgelora.engine.runtimes import prompt_logits, runtime
 
 # Reused KV was computed in batches of other sizes: kernels round otherwise, and KV is F16. 0.01 was seen on this base,
 # whose logits have a standard deviation of 1; another adapter's differ by more than 1.
 ROUNDING = 0.05
 ANOTHER_ADAPTER = 0.5
 WORDS = ["the", "miller", "of", "Fennick", "told", "fisherman", "that", "bread", "and", "boats", "are", "one", "storm"]
-
-
-@contextmanager
-def runtime(base: Path, adapters: dict[str, Path]) -> Iterator[Runtime]:
-    made = Runtime(Settings(base, threads=1), lambda: True)
-    try:
-        for name, path in adapters.items():
-            made.load_adapter(AdapterRef(name, path))
-        yield made
-    finally:
-        made.close()
-
-
-def prompt_logits(made: Runtime, request: Request) -> tuple[np.ndarray, Completion]:
-    """Logits of the prompt's last token (n_vocab,): one generated token needs no further decode."""
-    completion = made.run(Task(request))
-    return np.ctypeslib.as_array(made.context.logits(), (made.context.n_vocab,)).copy(), completion
 
 
 def random_requests(seed: int, n: int, *, deterministic: bool) -> Iterator[Request]:
@@ -59,11 +41,11 @@ def test_deterministic_logits_are_the_same_bits_after_any_history(
     quant: str, bases: dict[str, Path], adapters: dict[str, Path]
 ) -> None:
     reused = 0
-    with runtime(bases[quant], adapters) as used:
+    with runtime(Settings(bases[quant], threads=1), adapters) as used:
         for request in random_requests(1, 16, deterministic=True):
             got, completion = prompt_logits(used, request)
             reused += completion.cached_tokens
-            with runtime(bases[quant], adapters) as fresh:
+            with runtime(Settings(bases[quant], threads=1), adapters) as fresh:
                 want, _ = prompt_logits(fresh, request)
             assert np.array_equal(got, want)
     assert reused >= 3 * CHUNK, "the cache was never used, so this test showed nothing"
@@ -71,7 +53,7 @@ def test_deterministic_logits_are_the_same_bits_after_any_history(
 
 def test_reused_logits_differ_by_rounding_alone(base: Path, adapters: dict[str, Path]) -> None:
     reused = 0
-    with runtime(base, adapters) as used, runtime(base, adapters) as fresh:
+    with runtime(Settings(base, threads=1), adapters) as used, runtime(Settings(base, threads=1), adapters) as fresh:
         for request in random_requests(2, 20, deterministic=False):
             got, completion = prompt_logits(used, request)
             reused += completion.cached_tokens
@@ -89,7 +71,7 @@ def test_twin_a_cache_keyed_by_tokens_alone_is_wrong(
     monkeypatch.setattr(KVSequence, "usable", lambda self, key, *rest: usable(self, self.key or key, *rest))
     question = [{"role": "user", "content": " ".join(WORDS * 3)}]
     red, blue = (Request(question, adapter=n, sampling={"temperature": 0, "max_tokens": 1}) for n in ("red", "blue"))
-    with runtime(base, adapters) as stale, runtime(base, adapters) as fresh:
+    with runtime(Settings(base, threads=1), adapters) as stale, runtime(Settings(base, threads=1), adapters) as fresh:
         prompt_logits(stale, red)
         got, completion = prompt_logits(stale, blue)
         want, _ = prompt_logits(fresh, blue)
@@ -100,7 +82,7 @@ def test_twin_a_cache_keyed_by_tokens_alone_is_wrong(
 def test_adapters_and_scales_differ_enough_for_these_tests(base: Path, adapters: dict[str, Path]) -> None:
     request = next(random_requests(3, 1, deterministic=True))
     rows = []
-    with runtime(base, adapters) as made:
+    with runtime(Settings(base, threads=1), adapters) as made:
         for name, scale in (("none", None), ("red", None), ("red", 0.5), ("blue", None)):
             rows.append(prompt_logits(made, Request(request.messages, name, scale, request.sampling))[0])
     differences = [np.abs(a - b).max() for i, a in enumerate(rows) for b in rows[:i]]
@@ -109,7 +91,7 @@ def test_adapters_and_scales_differ_enough_for_these_tests(base: Path, adapters:
 
 def test_alternating_adapters_both_keep_their_prefix(base: Path, adapters: dict[str, Path]) -> None:
     question = [{"role": "user", "content": " ".join(WORDS * 3)}]
-    with runtime(base, adapters) as made:
+    with runtime(Settings(base, threads=1), adapters) as made:
         requests = [Request(question, adapter=n, sampling={"temperature": 0, "max_tokens": 1}) for n in ("red", "blue")]
         first = [prompt_logits(made, request)[1].cached_tokens for request in requests]
         second = [prompt_logits(made, request)[1].cached_tokens for request in requests]

@@ -1,0 +1,30 @@
+"""A runtime with adapters, and the logits that it computes: what comparisons of its memory with a fresh one need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from edgelora.adapter_ref import AdapterRef
+from edgelora.engine.runtime import Runtime, Settings
+from edgelora.engine.stream import Completion, Request, Task
+
+
+@contextmanager
+def runtime(settings: Settings, adapters: dict[str, Path]) -> Iterator[Runtime]:
+    made = Runtime(settings, lambda: True)
+    try:
+        for name, path in adapters.items():
+            made.load_adapter(AdapterRef(name, path))
+        yield made
+    finally:
+        made.close()
+
+
+def prompt_logits(made: Runtime, request: Request) -> tuple[np.ndarray, Completion]:
+    """Logits of the prompt's last token (n_vocab,): one generated token needs no further decode."""
+    completion = made.run(Task(request))
+    return np.ctypeslib.as_array(made.context.logits(), (made.context.n_vocab,)).copy(), completion
