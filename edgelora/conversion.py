@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int, str], None]
 
-EXACT = {"kind": "exact"}
-"""A LoRA's factors with the scale folded into B; all that is lost is rounding, which the converter keeps below 1e-3 by
-choosing F32 where F16 would lose more."""
-
-
 @dataclass(frozen=True)
 class ConvertOptions:
     """What `edgelora convert` can be told.
@@ -115,7 +110,7 @@ def _convert_base(
 def _convert_adapter(
     source: Path, out: Path | str | None, options: ConvertOptions, store: Store, progress: Progress | None
 ) -> AdapterReport:
-    from converters.adapter import convert_adapter
+    from converters.adapter import prepare_adapter
 
     if given := _given(options.base_settings):
         verb = "goes" if len(given) == 1 else "go"
@@ -123,9 +118,9 @@ def _convert_adapter(
     base = find_base(source, options.base, store)
     contract = contract_for(source, base, store, chat_template=options.chat_template, force=options.force)
     target = _target(out, f"{source_name(source)}.gguf")
-    return convert_adapter(
-        source, base, target, metadata=contract.to_metadata(), progress=progress, force=options.force
-    )
+    with prepare_adapter(source, base) as prepared:
+        contract = contract.with_changes(exactness=prepared.exactness())
+        return prepared.write(target, contract.to_metadata(), progress=progress, force=options.force)
 
 
 # Options of the command line, by the settings that they fill, where the two are not named alike.
@@ -148,13 +143,15 @@ def adapter_from_folder(folder: Path, base: Path, store: Store, *, force: bool =
     Raises:
         ConversionError, ModelFileError: the folder cannot be converted, or the store cannot be written.
     """
-    from converters.adapter import convert_adapter
+    from converters.adapter import prepare_adapter
 
     target = store.adapter_path(_content_hash(folder, store.fingerprint(base)))
     if not target.is_file():
         contract = contract_for(folder, base, store, force=force)
         store.make_adapter_folder()
-        convert_adapter(folder, base, target, metadata=contract.to_metadata(), force=True)
+        with prepare_adapter(folder, base) as prepared:
+            contract = contract.with_changes(exactness=prepared.exactness())
+            prepared.write(target, contract.to_metadata(), force=True)
     return target
 
 
@@ -218,7 +215,7 @@ def contract_for(
         found = found.with_changes(chat_template=source, golden_messages=(), golden_tokens=())
         if source and not found.stop and base.is_dir():
             found = _with_golden(found, base)
-    return found.with_changes(base_fingerprint=fingerprint, exactness=EXACT)
+    return found.with_changes(base_fingerprint=fingerprint)
 
 
 def _checked_template(name_or_path: str) -> str:

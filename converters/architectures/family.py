@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,8 @@ class Family:
         derived_wins: they are right even where it has them.
         rename: other names of tensors to those of `rows`.
         extra_layers: how many layers beyond `num_hidden_layers` there are, by the names of the tensors.
+        modules: parts of names of a loaded model's modules to those of `rows`, where transformers loads a checkpoint
+            under other names than it is stored: adapters have the former.
     """
 
     architecture: str
@@ -198,24 +201,32 @@ class Family:
     derived_wins: bool = False
     rename: Callable[[str, Config], str] = lambda name, config: name
     extra_layers: Callable[[Iterable[str]], int] = lambda names: 0
+    modules: Mapping[str, str] = field(default_factory=dict)
+
+    def module_name(self, name: str) -> str:
+        """A name of a loaded model's, as the rows have it."""
+        for loaded, stored in self.modules.items():
+            name = name.replace(loaded, stored)
+        return name
 
     @property
     def prefix(self) -> str:
         """What tensors' names begin with, which checkpoints of the bare model leave out ("model.")."""
         return self.rows[0].modules[0].partition(".")[0] + "."
 
-    def from_hf(self, name: str) -> Place | None:
-        """The place of a transformers module or tensor that is a matrix of its own, or None.
-
-        "model.layers.3.mlp.up_proj" and "model.layers.3.mlp.up_proj.weight" give the weight.
-        """
-        module, _, suffix = name.rpartition(".")
-        if suffix not in ("weight", "bias"):
-            module, suffix = name, "weight"
-        found = re.search(r"\.(0|[1-9]\d{0,8})\.", module)
-        general = module[: found.start()] + ".{layer}." + module[found.end() :] if found else module
-        row = next((row for row in self.rows if row.hf == general and row.is_linear), None)
-        return Place(row, int(found[1]) if found else None, suffix == "bias") if row else None
+    @cached_property
+    def patterns(self) -> tuple[tuple[Row, re.Pattern[str], int], ...]:
+        """Row, expression of a tensor's name with groups `layer` and `each`, and which of the row's modules it is; -1
+        where `each` says it."""
+        found = []
+        for row in self.rows:
+            endings = {re.escape(row.ends[0])} | ({r"\.bias"} if row.bias and row.ends[0] == ".weight" else set())
+            for index, module in enumerate(row.modules if not row.mxfp4 else ()):
+                name = re.escape(module).replace(r"\{layer\}", r"(?P<layer>0|[1-9]\d{0,4})")
+                name = name.replace(r"\{each\}", r"(?P<each>0|[1-9]\d{0,4})")
+                expression = re.compile(f"{name}(?:{'|'.join(sorted(endings))})")
+                found.append((row, expression, -1 if row.each else index))
+        return tuple(found)
 
     def places(self, sizes: Sizes, config: Config) -> Iterator[Place]:
         """Every tensor that a model of these sizes and this configuration has; the output also where it is tied.

@@ -62,4 +62,5 @@ FAMILY = Family(
     fixed={"attention_bias": True, "tie_word_embeddings": False},
     problems=rope_type_problems("default"),
     ignored=(*IGNORED, r".*\.attention\.rotary_emb\..*"),
+    modules={"lm_head.": "embed_out."},
 )  # fmt: skip

@@ -32,8 +32,10 @@ FAMILY = Family(
     granite.hyperparameters,
     defaults={**granite.FAMILY.defaults, "num_experts": 8, "num_experts_per_tok": 2},
     aliases={"num_local_experts": "num_experts"},
+    modules={".router.weight": ".router.layer.weight", ".experts.gate_up_proj": ".input_linear.weight",
+             ".experts.down_proj": ".output_linear.weight"},
     problems=granite.problems,
     kinds=granite.FAMILY.kinds,
     computed=llama3_factors,
     tokenizer=LLAMA_RULES,
-)
+)  # fmt: skip

@@ -56,10 +56,11 @@ def problems(config: Config) -> list[str]:
     return [*rope_type_problems("default", "linear", "llama3", "yarn")(config), *whole_rope(config)]
 
 
+MODULES = {".mlp.experts": ".block_sparse_moe.experts", ".mlp.gate.": ".block_sparse_moe.gate."}
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
 FAMILY = Family(
     "llama", ROWS, hyperparameters, defaults=DEFAULTS, fills_head_dim=True, problems=problems,
-    computed=llama3_factors, tokenizer=LLAMA_RULES,
+    computed=llama3_factors, tokenizer=LLAMA_RULES, modules=MODULES,
 )  # fmt: skip
 MISTRAL = Family(
     "llama", ROWS, hyperparameters,
@@ -75,6 +76,7 @@ MIXTRAL = Family(
         "num_experts_per_tok": 2, "num_experts": 8,
     },
     aliases={"num_local_experts": "num_experts"},
+    modules=MODULES,
     problems=problems,
     notices=window_notices,
     computed=llama3_factors,

@@ -4,110 +4,122 @@ PEFT's names, after its prefix "base_model.model.":
 
     <module>.lora_A.weight  (rank, columns)        <module>.lora_embedding_A  (rank, vocabulary)
     <module>.lora_B.weight  (rows, rank)           <module>.lora_embedding_B  (embedding, rank)
+    <module>.lora_B.bias    (rows,), with `lora_bias`
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import struct
+from collections.abc import Iterator
+from math import sqrt
 
 import numpy as np
 
-from converters.checkpoint import Floats, Tensors
-from converters.methods.factors import Factors
+from converters.checkpoint import Floats
+from converters.methods import parameters
+from converters.methods.changes import Change, LowRank, ModuleProblem, Shifted
+from converters.methods.method import About, Method, Module, scaled
 from converters.peft_config import PeftConfig
+from converters.peft_settings import flag, names, number, number_pattern, rank, rank_pattern, token_ids
+from converters.reader import ARRAY, RawValue
 
-PREFIX = "base_model.model."
-# Ending of a tensor's name to (factor, is it an embedding's)
-FACTOR_NAMES: Mapping[str, tuple[str, bool]] = {
-    ".lora_A.weight": ("A", False),
-    ".lora_B.weight": ("B", False),
-    ".lora_embedding_A": ("A", True),
-    ".lora_embedding_B": ("B", True),
-}
-# PEFT saves a frozen embedding or output beside its LoRA; it is the base's own.
-FROZEN_COPY, SAVED_BY_PEFT = ".base_layer.weight", ("embed_tokens", "lm_head")
-REASONS: Mapping[str, str] = {
-    ".lora_magnitude_vector": "DoRA's magnitudes, which no low-rank adapter can hold",
-    ".lora_B.bias": "a bias on B, which has no place in a GGUF adapter",
-    ".bias": "a trained bias, which has no place in a GGUF adapter",
-    "norm.weight": "a trained norm, which has no place in a GGUF adapter",
-    ".token_adapter.trainable_tokens_delta": "trained tokens, which replace rows of the embedding",
-    ".weight": "a fully trained module, which is not low-rank",
+INVOCATION = "adapter.alora.invocation_tokens"  # LLM_KV_ADAPTER_ALORA_INVOCATION_TOKENS, an array of uint32
+UINT32 = 4
+PARTS = {
+    ".lora_A.weight": "a",
+    ".lora_B.weight": "b",
+    ".lora_embedding_A": "embedding_a",
+    ".lora_embedding_B": "embedding_b",
+    ".lora_B.bias": "bias",
 }
 
 
-@dataclass
-class _Pair:
-    is_embedding: bool
-    a: str = ""
-    b: str = ""
+def read(module: Module) -> Iterator[Change]:
+    if parameters.is_parameter(module):
+        yield from parameters.read(module)
+        return
+    is_embedding = "embedding_a" in module or "embedding_b" in module
+    a, b = ("embedding_a", "embedding_b") if is_embedding else ("a", "b")
+    check_pair(module, a, b)
+    yield _embedding(module) if is_embedding else low_rank(module)
+    if "bias" in module:
+        scale = scale_of(module)
+        yield Shifted(module.bias, module.shape("bias"), lambda: module.load("bias") * np.float32(scale))
 
 
-def read(config: PeftConfig, tensors: Tensors) -> tuple[list[Factors], list[str]]:
-    """The factors of every module, and what is wrong with the others."""
-    pairs, problems = _pairs(tensors)
-    factors = []
-    for module, pair in pairs.items():
-        if problem := _mismatch(config, tensors, module, pair):
-            problems.append(problem)
-        else:
-            factors.append(_factors(config, tensors, module, pair))
-    return factors, problems
+def check_pair(module: Module, a: str = "a", b: str = "b") -> None:
+    """Raises ModuleProblem where A and B are not two factors of the configured rank."""
+    if a not in module or b not in module:
+        raise ModuleProblem(f"has only its {'A' if a in module else 'B'}")
+    first, second = module.shape(a), module.shape(b)
+    if len(first) != 2 or len(second) != 2 or first[0] != second[1] or 0 in first + second:
+        raise ModuleProblem(f"A {first} and B {second} do not fit together")
+    expected = module.setting("r", "rank_pattern")
+    if module.config.is_valid and first[0] != expected:
+        raise ModuleProblem(f"has rank {first[0]}, {module.config.path.name} says {expected}")
 
 
-def _pairs(tensors: Tensors) -> tuple[dict[str, _Pair], list[str]]:
-    pairs: dict[str, _Pair] = {}
-    others = []
-    for name in tensors.tensors:
-        ending = next((ending for ending in FACTOR_NAMES if name.endswith(ending)), None)
-        if ending is None or not name.startswith(PREFIX):
-            others.append(name)
-            continue
-        factor, is_embedding = FACTOR_NAMES[ending]
-        pair = pairs.setdefault(_module(name, ending), _Pair(is_embedding))
-        if factor == "A":
-            pair.a = name
-        else:
-            pair.b = name
-    left = [name for name in others if not _is_frozen_copy(name, pairs)]
-    return pairs, [f"{name}: {_reason(name)}" for name in left]
+def scale_of(module: Module) -> float:
+    """What PEFT multiplies B @ A by."""
+    alpha, rank = module.setting("lora_alpha", "alpha_pattern"), module.setting("r", "rank_pattern")
+    return float(alpha / (sqrt(rank) if module.config["use_rslora"] else rank))
 
 
-def _is_frozen_copy(name: str, pairs: Mapping[str, _Pair]) -> bool:
-    module = _module(name, FROZEN_COPY)
-    return name.endswith(FROZEN_COPY) and module in pairs and module.rpartition(".")[2] in SAVED_BY_PEFT
+def low_rank(module: Module) -> LowRank:
+    """A linear layer's change."""
+    (rank, columns), (rows, _) = module.shape("a"), module.shape("b")
+    scale = scale_of(module)
+    return LowRank(
+        module.weight, (rows, columns), rank, scale, lambda: (scaled(module.load("b"), scale), module.load("a"))
+    )
 
 
-def _module(name: str, ending: str) -> str:
-    return name.removeprefix(PREFIX).removesuffix(ending)
+def _embedding(module: Module) -> LowRank:
+    """The weight is (vocabulary, embedding), the transpose of what its factors multiply."""
+    (rank, vocabulary), (embedding, _) = module.shape("embedding_a"), module.shape("embedding_b")
+    scale = scale_of(module)
+
+    def load() -> tuple[Floats, Floats]:
+        return scaled(module.load("embedding_a").T, scale), np.ascontiguousarray(module.load("embedding_b").T)
+
+    return LowRank(module.weight, (vocabulary, embedding), rank, scale, load, is_embedding=True)
 
 
-def _reason(name: str) -> str:
-    return next((reason for ending, reason in REASONS.items() if name.endswith(ending)), "no tensor of a LoRA adapter")
+def about(config: PeftConfig) -> About:
+    """An activated LoRA (arXiv:2504.12397) changes only what follows its invocation."""
+    tokens = config["alora_invocation_tokens"]
+    if not tokens:
+        return About()
+    raw = RawValue(ARRAY, UINT32, len(tokens), struct.pack(f"<{len(tokens)}I", *tokens))
+    why = "an activated LoRA (alora_invocation_tokens) leaves everything before its invocation to the base"
+    return About({INVOCATION: raw}, (why,))
 
 
-def _mismatch(config: PeftConfig, tensors: Tensors, module: str, pair: _Pair) -> str:
-    if not pair.a or not pair.b:
-        return f"{module}: has only its {'A' if pair.a else 'B'}"
-    a, b = tensors.tensors[pair.a].shape, tensors.tensors[pair.b].shape
-    rank = config.rank_of(module)
-    if len(a) != 2 or len(b) != 2 or not 1 <= a[0] == b[1] or 0 in a + b:
-        return f"{module}: A {a} and B {b} do not fit together"
-    if config.is_valid and a[0] != rank:
-        return f"{module}: has rank {a[0]}, {config.path.name} says {rank}"
-    return ""
-
-
-def _factors(config: PeftConfig, tensors: Tensors, module: str, pair: _Pair) -> Factors:
-    a, b = tensors.tensors[pair.a].shape, tensors.tensors[pair.b].shape
-    rank = a[0]
-    scale = config.scale_of(module, rank)
-
-    def load_b() -> Floats:
-        with np.errstate(over="ignore"):  # infinite values are refused by name
-            return tensors.rows(pair.b) * np.float32(scale)
-
-    # An embedding's weight is (vocabulary, embedding): the transpose of what its factors multiply.
-    shape = (a[1], b[0]) if pair.is_embedding else (b[0], a[1])
-    return Factors(module, shape, rank, scale, pair.is_embedding, lambda: tensors.rows(pair.a), load_b)
+SETTINGS = {
+    "r": rank(8),
+    "lora_alpha": number(8),
+    "use_rslora": flag(False),
+    "rank_pattern": rank_pattern(),
+    "alpha_pattern": number_pattern(),
+    "lora_bias": flag(False),
+    "target_parameters": names(),
+    "alora_invocation_tokens": token_ids(),
+}
+METHOD = Method(
+    "LoRA, rsLoRA",
+    "arXiv:2106.09685",
+    parts=PARTS,
+    read=read,
+    settings=SETTINGS,
+    free=(
+        "qalora_group_size",
+        "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "init_lora_weights", "loftq_config",
+        "lora_dropout", "lora_ga_config", "megatron_core", "runtime_config", "trainable_token_indices",
+    ),
+    refused={
+        "layer_replication": "layers are repeated, which the base does not do",
+        "megatron_config": "Megatron's parallel layers have weights of their own",
+    },
+    is_low_rank=True,
+    about=about,
+)  # fmt: skip

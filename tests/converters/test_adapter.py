@@ -10,8 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from converters import peft_config
-from converters.adapter import convert_adapter
+from converters.adapter import AdapterOptions, convert_adapter
 from converters.base import convert_base
 from converters.errors import (
     BaseMismatchError,
@@ -24,6 +23,8 @@ from converters.errors import (
     UnsupportedError,
 )
 from converters.fingerprint import fingerprint
+from converters.methods import METHODS
+from converters.peft_settings import COMMON_FREE, OFF
 from converters.reader import read_header
 from tests.converters.folders import MODULES, lora_weights, make_adapter, make_model, safetensors_bytes, write_json
 from tests.converters.test_base import STRANGE, permuted
@@ -43,7 +44,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 def test_b_holds_the_scale_and_the_row_order(base: Path, tmp_path: Path) -> None:
     out, given = tmp_path / "adapter.gguf", lora_weights(MODULES)
-    report = convert_adapter(make_adapter(tmp_path / "a", given), base, out, dtype="f32")
+    report = convert_adapter(make_adapter(tmp_path / "a", given), base, out, options=AdapterOptions(dtype="f32"))
     arrays, metadata = read_arrays(out), read_header(out).metadata
     q, down = "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"
     np.testing.assert_array_equal(arrays["blk.0.attn_q.weight.lora_a"], given[f"{PREFIX}{q}.lora_A.weight"])
@@ -70,7 +71,7 @@ def test_it_names_its_base(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "F16"])
 def test_dtypes(dtype: str, base: Path, tmp_path: Path) -> None:
-    convert_adapter(make_adapter(tmp_path / "a"), base, tmp_path / "adapter.gguf", dtype=dtype)
+    convert_adapter(make_adapter(tmp_path / "a"), base, tmp_path / "adapter.gguf", options=AdapterOptions(dtype=dtype))
     tensors = read_header(tmp_path / "adapter.gguf").tensors.values()
     assert {tensor.type_name for tensor in tensors} == {dtype.upper()}
 
@@ -85,15 +86,27 @@ def ones(*shape: int, value: float = 1.0) -> np.ndarray[Any, Any]:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "DoRA": ({"use_dora": True}, {}, "use_dora is True: DoRA"),
-    "bias": ({"bias": "lora_only"}, {}, "bias is 'lora_only'"),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save is"),
+    "DoRA without magnitudes": ({"use_dora": True}, {}, "DoRA's magnitude vector must be (32,), and is none"),
+    "a trained bias": (
+        {"bias": "all"},
+        {"layers__0__self_attn__q_proj__bias": ones(32)},
+        "q_proj.bias: it was trained",
+    ),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save has 'lm_head', and no tensor belongs"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, {}, "init_lora_weights is 'pissa_niter_4'"),
     "an unknown key": ({"frobnicate": 3}, {}, "unknown setting frobnicate = 3"),
     "a rank that is no number": ({"r": "big"}, {}, "r is 'big'"),
-    "a pattern that is no expression": ({"rank_pattern": {"(": 3}}, {}, "rank_pattern has '(', which is no regular"),
-    "a pattern that is none when wrapped": ({"alpha_pattern": {"(?i)q_proj": 3}}, {}, "which is no regular expression"),
-    "nested quantifiers": ({"alpha_pattern": {"(([a-z_0-9.])+)+#": 4}}, {}, "quantifiers are nested"),
+    "a pattern that is no expression": (
+        {"rank_pattern": {"(": 3}},
+        {},
+        "'(': no regular expression for a module's name",
+    ),
+    "a pattern that is none when wrapped": (
+        {"alpha_pattern": {"(?i)q_proj": 3}},
+        {},
+        "'(?i)q_proj': no regular expression for a module's name",
+    ),
+    "nested quantifiers": ({"alpha_pattern": {"(([a-z_0-9.])+)+#": 4}}, {}, "its quantifiers are nested"),
     "many quantifiers": ({"rank_pattern": {".*.*.*.*.*.*.*x": 4}}, {}, "quantifiers are nested or too many"),
     "alpha beyond a float": ({"lora_alpha": 10**400}, {}, "lora_alpha is 1000"),
     "alpha beyond float32": ({"lora_alpha": 1e300}, {}, "lora_alpha is 1e+300"),
@@ -106,13 +119,25 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a copy of a linear layer": (
         {},
         {"layers__0__self_attn__q_proj__base_layer__weight": ones(32, 32)},
-        "a fully trained module",
+        "a copy of a whole layer",
     ),
     "another rank": ({"r": 8}, {}, "has rank 4, adapter_config.json says 8"),
-    "a trained norm": ({}, {"layers__0__input_layernorm__weight": ones(32)}, "a trained norm"),
-    "a trained module": ({}, {"embed_tokens__weight": ones(300, 32)}, "a fully trained module"),
-    "a magnitude": ({}, {"layers__0__self_attn__q_proj__lora_magnitude_vector": ones(32)}, "DoRA's magnitudes"),
-    "an unknown tensor": ({}, {"layers__0__self_attn__q_proj__mystery": ones(3)}, "no tensor of a LoRA adapter"),
+    "a trained norm": (
+        {},
+        {"layers__0__input_layernorm__weight": ones(32)},
+        "input_layernorm.weight: it was trained as a whole",
+    ),
+    "a trained module": ({}, {"embed_tokens__weight": ones(300, 32)}, "embed_tokens.weight: it was trained as a whole"),
+    "a magnitude": (
+        {},
+        {"layers__0__self_attn__q_proj__lora_magnitude_vector": ones(32)},
+        "has a magnitude, and use_dora is off",
+    ),
+    "an unknown tensor": (
+        {},
+        {"layers__0__self_attn__q_proj__mystery": ones(3)},
+        "q_proj.mystery: no tensor of an adapter (LORA)",
+    ),
     "A alone": ({}, {"layers__0__self_attn__q_proj__lora_B__weight": None}, "has only its A"),
     "A and B of two ranks": ({}, {"layers__0__self_attn__q_proj__lora_B__weight": ones(32, 5)}, "do not fit together"),
     "zero size": ({}, {"layers__0__self_attn__q_proj__lora_B__weight": ones(0, 4)}, "do not fit together"),
@@ -153,14 +178,16 @@ def test_values_too_small_for_f16_are_written_as_f32(factor: float, base: Path, 
     small = {name: array * np.float32(factor) if "k_proj.lora_B" in name else array for name, array in arrays.items()}
     report = convert_adapter(make_adapter(tmp_path / "a", small), base, tmp_path / "adapter.gguf")
     assert (report.dtype, report.max_relative_error) == ("f32", 0.0)
-    assert "f16 would change model.layers.1.self_attn.k_proj by" in report.notices[0]
+    assert "f16 would change blk.1.attn_k.weight by" in report.notices[0]
     expected = permuted(2 * small["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"], 2)
     np.testing.assert_array_equal(read_arrays(tmp_path / "adapter.gguf")["blk.1.attn_k.weight.lora_b"], expected)
 
 
 @pytest.mark.parametrize(("dtype", "least", "most"), [("f32", 0, 0), ("f16", 1e-4, 4e-4), ("bf16", 1e-3, 3e-3)])
 def test_the_rounding_is_measured(dtype: str, least: float, most: float, base: Path, tmp_path: Path) -> None:
-    report = convert_adapter(make_adapter(tmp_path / "a"), base, tmp_path / "adapter.gguf", dtype=dtype)
+    report = convert_adapter(
+        make_adapter(tmp_path / "a"), base, tmp_path / "adapter.gguf", options=AdapterOptions(dtype=dtype)
+    )
     assert least <= report.max_relative_error <= most  # half a unit of 11 or 8 bits, uniformly distributed
     assert report.dtype == dtype
 
@@ -170,11 +197,17 @@ def test_every_reason_is_in_one_message(base: Path, tmp_path: Path) -> None:
     folder = make_adapter(tmp_path / "a", arrays, use_dora=True, bias="all", mystery=1)
     with pytest.raises(UnsupportedAdapterError) as caught:
         convert_adapter(folder, base, tmp_path / "adapter.gguf")
-    for reason in ("use_dora", "bias is 'all'", "mystery", "norm.weight", "has only its A"):
+    for reason in ("magnitude", "mystery", "norm.weight", "has only its A"):
         assert reason in caught.value.message
 
 
-@pytest.mark.parametrize("peft_type", ["LOHA", "IA3", "PROMPT_TUNING", None])
+@pytest.mark.parametrize("peft_type", ["LOHA", "IA3"])
+def test_tensors_of_another_method(peft_type: str, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=r"q_proj\.lora_A\.weight: no tensor of a llama model"):
+        convert_adapter(make_adapter(tmp_path / "a", peft_type=peft_type), base, tmp_path / "adapter.gguf")
+
+
+@pytest.mark.parametrize("peft_type", ["PROMPT_TUNING", "FROM_THE_FUTURE", None])
 def test_other_methods_are_named(peft_type: str | None, base: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedAdapterError, match=f"peft_type is '{peft_type}'"):
         convert_adapter(make_adapter(tmp_path / "a", peft_type=peft_type), base, tmp_path / "adapter.gguf")
@@ -182,10 +215,9 @@ def test_other_methods_are_named(peft_type: str | None, base: Path, tmp_path: Pa
 
 MISFITS: dict[str, tuple[dict[str, tuple[int, int]], str]] = {
     "another width": ({"model.layers.0.self_attn.q_proj": (64, 64)}, "the adapter is for 64x64"),
-    "a layer too many": ({"model.layers.7.self_attn.q_proj": (32, 32)}, "the base has no blk.7.attn_q"),
-    "another family": ({"model.layers.0.self_attn.qkv_proj": (64, 32)}, "no module of a llama model"),
+    "a layer too many": ({"model.layers.7.self_attn.q_proj": (32, 32)}, "q_proj.weight: the base has no such tensor"),
+    "another family": ({"model.layers.0.self_attn.qkv_proj": (64, 32)}, "no tensor of a llama model"),
     "a norm": ({"model.norm": (32, 32)}, "output_norm.weight is 32"),
-    "a linear embedding": ({"model.embed_tokens": (300, 32)}, "has the factors of a linear layer"),
 }
 
 
@@ -214,7 +246,10 @@ def test_an_untrained_adapter_is_noticed(base: Path, tmp_path: Path) -> None:
     assert convert_adapter(make_adapter(tmp_path / "b"), base, tmp_path / "b.gguf").notices == ()
 
 
-@pytest.mark.parametrize("key", sorted({*peft_config.FREE, *peft_config.USED, *peft_config.REFUSED, "bias"}))
+LORA = METHODS["LORA"]
+
+
+@pytest.mark.parametrize("key", sorted({*LORA.free, *LORA.settings, *LORA.refused, *COMMON_FREE}))
 def test_no_value_in_a_configuration_is_a_crash(key: str, base: Path, tmp_path: Path) -> None:
     for value in STRANGE:
         folder = make_adapter(tmp_path / "a", **{key: value})
@@ -225,7 +260,7 @@ def test_no_value_in_a_configuration_is_a_crash(key: str, base: Path, tmp_path: 
         else:
             refused = ""
         assert not refused or str(folder) in refused
-        assert refused or value in peft_config.OFF or key in peft_config.FREE or key in peft_config.USED
+        assert refused or value in OFF or key in {*LORA.free, *LORA.settings, *COMMON_FREE}
 
 
 def test_broken_folders(base: Path, tmp_path: Path) -> None:
@@ -240,9 +275,9 @@ def test_broken_folders(base: Path, tmp_path: Path) -> None:
     weights.write_bytes(data[:-100])
     fails(TruncatedFileError, "100 are missing")
     weights.write_bytes(safetensors_bytes({}))
-    fails(FormatError, "holds no LoRA tensors")
+    fails(FormatError, "its file of weights is empty")
     weights.rename(folder / "adapter_model.bin")
-    fails(UnsupportedError, "pickles")
+    fails(UnsupportedError, r"its weights are a pickle \(adapter_model.bin\)")
     (folder / "adapter_model.bin").unlink()
     fails(MissingFileError, r"no adapter_model\.safetensors")
     (folder / "adapter_config.json").write_text("[]")
@@ -262,7 +297,7 @@ def test_wrong_bases(base: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError):
         convert_adapter(folder, base, out)
     with pytest.raises(UnsupportedError, match="unknown adapter dtype"):
-        convert_adapter(folder, base, tmp_path / "other.gguf", dtype="q2")
+        convert_adapter(folder, base, tmp_path / "other.gguf", options=AdapterOptions(dtype="q2"))
 
 
 def test_patterns_are_matched_as_peft_does(base: Path, tmp_path: Path) -> None:
@@ -270,10 +305,10 @@ def test_patterns_are_matched_as_peft_does(base: Path, tmp_path: Path) -> None:
     arrays |= lora_weights({"model.layers.1.mlp.down_proj": (32, 48)}, rank=2)
     patterns = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"layers.1.self_attn.k_proj": 6, "q_pro": 999}}
     folder = make_adapter(tmp_path / "a", arrays, **patterns)
-    report = convert_adapter(folder, base, tmp_path / "adapter.gguf", dtype="f32")
+    report = convert_adapter(folder, base, tmp_path / "adapter.gguf", options=AdapterOptions(dtype="f32"))
     assert report.ranks == (2, 4)
     assert report.scales == (6 / 4, 8 / 4, 8 / 2)
     config = json.loads((folder / "adapter_config.json").read_text())
     write_json(folder / "adapter_config.json", {**config, "use_rslora": True})
-    report = convert_adapter(folder, base, tmp_path / "adapter.gguf", dtype="f32", force=True)
+    report = convert_adapter(folder, base, tmp_path / "adapter.gguf", options=AdapterOptions(dtype="f32"), force=True)
     assert report.scales == (6 / 2, 8 / 2, 8 / 2**0.5)

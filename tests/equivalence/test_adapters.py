@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from converters.adapter import convert_adapter
+from converters.adapter import AdapterOptions, convert_adapter
 from converters.architectures import Place, llama
 from converters.base import convert_base
 from converters.errors import BaseMismatchError, UnsupportedAdapterError
-from converters.peft_config import PeftConfig
+from converters.methods import lora
 from tests.equivalence import llamacpp, tiny_models
 from tests.equivalence.conftest import Builder
 from tests.equivalence.tiny_models import some_ids
@@ -104,12 +104,14 @@ def train(tmp_path: Path) -> Train:
 def test_the_change_in_logits_is_equal(settings: str, build_llama: Builder, train: Train, tmp_path: Path) -> None:
     trained = train(build_llama(tie_word_embeddings=False), SETTINGS[settings])
     assert trained.error(tmp_path / "adapter.gguf") < TOLERANCE
-    assert trained.error(tmp_path / "adapter.gguf", dtype="f32") < F32_TOLERANCE
+    assert trained.error(tmp_path / "adapter.gguf", options=AdapterOptions(dtype="f32")) < F32_TOLERANCE
 
 
 def test_bf16_adapters_are_coarser_but_right(build_llama: Builder, train: Train, tmp_path: Path) -> None:
     trained = train(build_llama(), SETTINGS["plain"])
-    assert F32_TOLERANCE < trained.error(tmp_path / "adapter.gguf", dtype="bf16") < 4 * TOLERANCE
+    assert (
+        F32_TOLERANCE < trained.error(tmp_path / "adapter.gguf", options=AdapterOptions(dtype="bf16")) < 4 * TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("name", ["tiny-base", "tinystories-656k", "stories-260k"])
@@ -132,7 +134,7 @@ def test_a_wrong_scale_is_seen(
     build_llama: Builder, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = train(build_llama(), SETTINGS["rslora"])
-    monkeypatch.setattr(PeftConfig, "scale_of", lambda self, module, rank: self.alpha / rank)
+    monkeypatch.setattr(lora, "scale_of", lambda module: module.config["lora_alpha"] / module.config["r"])
     assert trained.error(tmp_path / "adapter.gguf") > 20 * TOLERANCE
 
 
@@ -148,26 +150,29 @@ def test_rows_in_the_wrong_order_are_seen(
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
-        ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
+        ({"lora_bias": True}, "q_proj.bias: a bias, which has no place"),
+        ({"bias": "all"}, "k_proj.bias: it was trained as a whole"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight: it was trained as a whole"),
+        ({"modules_to_save": ["input_layernorm"]}, "input_layernorm.weight: it was trained as a whole"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "ties its embeddings"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens.weight: the base ties its embeddings"),
     ],
 )
 def test_what_peft_saves_and_gguf_cannot_hold_is_refused(
     settings: dict[str, Any], reason: str, build_llama: Builder, tmp_path: Path
 ) -> None:
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = build_llama(tie_word_embeddings=True, attention_bias="bias" in settings)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": ["q_proj", "v_proj"], **settings})
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
     with pytest.raises((UnsupportedAdapterError, BaseMismatchError)) as caught:
         convert_adapter(tmp_path / "adapter", base, tmp_path / "adapter.gguf")
     assert reason in caught.value.message
@@ -194,7 +199,9 @@ def test_an_adapter_whose_columns_stay_as_they_were_is_seen(tmp_path: Path, monk
 
 def test_what_the_graph_never_adapts_is_refused(tmp_path: Path) -> None:
     """Gemma 4's projection of per-layer inputs: llama.cpp would load the adapter and leave it out there."""
-    with pytest.raises(UnsupportedAdapterError, match=r"per_layer_model_projection: llama.cpp's gemma4 never applies"):
+    with pytest.raises(
+        UnsupportedAdapterError, match=r"per_layer_model_projection.weight: llama.cpp's gemma4 never applies"
+    ):
         delta_error("gemma-4", tmp_path)
 
 
@@ -222,6 +229,6 @@ def delta_error(name: str, tmp_path: Path) -> float:
     assert np.abs(expected).max() > 0.1
     model.save_pretrained(tmp_path / "lora")
     base = convert_base(folder, tmp_path / "base.gguf", quant="f32").path
-    adapter = convert_adapter(tmp_path / "lora", base, tmp_path / "lora.gguf", dtype="f32").path
+    adapter = convert_adapter(tmp_path / "lora", base, tmp_path / "lora.gguf", options=AdapterOptions(dtype="f32")).path
     change = llamacpp.logits(base, ids, adapter) - llamacpp.logits(base, ids)
     return float(np.linalg.norm(change - expected) / np.linalg.norm(expected))

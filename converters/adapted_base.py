@@ -1,0 +1,109 @@
+"""What an adapter needs of its base: sizes, shapes, the fingerprint, and weights where a method asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.architectures import Family, Sizes, find_gguf_family
+from converters.base_file import BaseFile
+from converters.block_types import PLAIN
+from converters.checkpoint import Checkpoint, Floats
+from converters.errors import FormatError
+from converters.fingerprint import fingerprint_of, fingerprint_of_header
+from converters.model import norms, understand
+from converters.model_card import describe
+from converters.reader import GGUFHeader
+
+ReadRows = Callable[[str, int, int], Floats]
+
+
+@dataclass(frozen=True)
+class AdaptedBase:
+    """A base as adapters see it.
+
+    Attributes:
+        shapes: GGUF name to shape in numpy order, of every tensor the base has.
+        rows: GGUF name, first and last row to float32 values (rows, row length); a stack's matrices follow one another,
+            a vector is one row.
+        is_lossy: its weights were quantized: changes that depend on them come out a little different.
+    """
+
+    path: Path
+    name: str
+    family: Family
+    sizes: Sizes
+    shapes: Mapping[str, tuple[int, ...]]
+    fingerprint: str
+    rows: ReadRows
+    is_lossy: bool
+
+    @property
+    def is_tied(self) -> bool:
+        return "output.weight" not in self.shapes
+
+
+@contextmanager
+def open_base(path: Path) -> Iterator[AdaptedBase]:
+    """Open a base: a Hugging Face folder, or a GGUF file of any quantization. No weights are read yet but its norms.
+
+    Raises:
+        ConversionError: it is not a base, is broken, or of an unknown family.
+    """
+    if path.is_dir():
+        with Checkpoint(path) as checkpoint:
+            yield _of_folder(checkpoint)
+    else:
+        with BaseFile(path) as file:
+            yield _of_file(file)
+
+
+def _of_folder(checkpoint: Checkpoint) -> AdaptedBase:
+    model = understand(checkpoint)
+    shapes = {name: view.shape for name, view in model.views.items()}
+    return AdaptedBase(
+        path=checkpoint.folder,
+        name=str(describe(checkpoint.folder, model.family.architecture, shapes)["general.name"]),
+        family=model.family,
+        sizes=model.sizes,
+        shapes=shapes,
+        fingerprint=fingerprint_of(model.sizes, model.vocabulary.tokens, norms(model)),
+        rows=lambda name, start, stop: model.views[name].read(start, stop),
+        is_lossy=bool(checkpoint.notices),
+    )
+
+
+def _of_file(file: BaseFile) -> AdaptedBase:
+    header = file.header
+    return AdaptedBase(
+        path=header.path,
+        name=str(header.metadata.get("general.name") or header.path.stem),
+        family=family_of(header),
+        sizes=sizes_of(header),
+        shapes={name: tensor.shape for name, tensor in header.tensors.items()},
+        fingerprint=fingerprint_of_header(header),
+        rows=file.rows,
+        is_lossy=any(tensor.type_name not in PLAIN for tensor in header.tensors.values()),
+    )
+
+
+def family_of(header: GGUFHeader) -> Family:
+    """The family of a GGUF base.
+
+    Raises:
+        FormatError: it is an adapter.
+        UnsupportedArchitectureError: no family here knows it.
+    """
+    if header.kind == "adapter":
+        raise FormatError(f"{header.path}: is an adapter; an adapter is converted against a base")
+    return find_gguf_family(header.architecture, header.path)
+
+
+def sizes_of(header: GGUFHeader) -> Sizes:
+    """Raises FormatError where a key or the embeddings are missing."""
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise FormatError(f"{header.path}: has no token_embd.weight")
+    return Sizes(header.architecture, embedding.shape[0], header.metadata)

@@ -1,0 +1,199 @@
+"""A GGUF adapter about to be written: pairs of A and B, what their storage type does to them, and the file.
+
+Format: `llama_adapter_lora_init_impl`, src/llama-adapter.cpp in llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from converters.checkpoint import Floats
+from converters.dequantize import dequantize_rows
+from converters.errors import UnsupportedError
+from converters.pairs import Pair
+from converters.quant_types import RECIPES, TYPES, BlockType
+from converters.quantize import Bytes, quantize_rows
+from converters.stream import Progress
+from converters.writer import TensorSpec, Value, check_output, create, file_size, header_bytes
+
+DTYPES = ("f32", "f16", "bf16", "q8_0")
+F16_MAX = 65504.0
+F16_ERROR = 1e-3  # rounding alone gives 2e-4; above, values are too small for f16 (below 6e-8 they become zero)
+KEPT_BYTES = 256 << 20  # of encoded tensors that are kept from the check to the writing
+SCALES = "edgelora.adapter.scales"  # float32 for each pair, in the file's order; 0 where it has several
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises UnsupportedError where an adapter's tensors cannot be of it."""
+    if dtype.lower() not in DTYPES:
+        raise UnsupportedError(f"unknown adapter dtype {dtype!r}", hint=f"Known: {', '.join(DTYPES)}.")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """See the module.
+
+    Attributes:
+        dtype: of its tensors; "f32" where f16 was asked for and would have lost small values.
+        rounding: the largest |stored - exact| / |exact| of an A or B.
+        problems: values that cannot be stored.
+        encoded: tensors that were encoded already, by name.
+    """
+
+    architecture: str
+    pairs: tuple[Pair, ...]
+    dtype: str
+    rounding: float
+    problems: tuple[str, ...]
+    notices: tuple[str, ...]
+    encoded: Mapping[str, Bytes] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, architecture: str, pairs: Sequence[Pair], dtype: str) -> AdapterFile:
+        """Look at every value: none may be NaN, infinite, or beyond the type."""
+        pairs, dtype = tuple(pairs), dtype.lower()
+        check = _Check(dtype)
+        for pair in pairs:
+            check.look_at(pair)
+        notices = [*check.notices]
+        rounding = max(check.errors.values(), default=0.0)
+        if dtype == "f16" and rounding > F16_ERROR and not check.problems:
+            again = cls.of(architecture, pairs, "f32")
+            notice = _too_small([tensor for tensor, error in check.errors.items() if error > F16_ERROR], rounding)
+            return cls(architecture, pairs, "f32", again.rounding, (), (notice, *notices), again.encoded)
+        return cls(architecture, pairs, dtype, rounding, tuple(check.problems), tuple(notices), check.encoded)
+
+    @property
+    def residual_energy(self) -> dict[str, float]:
+        return {pair.tensor: pair.residual_energy for pair in self.pairs if pair.residual_energy}
+
+    @property
+    def module_scales(self) -> dict[str, list[float]]:
+        """Kind of tensor ("attn_q") to the scales that occur."""
+        found: dict[str, set[float]] = {}
+        for pair in self.pairs:
+            found.setdefault(pair.tensor.removesuffix(".weight").rpartition(".")[2], set()).update(pair.scales)
+        return {kind: sorted(scales) for kind, scales in found.items()}
+
+    def write(
+        self,
+        out: Path,
+        metadata: Mapping[str, Value],
+        inputs: Iterable[Path],
+        progress: Progress | None,
+        *,
+        force: bool,
+    ) -> int:
+        """Write it; returns its size in bytes.
+
+        Raises:
+            WriteError, OutputExistsError: it cannot be written.
+        """
+        specs = [spec for pair in self.pairs for spec, _ in specs_of(pair, self.dtype)]
+        header = header_bytes({**self._keys(), **metadata}, specs)
+        total = file_size(header, specs)
+        check_output(out, total, force=force, inputs=inputs)
+        done = len(header)
+        with create(out, header) as file:
+            for spec, data in self._tensors():
+                file.write(data.data)
+                done += data.nbytes + file.end_tensor(spec)
+                if progress:
+                    progress(done, total, spec.name)
+        return total
+
+    def _tensors(self) -> Iterator[tuple[TensorSpec, Bytes]]:
+        for pair in self.pairs:
+            specs = [spec for spec, _ in specs_of(pair, self.dtype)]
+            if all(spec.name in self.encoded for spec in specs):
+                yield from ((spec, self.encoded[spec.name]) for spec in specs)
+            else:
+                for spec, values in zip(specs, pair.stored(), strict=True):
+                    yield spec, _encode(values, spec.block_type)
+
+    def _keys(self) -> dict[str, Value]:
+        scales = [pair.scales[0] if len(pair.scales) == 1 else 0.0 for pair in self.pairs]
+        return {
+            "general.architecture": self.architecture,
+            "general.type": "adapter",
+            "adapter.type": "lora",
+            "adapter.lora.alpha": 0.0,
+            "general.file_type": RECIPES[self.dtype].file_type,
+            "general.quantization_version": 2,
+            SCALES: scales,
+        }
+
+
+class _Check:
+    """What one type does to the values of all pairs."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+        self.errors: dict[str, float] = {}
+        self.problems: list[str] = []
+        self.encoded: dict[str, Bytes] = {}
+        self._kept = 0
+        self._all_zero = True
+        self._plain: set[str] = set()
+
+    def look_at(self, pair: Pair) -> None:
+        loaded = pair.stored()
+        for letter, values in zip("AB", loaded, strict=True):
+            largest = float(np.abs(values).max()) if values.size else 0.0  # NaN if there is one
+            if not np.isfinite(largest):
+                self.problems.append(f"{pair.tensor}: {letter} holds NaN or infinite values")
+                return
+            if self.dtype == "f16" and largest > F16_MAX:
+                self.problems.append(
+                    f"{pair.tensor}: {letter} reaches {largest:.3g}, too large for f16; use f32 or bf16"
+                )
+                return
+        self._all_zero &= not all(values.any() for values in loaded)
+        self.errors[pair.tensor] = max(
+            self._error(spec, values, reason)
+            for (spec, reason), values in zip(specs_of(pair, self.dtype), loaded, strict=True)
+        )
+
+    def _error(self, spec: TensorSpec, values: Floats, reason: str) -> float:
+        if reason:
+            self._plain.add(reason)
+        data = _encode(values, spec.block_type)
+        if self._kept + data.nbytes <= KEPT_BYTES:
+            self.encoded[spec.name] = data
+            self._kept += data.nbytes
+        if spec.block_type.name == "F32":
+            return 0.0
+        rounded = dequantize_rows(data, spec.block_type, values.shape[-1]).reshape(values.shape)
+        norm = float(np.linalg.norm(values))
+        return float(np.linalg.norm(rounded - values)) / norm if norm else 0.0
+
+    @property
+    def notices(self) -> list[str]:
+        untrained = ["every B is zero: this adapter changes nothing (was it trained?)"] if self._all_zero else []
+        return [*untrained, *sorted(self._plain)]
+
+
+def _too_small(tensors: Sequence[str], error: float) -> str:
+    names = ", ".join(tensors[:3]) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
+    return f"written as f32: f16 would change {names} by up to {error:.1%}, its values are too small"
+
+
+def specs_of(pair: Pair, dtype: str) -> list[tuple[TensorSpec, str]]:
+    """A and B as the file has them, and why one of them is not of the type that was asked for."""
+    return [_spec(f"{pair.tensor}.lora_{side}", shape, dtype) for side, shape in zip("ab", pair.shapes, strict=True)]
+
+
+def _spec(name: str, shape: tuple[int, ...], dtype: str) -> tuple[TensorSpec, str]:
+    block_type = TYPES[dtype.upper()]
+    if shape[-1] % block_type.block:
+        reason = f"tensors whose rows are no multiple of {block_type.block} values are f16 (rank {shape[-1]})"
+        return TensorSpec(name, shape, TYPES["F16"]), reason
+    return TensorSpec(name, shape, block_type), ""
+
+
+def _encode(values: Floats, block_type: BlockType) -> Bytes:
+    return quantize_rows(np.ascontiguousarray(values).reshape(-1, values.shape[-1]), block_type)

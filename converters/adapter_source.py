@@ -1,0 +1,137 @@
+"""An adapter as it was saved: a PEFT folder, an MLX folder or a GGUF adapter, read into changes or finished pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from converters import initialisation
+from converters.checkpoint import Tensors, missing_weights
+from converters.errors import FormatError, MissingFileError, UnsupportedAdapterError
+from converters.initialisation import Weight
+from converters.methods import METHODS, Reading, read_modules
+from converters.peft_config import PeftConfig, read_peft_config
+from converters.safetensors_file import read_tensors
+
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter that was trained, read.
+
+    Attributes:
+        method: what people call it.
+        base_model: the base that it names; "" where it names none.
+        inputs: files that are read.
+        targets: (key, module) of the modules that its configuration lists by name.
+        init: the initialisation that moved a part of the base into it; "" where the base was left alone.
+    """
+
+    path: Path
+    method: str
+    reading: Reading
+    base_model: str
+    inputs: tuple[Path, ...]
+    targets: tuple[tuple[str, str], ...] = ()
+    init: str = ""
+    needs_base: bool = field(default=False)
+
+    def against(self, weight: Weight) -> AdapterSource:
+        """The same, against the base as it was released.
+
+        Args:
+            weight: the base's; called when a change is loaded.
+        """
+        if self.init not in initialisation.RECOMPUTED:
+            return self
+        return replace(self, reading=initialisation.recomputed(self.reading, self.init, weight), init="")
+
+
+@contextmanager
+def open_adapter(path: Path, *, allow_bin: bool = False, initial: Path | None = None) -> Iterator[AdapterSource]:
+    """Read a folder that PEFT or MLX saved; its tensors are read while it is open.
+
+    Args:
+        allow_bin: read `adapter_model.bin` where there are no safetensors; nothing in it is executed.
+        initial: the same adapter before it was trained, for initialisations that moved a part of the base into it.
+
+    Raises:
+        UnsupportedAdapterError: of a method that is no change of weights, or unknown.
+        ConversionError: files that are missing or broken.
+    """
+    config = read_peft_config(path)
+    with _open(path, allow_bin=allow_bin) as tensors:
+        source = _read(path, config, tensors)
+        initial = initial or (initialisation.initial_folder(path) if source.init else None)
+        if initial is None:
+            yield source
+            return
+        with open_adapter(initial, allow_bin=allow_bin) as begun:
+            reading = initialisation.with_initial(source.reading, begun.reading)
+            yield replace(source, reading=reading, init="", inputs=(*source.inputs, *begun.inputs))
+
+
+def _read(path: Path, config: PeftConfig, tensors: Tensors) -> AdapterSource:
+    method = METHODS.get(config.peft_type)
+    if method is None or method.read is None:
+        why = method.refusal if method else "which is no method that edgelora knows"
+        raise UnsupportedAdapterError(
+            f"{path}: peft_type is {config.peft_type!r}, {why}",
+            hint="Adapters that convert or merge: "
+            + ", ".join(name for name, each in METHODS.items() if each.read)
+            + ".",
+        )
+    if not tensors.tensors:
+        raise FormatError(f"{path}: its file of weights is empty")
+    reading = read_modules(config, method, tensors)
+    init = initialisation.moved_base(config.values.get("init_lora_weights")) if config.peft_type == "LORA" else ""
+    return AdapterSource(
+        path=path,
+        method=_title(config, method.title),
+        reading=reading,
+        base_model=config.base_model,
+        inputs=tuple(file for file in path.iterdir() if file.is_file()),
+        targets=tuple(
+            (key, name) for key in ("target_modules", "modules_to_save") for name in _names(config.values.get(key))
+        ),
+        init=init,
+    )
+
+
+def _names(value: Any) -> list[str]:
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+
+
+def _title(config: PeftConfig, title: str) -> str:
+    """LoRA and its relatives share one name in PEFT."""
+    if config.peft_type != "LORA":
+        return title
+    flags = {"use_dora": "DoRA", "use_rslora": "rsLoRA", "alora_invocation_tokens": "aLoRA", "use_qalora": "QALoRA"}
+    return next((name for key, name in flags.items() if config.values.get(key)), "LoRA")
+
+
+@contextmanager
+def _open(folder: Path, *, allow_bin: bool) -> Iterator[Tensors]:
+    if (folder / WEIGHTS).is_file():
+        with Tensors(read_tensors(folder / WEIGHTS)) as tensors:
+            yield tensors
+    elif allow_bin and (folder / PICKLED).is_file():
+        from converters.torch_file import read_torch_file
+
+        with read_torch_file(folder / PICKLED) as pickled:
+            yield pickled
+    else:
+        raise _missing(folder)
+
+
+def _missing(folder: Path) -> MissingFileError | UnsupportedAdapterError:
+    if (folder / PICKLED).is_file():
+        return UnsupportedAdapterError(
+            f"{folder}: its weights are a pickle ({PICKLED})",
+            hint="Save them as safetensors, or read the pickle with --allow-bin: nothing in it is executed.",
+        )
+    return missing_weights(folder, WEIGHTS)  # type: ignore[return-value]

@@ -1,0 +1,226 @@
+"""Changes of transformers' tensors to the pairs of a GGUF adapter, or to the reasons why it cannot hold them.
+
+Low-rank changes are placed as they are. A change without factors is computed against the base's weights and replaced
+by the best low-rank one, whose error is stated; above `max_error` it is refused. Everything else is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from math import prod, sqrt
+
+import numpy as np
+
+from converters.adapted_base import AdaptedBase
+from converters.checkpoint import Floats
+from converters.low_rank import approximate
+from converters.methods import Change, LowRank, Reading, Replaced, Shifted, Transformed
+from converters.pairs import Pair, Piece, assemble
+from converters.placement import Slot, find_slots, is_known, source_shape
+
+DEFAULT_MAX_ERROR = 0.01
+NOTHING = 1e-6  # of a weight's norm: a change below that is the rounding of float32
+MAX_FAILURES = 8  # of tensors above the error, before the others are not looked at any more
+NO_PLACE: dict[type[Change], str] = {
+    Replaced: "it was trained as a whole, which has no place in a GGUF adapter",
+    Shifted: "a bias, which has no place in a GGUF adapter",
+}
+
+
+@dataclass
+class Compiled:
+    """What came of an adapter's changes.
+
+    Attributes:
+        problems: why it cannot be a GGUF adapter; `misfits` are those of the base, `untie` those of its tied output.
+        too_rough: tensors whose approximation misses the error asked for.
+    """
+
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    residual: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
+    too_rough: list[str] = field(default_factory=list)
+    is_approximate: bool = False
+
+    def pairs(self, base: AdaptedBase) -> list[Pair]:
+        return [
+            replace(assemble(name, base.shapes[name], pieces), residual_energy=self.residual.get(name, 0.0))
+            for name, pieces in self.pieces.items()
+        ]
+
+
+def compile_changes(
+    reading: Reading, base: AdaptedBase, *, rank: int | None = None, max_error: float = DEFAULT_MAX_ERROR
+) -> Compiled:
+    """Place every change.
+
+    Args:
+        rank: of approximations; None takes the fewest ranks that meet `max_error`.
+        max_error: of an approximation, |change - B @ A| / |change| in Frobenius norms, for each tensor.
+    """
+    out = Compiled(problems=list(reading.problems))
+    rough = [change for change in reading.changes if isinstance(change, Transformed)]
+    for change in reading.changes:
+        if isinstance(change, LowRank):
+            _place(out, base, change)
+        elif isinstance(change, Replaced) and is_base_copy(base, change):
+            continue
+        elif not isinstance(change, Transformed) and not is_known(base.family, change.tensor):
+            out.problems.append(f"{change.tensor}: no tensor of a {base.family.architecture} model")
+        elif not isinstance(change, Transformed):
+            out.problems.append(f"{change.tensor}: {NO_PLACE[type(change)]}")
+    if out.problems or out.misfits:  # nothing long is begun for an adapter that is refused anyway
+        rough = [change for change in rough if not _approximable(out, base, change)]
+    for change in rough:
+        if len(out.too_rough) < MAX_FAILURES:
+            _approximate(out, base, change, rank, max_error)
+    return out
+
+
+def _place(out: Compiled, base: AdaptedBase, change: LowRank) -> None:
+    for slot in _slots(out, base, change):
+        if problem := _misfit(base, change, slot):
+            out.misfits.append(problem)
+            return
+        if not slot.place.row.adaptable:
+            out.problems.append(
+                f"{change.tensor}: llama.cpp's {base.family.architecture} never applies an adapter to it"
+            )
+            return
+        if base.is_tied and slot.gguf in ("token_embd.weight", "output.weight"):
+            out.tied.append(f"{change.tensor}: the base ties its embeddings to its output")
+            return
+        out.pieces.setdefault(slot.gguf, []).append(Piece(change, slot))
+
+
+def is_base_copy(base: AdaptedBase, change: Replaced) -> bool:
+    """Whether a tensor is the base's own, saved once more.
+
+    Of a base that was quantized that cannot be seen; then PEFT's word is taken for what it saves beside a layer that it
+    changes otherwise.
+    """
+    slots = [slot for slot in find_slots(base, change.tensor) if slot.gguf in base.shapes]
+    if base.is_tied and is_output(base, change.tensor):
+        slots = find_slots(base, embedding_name(base))
+    if not slots or source_shape(base, slots[0]) != change.shape:
+        return False
+    if base.is_lossy:
+        return change.is_copy
+    return np.array_equal(weight_of(base, change.tensor, slots), change.load())
+
+
+def embedding_name(base: AdaptedBase) -> str:
+    """The embeddings' tensor in transformers."""
+    row = next(row for row in base.family.rows if row.gguf == "token_embd")
+    return f"{row.modules[0]}.weight"
+
+
+def _slots(out: Compiled, base: AdaptedBase, change: Change) -> list[Slot]:
+    if base.is_tied and is_output(base, change.tensor):
+        out.tied.append(f"{change.tensor}: the base ties its embeddings to its output")
+        return []
+    slots = find_slots(base, change.tensor)
+    there = [slot for slot in slots if slot.gguf in base.shapes]
+    if not there:
+        what = "the base has no such tensor" if is_known(base.family, change.tensor) else "no tensor of"
+        out.misfits.append(
+            f"{change.tensor}: {what}" + ("" if "base" in what else f" a {base.family.architecture} model")
+        )
+    return there
+
+
+def is_output(base: AdaptedBase, tensor: str) -> bool:
+    return any(slot.gguf == "output.weight" for slot in find_slots(base, tensor))
+
+
+def _misfit(base: AdaptedBase, change: LowRank | Transformed, slot: Slot) -> str:
+    wanted = source_shape(base, slot)
+    fits = len(change.shape) == len(wanted) and all(a in (None, b) for a, b in zip(change.shape, wanted, strict=True))
+    if not fits and prod(wanted) != prod(size or 0 for size in change.shape):
+        return f"{change.tensor}: the adapter is for {times(change.shape)}, {slot.gguf} is {times(wanted)}"
+    return "" if fits else f"{change.tensor}: has shape {times(change.shape)}, {slot.gguf} {times(wanted)}"
+
+
+def times(shape: Iterable[int | None]) -> str:
+    return "x".join("?" if size is None else str(size) for size in shape)
+
+
+def _approximable(out: Compiled, base: AdaptedBase, change: Transformed) -> bool:
+    """Whether a change of a matrix could be replaced by a low-rank one; otherwise the reason is noted."""
+    if change.tensor.endswith(".bias"):
+        if not change.if_there or any(slot.gguf in base.shapes for slot in find_slots(base, change.tensor)):
+            out.problems.append(f"{change.tensor}: {NO_PLACE[Shifted]}")
+        return False
+    return True
+
+
+def _approximate(out: Compiled, base: AdaptedBase, change: Transformed, rank: int | None, max_error: float) -> None:
+    if not _approximable(out, base, change):
+        return
+    slots = _slots(out, base, change)
+    if not slots:
+        return
+    if problem := _misfit(base, change, slots[0]):
+        out.misfits.append(problem)
+        return
+    weight = weight_of(base, change.tensor, slots)
+    if weight.ndim != 2:
+        out.problems.append(f"{change.tensor}: changes of vectors and stacks cannot be approximated by an adapter")
+        return
+    delta = change.apply(weight, 0) - weight
+    if np.linalg.norm(delta) <= NOTHING * np.linalg.norm(weight):
+        return
+    if not np.isfinite(delta).all():
+        out.problems.append(f"{change.tensor}: its change holds NaN or infinite values")
+        return
+    found = approximate(delta, rank=rank, max_error=max_error)
+    error = sqrt(found.residual_energy)
+    if error > max_error:
+        out.too_rough.append(f"{change.tensor}: {error:.1%} of its change is left out at rank {found.rank}")
+        return
+    out.is_approximate = True
+    low_rank = LowRank(change.tensor, weight.shape, found.rank, 1.0, lambda: (found.b, found.a))
+    _place(out, base, low_rank)
+    for slot in slots:
+        out.residual[slot.gguf] = max(found.residual_energy, out.residual.get(slot.gguf, 0.0))
+
+
+def weight_of(base: AdaptedBase, tensor: str, slots: Iterable[Slot] | None = None) -> Floats:
+    """A transformers tensor of the base, float32, its rows first (a transposed one is turned round).
+
+    Raises:
+        ConversionError: it cannot be read.
+    """
+    slots = list(find_slots(base, tensor) if slots is None else slots)
+    shape = source_shape(base, slots[0])
+    if len(shape) == 1:
+        return _vector_of(base, slots[0])
+    whole = np.empty((prod(shape[:-1]), shape[-1]), np.float32)
+    for slot in slots:
+        rows = _read_rows(base, slot)
+        if slot.columns is None:
+            whole[slot.source] = rows
+        else:
+            whole[slot.source[:, None], slot.columns] = rows
+    return whole.reshape(shape)
+
+
+def _vector_of(base: AdaptedBase, slot: Slot) -> Floats:
+    values = base.rows(slot.gguf, 0, 1).reshape(-1)[slot.rows]
+    whole = np.empty(len(slot.source), np.float32)
+    whole[slot.source] = values
+    value = slot.place.row.value
+    return value.back(whole) if value and not slot.place.is_bias else whole
+
+
+def _read_rows(base: AdaptedBase, slot: Slot) -> Floats:
+    first, last = int(slot.rows.min()), int(slot.rows.max()) + 1
+    rows = base.rows(slot.gguf, first, last)
+    return rows if len(rows) == len(slot.rows) and _ascends(slot) else rows[slot.rows - first]
+
+
+def _ascends(slot: Slot) -> bool:
+    return bool((np.diff(slot.rows) == 1).all())

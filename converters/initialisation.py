@@ -1,0 +1,108 @@
+"""LoRA initialisations that move a part of the base into the adapter, undone.
+
+PiSSA (arXiv:2404.02948), OLoRA (arXiv:2406.01775), CorDA (arXiv:2406.05223) and LoRA-GA (arXiv:2407.05000) begin with
+factors A0 and B0 and take them out of the base: what was trained is (W - s B0 A0) + s B A. Against the base as it was
+released that is a LoRA of twice the rank, W + s (B A - B0 A0). A0 and B0 are in a folder that was saved before
+training, or follow from W where the initialisation is a plain function of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from converters.checkpoint import Floats
+from converters.low_rank import leading
+from converters.methods import Change, LowRank, Reading
+
+Weight = Callable[[str], Floats]
+"""A transformers tensor's name to the base's values, float32 (rows, columns)."""
+
+# Names of folders in which A0 and B0 are kept, inside the adapter's: PEFT's examples, and LLaMA-Factory's.
+FOLDERS = ("pissa_init", "olora_init", "corda_init", "lora_ga_init", "initial")
+PLAIN = ("gaussian", "orthogonal", "eva", "mica")  # they leave the base as it was
+WHAT_TO_SAVE = (
+    "it moved a part of the base into the adapter. Save the adapter before training too "
+    '(model.save_pretrained("initial")) and give that folder with --initial, or save the result with PEFT\'s '
+    "path_initial_model_for_weight_conversion"
+)
+
+
+def moved_base(init: object) -> str:
+    """The initialisation's name, where it is one that changed the base; "" otherwise."""
+    if init is None or isinstance(init, bool):
+        return ""
+    name = str(init).lower() if isinstance(init, str) else repr(init)
+    return "" if name in PLAIN else name
+
+
+def initial_folder(folder: Path) -> Path | None:
+    """The folder with A0 and B0 inside an adapter's, if there is one."""
+    return next((folder / name for name in FOLDERS if (folder / name / "adapter_config.json").is_file()), None)
+
+
+def with_initial(reading: Reading, initial: Reading) -> Reading:
+    """Every change less the one it began with."""
+    begun = {change.tensor: change for change in initial.changes if isinstance(change, LowRank)}
+    ours = {change.tensor for change in reading.changes if isinstance(change, LowRank)}
+    problems = [
+        f"{tensor}: is in one of the adapter and its initial state only" for tensor in sorted(ours ^ set(begun))
+    ]
+    changes: list[Change] = []
+    for change in reading.changes:
+        if not isinstance(change, LowRank):
+            changes.append(change)
+        elif (before := begun.get(change.tensor)) is not None:
+            if before.shape != change.shape:
+                problems.append(f"{change.tensor}: is {change.shape}, its initial state {before.shape}")
+            changes.append(_less(change, before.rank, before.load))
+    return replace(
+        reading,
+        changes=tuple(changes),
+        problems=(*reading.problems, *(f"initial state: {problem}" for problem in initial.problems), *problems),
+    )
+
+
+def recomputed(reading: Reading, init: str, weight: Weight) -> Reading:
+    """Every change less the one it began with, which follows from the base's weights.
+
+    Args:
+        init: "pissa" or "olora".
+    """
+    begin = RECOMPUTED[init]
+
+    def undone(change: Change) -> Change:
+        if not isinstance(change, LowRank):
+            return change
+        return _less(change, change.rank, partial(begin, change, weight))
+
+    return replace(reading, changes=tuple(map(undone, reading.changes)))
+
+
+def _pissa(change: LowRank, weight: Weight) -> tuple[Floats, Floats]:
+    """The largest singular values of W; the scale cancels out (`pissa_init`, peft/tuners/lora/layer.py)."""
+    found = leading(weight(change.tensor), change.rank)
+    return found.b, found.a
+
+
+def _olora(change: LowRank, weight: Weight) -> tuple[Floats, Floats]:
+    """The first columns of Q and rows of R in W = Q R (`olora_init`, peft/tuners/lora/layer.py)."""
+    values = weight(change.tensor)
+    q = np.linalg.qr(values[:, : change.rank].astype(np.float64))[0]
+    r = q.T @ values
+    return (change.scale * q).astype(np.float32), r.astype(np.float32)
+
+
+RECOMPUTED: Mapping[str, Callable[[LowRank, Weight], tuple[Floats, Floats]]] = {"pissa": _pissa, "olora": _olora}
+
+
+def _less(change: LowRank, rank: int, begun: Callable[[], tuple[Floats, Floats]]) -> LowRank:
+    def load() -> tuple[Floats, Floats]:
+        (b, a), (b0, a0) = change.load(), begun()
+        return np.concatenate((b, -b0), axis=-1), np.concatenate((a, a0), axis=-2)
+
+    return replace(change, rank=change.rank + rank, load=load)

@@ -1,0 +1,110 @@
+"""What an adapter does to its base, tensor by tensor: transformers' names, nn.Linear's orientation (rows are outputs).
+
+    LowRank      W + B @ A               LoRA, and every method whose change has few ranks by its construction
+    Transformed  any other function of W DoRA, IA3, OFT ...
+    Replaced     another tensor          trained norms, modules_to_save
+    Shifted      v + change              biases; the base may have none
+
+A GGUF adapter holds the first, approximates the second, and cannot hold the others; a merged base holds all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from converters.checkpoint import Floats
+from converters.writer import Value
+
+Shape = tuple[int | None, ...]
+"""Sizes in numpy order; None where the adapter does not tell."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W + B @ A.
+
+    Attributes:
+        tensor: of the base ("model.layers.3.mlp.up_proj.weight").
+        shape: (rows, columns); of a stack (experts, rows, columns).
+        scale: what PEFT multiplies B @ A by; B has it in already.
+        load: B (rows, rank) and A (rank, columns) in float32; of a stack (experts, rows, rank) and (experts, rank,
+            columns).
+        is_embedding: the module looks rows up; (rows, columns) is (vocabulary, embedding).
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    rank: int
+    scale: float
+    load: Callable[[], tuple[Floats, Floats]]
+    is_embedding: bool = False
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """Another function of W.
+
+    Attributes:
+        tensor: of the base; `.bias` too, where a method changes biases.
+        shape: (rows, columns), of a stack (experts, rows, columns), of a vector (values,).
+        apply: rows of W as float32 (n, columns) and the number of the first to the changed rows; a stack's matrices
+            follow one another, a vector is one row. With `by_rows` it is called with any range of rows, otherwise with
+            all of them. It never writes into its argument, and may be called from several threads.
+        uses_weight: without, it adds the same whatever W is.
+        if_there: a base without this tensor needs no change.
+    """
+
+    tensor: str
+    shape: Shape
+    apply: Callable[[Floats, int], Floats]
+    by_rows: bool = True
+    uses_weight: bool = True
+    if_there: bool = False
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A tensor of its own instead of the base's.
+
+    Attributes:
+        load: float32, in `shape`, as transformers stores it.
+        is_copy: PEFT saved it beside a layer that it changes otherwise: the base's own, unless it was resized.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    load: Callable[[], Floats]
+    is_copy: bool = False
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """A vector that is added to the base's, or to zeros where it has none. `load` gives it, float32 (values,)."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    load: Callable[[], Floats]
+
+
+Change = LowRank | Transformed | Replaced | Shifted
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An adapter read.
+
+    Attributes:
+        problems: what makes the adapter unusable, in any form.
+        not_merged: why it cannot be merged into its base, where it cannot.
+        metadata: keys for the GGUF adapter.
+    """
+
+    changes: Sequence[Change]
+    problems: Sequence[str] = ()
+    not_merged: Sequence[str] = ()
+    metadata: Mapping[str, Value] = field(default_factory=dict)
+
+
+class ModuleProblem(Exception):
+    """One module's tensors do not go together; the message says why, without the module's name."""

@@ -1,0 +1,140 @@
+"""Where the rows of a transformers tensor lie in a base's GGUF tensors.
+
+    model.layers.0.self_attn.q_proj.weight   rows of blk.0.attn_q.weight in another order (llama)
+    model.layers.0.self_attn.qkv_proj.weight attn_qkv, or the three of attn_q, attn_k and attn_v
+    model.layers.0.mlp.experts.3.up_proj     a part of blk.0.ffn_up_exps.weight, or of blk.0.ffn_gate_up_exps.weight
+
+The families' tables say it for files as llama.cpp's converter writes them; a file may also hold q, k and v in one
+tensor, or gate and up of experts (`--fuse-qkv`, `--fuse-gate-up-exps` of convert_hf_to_gguf.py), or hold them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from converters.adapted_base import AdaptedBase
+from converters.architectures import Family, Indices, Place
+
+# Tensors that a file may hold as one, by the row: the three parts of attention, and those of an expert's first half.
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Rows of one transformers tensor in one tensor of the file.
+
+    Attributes:
+        gguf: the file's tensor.
+        rows: which of its rows; a stack's matrices follow one another.
+        source: for each of them, the row of the transformers tensor, whose rows are outputs and follow one another
+            likewise.
+        columns: for each column of the file's, the column of the transformers tensor; None where they are the same.
+        place: the row of the family's table.
+    """
+
+    gguf: str
+    rows: Indices
+    source: Indices
+    columns: Indices | None
+    place: Place
+
+
+def find_slots(base: AdaptedBase, tensor: str) -> list[Slot]:
+    """All places of a transformers tensor in a base; none where its family or the base has no such tensor."""
+    found: dict[str, Slot] = {}
+    for place, part in places_of(base.family, tensor):
+        if place.layer is not None and place.layer >= base.sizes["layers"]:
+            continue  # no layer of this base, and none whose sizes could be asked for
+        for slot in _slots(base, place, part):
+            found.setdefault(slot.gguf, slot)
+    return list(found.values())
+
+
+def source_shape(base: AdaptedBase, slot: Slot) -> tuple[int, ...]:
+    """The shape of the transformers tensor of a slot, rows first, a transposed one turned round."""
+    shape = slot.place.hf_shape(base.sizes)
+    return (*shape[:-2], shape[-1], shape[-2]) if slot.place.row.transposed and not slot.place.is_bias else shape
+
+
+def is_known(family: Family, tensor: str) -> bool:
+    """Whether models of this family have such a tensor."""
+    return any(True for _ in places_of(family, tensor))
+
+
+def places_of(family: Family, tensor: str) -> Iterator[tuple[Place, int]]:
+    """Rows of the table that a tensor belongs to, each with the tensor's number among those that it is made of."""
+    name = family.module_name(tensor.replace("language_model.", ""))
+    for row, expression, index in family.patterns:
+        if match := expression.fullmatch(name):
+            groups = match.groupdict()
+            is_bias = row.ends[0] == ".weight" and name.endswith(".bias")
+            layer = int(groups["layer"]) if groups.get("layer") else None
+            yield Place(row, layer, is_bias), index if index >= 0 else int(groups["each"])
+
+
+def _slots(base: AdaptedBase, place: Place, part: int) -> Iterator[Slot]:
+    order, columns = place.row_order(base.sizes), place.column_order(base.sizes)
+    each = _rows_of(place.hf_shape(base.sizes), place)
+    if order is None:
+        source = np.arange(each, dtype=np.int64)
+        rows = source + part * each
+    else:
+        rows = np.flatnonzero((order >= part * each) & (order < (part + 1) * each))
+        source = order[rows] - part * each
+    for name, where, taken in _files_own(base, place, rows):
+        yield Slot(name, where, source[taken], columns, place)
+
+
+def _rows_of(shape: tuple[int, ...], place: Place) -> int:
+    if len(shape) == 1:
+        return shape[0]
+    if place.row.transposed and not place.is_bias:
+        return prod(shape[:-2]) * shape[-1]
+    return prod(shape[:-1])
+
+
+def _files_own(base: AdaptedBase, place: Place, rows: Indices) -> Iterator[tuple[str, Indices, Indices]]:
+    """Tensors of the file for rows of a tensor of the table: (name, rows of it, which of `rows` those are)."""
+    everything = np.arange(len(rows), dtype=np.int64)
+    if place.gguf_name in base.shapes or place.is_bias:
+        yield place.gguf_name, rows, everything
+        return
+    prefix, _, module = place.gguf_module.rpartition(".")
+    ending = place.gguf_name.removeprefix(place.gguf_module)
+    for fused, parts in FUSED.items():
+        if module in parts and f"{prefix}.{fused}{ending}" in base.shapes:
+            sizes = [_matrix_rows(base, f"{prefix}.{name}", place) for name in parts]
+            start, own = sum(sizes[: parts.index(module)]), sizes[parts.index(module)]
+            yield f"{prefix}.{fused}{ending}", rows // own * sum(sizes) + start + rows % own, everything
+        elif module == fused and all(f"{prefix}.{name}{ending}" in base.shapes for name in parts):
+            yield from _split(base, prefix, ending, parts, rows)
+
+
+def _matrix_rows(base: AdaptedBase, gguf_module: str, like: Place) -> int:
+    """Rows of one matrix of a tensor of the table."""
+    rows = (row for row in base.family.rows if Place(row, like.layer).gguf_module == gguf_module)
+    return Place(next(rows), like.layer).shape(base.sizes)[-2]
+
+
+def _split(
+    base: AdaptedBase, prefix: str, ending: str, parts: tuple[str, ...], rows: Indices
+) -> Iterator[tuple[str, Indices, Indices]]:
+    """Rows of one tensor of the table over several of the file."""
+    sizes = [base.shapes[f"{prefix}.{name}{ending}"][-2] for name in parts]
+    row, start = rows % sum(sizes), 0
+    for name, size in zip(parts, sizes, strict=True):
+        inside = (row >= start) & (row < start + size)
+        if inside.any():
+            yield (
+                f"{prefix}.{name}{ending}",
+                rows[inside] // sum(sizes) * size + row[inside] - start,
+                np.flatnonzero(inside),
+            )
+        start += size
