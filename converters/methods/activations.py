@@ -20,7 +20,8 @@ def _erf(x: Floats) -> Floats:
 
 
 def _sigmoid(x: Floats) -> Floats:
-    return np.float32(0.5) * (np.float32(1) + np.tanh(np.float32(0.5) * x))
+    half: Floats = np.tanh(np.float32(0.5) * x)
+    return np.float32(0.5) * (np.float32(1) + half)
 
 
 def _softplus(x: Floats) -> Floats:
@@ -32,8 +33,8 @@ def _gelu(x: Floats) -> Floats:
 
 
 def _gelu_tanh(x: Floats) -> Floats:
-    inner = np.float32(sqrt(2 / pi)) * (x + np.float32(0.044715) * x * x * x)
-    return np.float32(0.5) * x * (np.float32(1) + np.tanh(inner))
+    inner: Floats = np.tanh(np.float32(sqrt(2 / pi)) * (x + np.float32(0.044715) * x * x * x))
+    return np.float32(0.5) * x * (np.float32(1) + inner)
 
 
 def _leaky(slope: float) -> Activation:

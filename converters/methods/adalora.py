@@ -15,6 +15,7 @@ import numpy as np
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, LowRank, ModuleProblem
+from converters.methods.factored import quiet
 from converters.methods.method import Method, Module, scaled
 from converters.peft_settings import Setting, rank
 
@@ -34,6 +35,7 @@ def read(module: Module) -> Iterator[Change]:
 def _low_rank(module: Module, shape: tuple[int, int], rank: int) -> LowRank:
     scale = float(module.setting("lora_alpha") / (np.float32(module.setting("init_r")) + np.float32(1e-5)))
 
+    @quiet
     def load() -> tuple[Floats, Floats]:
         return scaled(module.load("b"), scale), scaled(module.load("a") * module.load("e"), 1.0)
 

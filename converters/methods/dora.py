@@ -14,7 +14,7 @@ import numpy as np
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, ModuleProblem, Transformed
-from converters.methods.factored import recent
+from converters.methods.factored import quiet, recent
 from converters.methods.lora import check_pair, scale_of
 from converters.methods.method import Module, scaled
 
@@ -36,6 +36,7 @@ def _linear(module: Module, shape: tuple[int, int]) -> Transformed:
     def load() -> tuple[Floats, Floats, Floats]:
         return scaled(module.load("b"), scale), module.load("a"), module.load("magnitude")
 
+    @quiet
     def apply(weight: Floats, start: int) -> Floats:
         b, a, magnitude = recent(load)
         where = slice(start, start + len(weight))
@@ -49,6 +50,7 @@ def _linear(module: Module, shape: tuple[int, int]) -> Transformed:
 def _embedding(module: Module, shape: tuple[int, int]) -> Transformed:
     scale = scale_of(module)
 
+    @quiet
     def apply(weight: Floats, start: int) -> Floats:
         changed = weight + scaled(module.load("embedding_a").T, scale) @ module.load("embedding_b").T
         length = np.sqrt(np.einsum("ij,ij->j", changed, changed, dtype=np.float64))

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TypeVar
 
+import numpy as np
+
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, LowRank, Transformed
 
 Loaded = TypeVar("Loaded")
+quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")  # infinite values are refused by name
 
 
 def factored(
@@ -27,15 +30,18 @@ def factored(
         rows_of_change: first and last row to those of B @ A, float32.
     """
     if rank < min(shape):
-        return LowRank(tensor, shape, rank, scale, load)
+        return LowRank(tensor, shape, rank, scale, quiet(load))
     return added(tensor, shape, rows_of_change)
 
 
 def added(tensor: str, shape: tuple[int, int], rows_of_change: Callable[[int, int], Floats]) -> Transformed:
     """W + change, whatever W is."""
-    return Transformed(
-        tensor, shape, lambda rows, start: rows + rows_of_change(start, start + len(rows)), uses_weight=False
-    )
+
+    @quiet
+    def apply(rows: Floats, start: int) -> Floats:
+        return rows + rows_of_change(start, start + len(rows))
+
+    return Transformed(tensor, shape, apply, uses_weight=False)
 
 
 def recent(load: Callable[[], Loaded]) -> Loaded:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, ModuleProblem, Transformed
+from converters.methods.factored import quiet
 from converters.methods.lora import check_pair, scale_of
 from converters.methods.method import Module, scaled
 
@@ -31,6 +32,7 @@ def read(module: Module) -> Iterator[Change]:
         raise ModuleProblem(f"KaSA takes {rank} of {min(rows, columns)} singular values away, and leaves none")
     scale = scale_of(module)
 
+    @quiet
     def apply(weight: Floats, start: int) -> Floats:
         changed = without_smallest(weight, rank)
         changed += scaled(module.load("b") * module.load("diagonal"), scale) @ module.load("a")

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from converters.checkpoint import Floats
-from converters.methods import dora, kasa, lora
-from converters.methods.changes import Change, LowRank, ModuleProblem
+from converters.methods import dora, kasa, lora, parameters
+from converters.methods.changes import Change, LowRank, ModuleProblem, Shifted
+from converters.methods.factored import quiet
 from converters.methods.lora import check_pair, scale_of
 from converters.methods.method import Module, scaled
 from converters.peft_settings import Setting, flag, rank
@@ -34,28 +35,46 @@ PARTS: Mapping[str, str] = {
     ".lora_diag": "diagonal",
     ".lora_velora_embed": "training's projection",
     **{f".lora_monteclora_sampler.{name}": f"training's {name}" for name in _SAMPLER},
-    **{f".lora_monteclora_sampler.default.{name}": f"training's {name}" for name in _SAMPLER},
 }
 OWNERS: Mapping[str, str] = {"magnitude": "use_dora", "diagonal": "kasa_config"}
+WITHOUT_BIAS = ("use_dora", "use_qalora")
 
 
 def read(module: Module) -> Iterator[Change]:
-    yield from reader_of(module)(module)
+    variant = variant_of(module)
+    if not variant:
+        yield from lora.read(module)
+        return
+    if parameters.is_parameter(module):
+        raise ModuleProblem(f"{variant} is of layers, and target_parameters names this one's parameters")
+    yield from READERS[variant](module)
+    if "bias" in module:
+        yield _shift(module, variant)
 
 
-def reader_of(module: Module) -> Reader:
-    """What reads a module's factors.
+def variant_of(module: Module) -> str:
+    """The setting that makes a module's factors another method's; "" for LoRA itself.
 
     Raises:
-        ModuleProblem: two variants at once, or tensors of one that the configuration does not name.
+        ModuleProblem: two variants at once, or tensors that do not go together.
     """
-    chosen = [key for key in READERS if module.config[key]]
+    chosen = [key for key in READERS if module.config[key] not in (None, False)]
     if len(chosen) > 1:
         raise ModuleProblem(f"is {' and '.join(chosen)} at once, which PEFT cannot be")
     foreign = [role for role, key in OWNERS.items() if role in module and key not in chosen]
     if foreign and module.config.is_valid:
         raise ModuleProblem(f"has a {foreign[0]}, and {OWNERS[foreign[0]]} is off")
-    return READERS[chosen[0]] if chosen else lora.read
+    if {"embedding_a", "embedding_b"} & set(module.parts) and {"a", "b", "bias"} & set(module.parts):
+        raise ModuleProblem("has the factors of a layer and of an embedding")
+    return chosen[0] if chosen else ""
+
+
+def _shift(module: Module, variant: str) -> Change:
+    """What B's bias adds (`lora_bias`)."""
+    if variant in WITHOUT_BIAS:
+        raise ModuleProblem(f"has a bias on B, which PEFT leaves out with {variant}")
+    scale = scale_of(module)
+    return Shifted(module.bias, module.shape("bias"), lambda: scaled(module.load("bias"), scale))
 
 
 def read_pooled(module: Module) -> Iterator[Change]:
@@ -64,6 +83,7 @@ def read_pooled(module: Module) -> Iterator[Change]:
     (rank, groups), (rows, _) = module.shape("a"), module.shape("b")
     group, scale = module.setting("qalora_group_size"), scale_of(module)
 
+    @quiet
     def load() -> tuple[Floats, Floats]:
         a = np.repeat(module.load("a") * np.float32(groups / group), group, axis=1)
         return scaled(module.load("b"), scale), a

@@ -15,7 +15,7 @@ import numpy as np
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, ModuleProblem, Transformed
-from converters.methods.factored import factored, recent
+from converters.methods.factored import factored, quiet, recent
 from converters.methods.method import Method, Module
 from converters.peft_settings import choice, rank
 
@@ -57,6 +57,7 @@ def _parts(module: Module, shape: tuple[int, int], r: int) -> Transformed:
     def values() -> Floats:
         return module.load("block")
 
+    @quiet
     def apply(weight: Floats, start: int) -> Floats:
         blocks, changed = recent(values), weight.copy()
         for part in range(start // r, -(-(start + len(weight)) // r)):

@@ -16,27 +16,26 @@ from typing import Any
 from converters.checkpoint import Floats
 from converters.methods.activations import ACTIVATIONS
 from converters.methods.changes import Change, ModuleProblem, Transformed
+from converters.methods.factored import quiet
 from converters.methods.method import Method, Module, scaled
 from converters.peft_settings import choice, number, rank, whole
 
-MAX_DEPTH = 32  # a tensor of a deeper network is refused by its name
+MAX_DEPTH = 32  # deeper networks are refused
 
 
 def read(module: Module) -> Iterator[Change]:
     depth, r = module.setting("depth"), module.setting("r")
-    layers = [
-        f"{kind} {index}" for kind in ("encoder", "decoder") for index in range(depth if depth <= MAX_DEPTH else 0)
-    ]
-    stored = sorted(role for role in module.parts if role not in ("a", "b"))
     a, b = module.shape("a"), module.shape("b")
     if len(a) != 2 or b != a[::-1] or a[0] != r or 0 in a:
         raise ModuleProblem(f"A {a} and B {b} are not of rank {r}")
-    if stored != sorted(layers) or any(module.shape(role) != (r, r) for role in layers):
-        found = ", ".join(f"{role} {module.shape(role)}" for role in stored)
-        raise ModuleProblem(
-            f"its network is {found or 'empty'}, {module.config.path.name} says depth {depth}, rank {r}"
-        )
+    network = {role for role in module.parts if role not in ("a", "b")}
+    levels = range(min(depth, MAX_DEPTH + 1))
+    if network != {f"{kind} {level}" for kind in ("encoder", "decoder") for level in levels}:
+        raise ModuleProblem(f"has {len(network)} encoders and decoders, and depth {depth} asks for {depth} of each")
+    if wrong := sorted(role for role in network if module.shape(role) != (r, r)):
+        raise ModuleProblem(f"{wrong[0]} is {module.shape(wrong[0])}, and must be {(r, r)}")
 
+    @quiet
     def apply(weight: Floats, start: int) -> Floats:
         return weight + scaled(module.load("b"), module.setting("scaling")) @ _network(module, weight, depth)
 

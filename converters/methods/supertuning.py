@@ -25,8 +25,9 @@ def read(module: Module) -> Iterator[Change]:
     if module.shape("values") != module.shape("indices") or len(module.shape("values")) != 1:
         raise ModuleProblem(f"has {module.shape('values')} values for {module.shape('indices')} indices")
     indices = module.integers("indices")
-    if indices.size and not 0 <= indices.min() <= indices.max() < rows * columns:
-        raise ModuleProblem(f"names weight {indices.max()} of {rows * columns}")
+    outside = indices[(indices < 0) | (indices >= rows * columns)]
+    if outside.size:
+        raise ModuleProblem(f"names weight {outside[0]} of {rows * columns}")
     has_pair = _check_pair(module, (rows, columns))
 
     def sparse() -> tuple[Whole, Floats]:
@@ -39,8 +40,8 @@ def read(module: Module) -> Iterator[Change]:
         first, last = np.searchsorted(where, (start * columns, stop * columns))
         found = np.zeros((stop - start) * columns, np.float32)
         np.add.at(found, where[first:last] - start * columns, values[first:last])
-        found = found.reshape(stop - start, columns)
-        return found + _pair_rows(module, start, stop) if has_pair else found
+        matrix: Floats = found.reshape(stop - start, columns)
+        return matrix + _pair_rows(module, start, stop) if has_pair else matrix
 
     yield added(module.weight, (rows, columns), rows_of_change)
 

@@ -34,6 +34,9 @@ CASES: Mapping[str, Case] = {
         "LoraConfig", {"use_bdlora": {**BLOCKS, "match_strict": False}, "r": 8, "lora_alpha": 16}, randomize=normal
     ),
     "kasa": Case("LoraConfig", {"kasa_config": {"beta": 1e-4, "gamma": 1e-3}, "r": 8}, randomize=strong),
+    "kasa with a bias on B": Case(
+        "LoraConfig", {"kasa_config": {"beta": 1e-4}, "lora_bias": True}, "llama-biases", randomize=strong
+    ),
     "velora": Case("LoraConfig", {"velora_config": {"num_groups": 8, "init_type": "random"}}),
     "monteclora": Case("LoraConfig", {"monteclora_config": {"num_samples": 4, "buffer_size": 2}}),
     "adalora": Case("AdaLoraConfig", {"total_step": 10, "lora_alpha": 32}, randomize=strong),
