@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from converters.architectures import Family, Sizes, find_gguf_family
@@ -12,7 +13,7 @@ from converters.base_file import BaseFile
 from converters.block_types import PLAIN
 from converters.checkpoint import Checkpoint, Floats
 from converters.errors import FormatError
-from converters.fingerprint import fingerprint_of, fingerprint_of_header
+from converters.fingerprint import MERGED, fingerprint_of, fingerprint_of_header, fingerprint_with, is_norm
 from converters.model import norms, understand
 from converters.model_card import describe
 from converters.reader import GGUFHeader
@@ -29,6 +30,8 @@ class AdaptedBase:
         rows: GGUF name, first and last row to float32 values (rows, row length); a stack's matrices follow one another,
             a vector is one row.
         is_lossy: its weights were quantized: changes that depend on them come out a little different.
+        merged: adapters that were merged into it.
+        fingerprint_with: what the fingerprint would be with these norms, GGUF name and values of each.
     """
 
     path: Path
@@ -39,6 +42,13 @@ class AdaptedBase:
     fingerprint: str
     rows: ReadRows
     is_lossy: bool
+    fingerprint_with: Callable[[Iterable[tuple[str, Floats]]], str]
+    merged: tuple[str, ...] = ()
+
+    @property
+    def plain_fingerprint(self) -> str:
+        """The fingerprint without what was merged into it."""
+        return self.fingerprint_with((name, self.rows(name, 0, 1).reshape(-1)) for name in self.shapes if is_norm(name))
 
     @property
     def is_tied(self) -> bool:
@@ -70,6 +80,7 @@ def _of_folder(checkpoint: Checkpoint) -> AdaptedBase:
         sizes=model.sizes,
         shapes=shapes,
         fingerprint=fingerprint_of(model.sizes, model.vocabulary.tokens, norms(model)),
+        fingerprint_with=lambda norms: fingerprint_of(model.sizes, model.vocabulary.tokens, norms),
         rows=lambda name, start, stop: model.views[name].read(start, stop),
         is_lossy=bool(checkpoint.notices),
     )
@@ -84,7 +95,9 @@ def _of_file(file: BaseFile) -> AdaptedBase:
         sizes=sizes_of(header),
         shapes={name: tensor.shape for name, tensor in header.tensors.items()},
         fingerprint=fingerprint_of_header(header),
+        fingerprint_with=partial(fingerprint_with, header),
         rows=file.rows,
+        merged=tuple(header.metadata.get(MERGED, ())),
         is_lossy=any(tensor.type_name not in PLAIN for tensor in header.tensors.values()),
     )
 

@@ -200,7 +200,10 @@ def prepare_adapter(source: Path, base: Path, options: AdapterOptions | None = N
     """
     options, source, base = options or AdapterOptions(), Path(source), Path(base)
     check_dtype(options.dtype)
-    with open_adapter(source, allow_bin=options.allow_bin, initial=options.initial) as read, open_base(base) as known:
+    with (
+        open_base(base) as known,
+        open_adapter(source, known, allow_bin=options.allow_bin, initial=options.initial) as read,
+    ):
         adapter = against_base(read, known)
         compiled = compile_changes(adapter.reading, known, rank=options.rank, max_error=options.max_error)
         problems = [*compiled.problems, *missing_targets(adapter, known)]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from converters import initialisation
+from converters.adapted_base import AdaptedBase
 from converters.checkpoint import Tensors, missing_weights
 from converters.errors import FormatError, MissingFileError, UnsupportedAdapterError
 from converters.initialisation import Weight
 from converters.methods import METHODS, Reading, read_modules
 from converters.peft_config import PeftConfig, read_peft_config
+from converters.placement import shape_in_base
 from converters.safetensors_file import read_tensors
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -38,7 +41,6 @@ class AdapterSource:
     inputs: tuple[Path, ...]
     targets: tuple[tuple[str, str], ...] = ()
     init: str = ""
-    needs_base: bool = field(default=False)
 
     def against(self, weight: Weight) -> AdapterSource:
         """The same, against the base as it was released.
@@ -52,10 +54,13 @@ class AdapterSource:
 
 
 @contextmanager
-def open_adapter(path: Path, *, allow_bin: bool = False, initial: Path | None = None) -> Iterator[AdapterSource]:
+def open_adapter(
+    path: Path, base: AdaptedBase, *, allow_bin: bool = False, initial: Path | None = None
+) -> Iterator[AdapterSource]:
     """Read a folder that PEFT or MLX saved; its tensors are read while it is open.
 
     Args:
+        base: some methods save less than the sizes of the layers they change.
         allow_bin: read `adapter_model.bin` where there are no safetensors; nothing in it is executed.
         initial: the same adapter before it was trained, for initialisations that moved a part of the base into it.
 
@@ -65,17 +70,17 @@ def open_adapter(path: Path, *, allow_bin: bool = False, initial: Path | None = 
     """
     config = read_peft_config(path)
     with _open(path, allow_bin=allow_bin) as tensors:
-        source = _read(path, config, tensors)
+        source = _read(path, config, tensors, base)
         initial = initial or (initialisation.initial_folder(path) if source.init else None)
         if initial is None:
             yield source
             return
-        with open_adapter(initial, allow_bin=allow_bin) as begun:
+        with open_adapter(initial, base, allow_bin=allow_bin) as begun:
             reading = initialisation.with_initial(source.reading, begun.reading)
             yield replace(source, reading=reading, init="", inputs=(*source.inputs, *begun.inputs))
 
 
-def _read(path: Path, config: PeftConfig, tensors: Tensors) -> AdapterSource:
+def _read(path: Path, config: PeftConfig, tensors: Tensors, base: AdaptedBase) -> AdapterSource:
     method = METHODS.get(config.peft_type)
     if method is None or method.read is None:
         why = method.refusal if method else "which is no method that edgelora knows"
@@ -87,7 +92,7 @@ def _read(path: Path, config: PeftConfig, tensors: Tensors) -> AdapterSource:
         )
     if not tensors.tensors:
         raise FormatError(f"{path}: its file of weights is empty")
-    reading = read_modules(config, method, tensors)
+    reading = read_modules(config, method, tensors, partial(shape_in_base, base))
     init = initialisation.moved_base(config.values.get("init_lora_weights")) if config.peft_type == "LORA" else ""
     return AdapterSource(
         path=path,

@@ -82,7 +82,7 @@ def compile_changes(
 
 def _place(out: Compiled, base: AdaptedBase, change: LowRank) -> None:
     for slot in _slots(out, base, change):
-        if problem := _misfit(base, change, slot):
+        if problem := misfit(base, change, slot):
             out.misfits.append(problem)
             return
         if not slot.place.row.adaptable:
@@ -136,7 +136,7 @@ def is_output(base: AdaptedBase, tensor: str) -> bool:
     return any(slot.gguf == "output.weight" for slot in find_slots(base, tensor))
 
 
-def _misfit(base: AdaptedBase, change: LowRank | Transformed, slot: Slot) -> str:
+def misfit(base: AdaptedBase, change: Change, slot: Slot) -> str:
     wanted = source_shape(base, slot)
     fits = len(change.shape) == len(wanted) and all(a in (None, b) for a, b in zip(change.shape, wanted, strict=True))
     if not fits and prod(wanted) != prod(size or 0 for size in change.shape):
@@ -163,7 +163,7 @@ def _approximate(out: Compiled, base: AdaptedBase, change: Transformed, rank: in
     slots = _slots(out, base, change)
     if not slots:
         return
-    if problem := _misfit(base, change, slots[0]):
+    if problem := misfit(base, change, slots[0]):
         out.misfits.append(problem)
         return
     weight = weight_of(base, change.tensor, slots)

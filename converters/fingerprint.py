@@ -3,9 +3,9 @@
 Norm vectors stay F32 in every quantization, so the hash of the norm vectors, the vocabulary and the sizes is the same
 for an HF folder, for its F32 to Q2_K files, and for those that llama.cpp's own tools made.
 
-It tells apart models that were trained on their own, and fine-tunes that trained the norms. It does not tell apart a
-model and a fine-tune that left its norms alone, as a LoRA merged into its base does: their other weights differ, but
-those also differ between two quantizations of one model.
+It tells apart models that were trained on their own, and fine-tunes that trained the norms. A fine-tune that left its
+norms alone, as a LoRA merged into its base does, is told apart where edgelora merged it and wrote that down; others are
+not: their weights differ, but those also differ between two quantizations of one model.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from converters.reader import ARRAY, STRING, GGUFHeader
 from converters.split import COUNT
 
 TOKENS = "tokenizer.ggml.tokens"
+MERGED = "edgelora.merged"
+"""What was merged into a base: for each adapter its name, scale, and the hash of its files, as text."""
 _DTYPES = {"F32": "<f4", "F16": "<f2"}
 
 
@@ -57,6 +59,23 @@ def fingerprint_of_header(header: GGUFHeader) -> str:
     Raises:
         FormatError: it is an adapter, or has no vocabulary, or is a part of a split base on its own.
     """
+    norms = ((name, _vector(header, name)) for name in header.tensors if is_norm(name))
+    return merged_fingerprint(fingerprint_with(header, norms), header.metadata.get(MERGED, ()))
+
+
+def merged_fingerprint(fingerprint: str, merged: Sequence[str]) -> str:
+    """The fingerprint of a base with adapters merged into it: its norms may be those of before, and it is another."""
+    if not merged:
+        return fingerprint
+    return hashlib.sha256("\0".join((fingerprint, *merged)).encode()).hexdigest()
+
+
+def fingerprint_with(header: GGUFHeader, norms: Iterable[tuple[str, Floats]]) -> str:
+    """What the fingerprint of a GGUF base would be with these norms, and nothing merged into it.
+
+    Raises:
+        FormatError: see `fingerprint_of_header`.
+    """
     if header.metadata.get(COUNT, 1) not in (0, len(header.files)):
         raise FormatError(f"{header.path}: one part of a split base has no fingerprint without the others")
     if header.kind != "base" or TOKENS not in header.metadata:
@@ -65,7 +84,7 @@ def fingerprint_of_header(header: GGUFHeader) -> str:
     if raw.kind != ARRAY or raw.item_kind != STRING:
         raise FormatError(f"{header.path}: {TOKENS} is not a list of strings")
     sizes = Sizes(header.architecture, raw.count, header.metadata)
-    return _digest(sizes, raw.data, ((name, _vector(header, name)) for name in header.tensors if _is_norm(name)))
+    return _digest(sizes, raw.data, norms)
 
 
 def fingerprint_of(sizes: Sizes, tokens: Sequence[str], norms: Iterable[tuple[str, Floats]]) -> str:
@@ -88,7 +107,7 @@ def _digest(sizes: Sizes, vocabulary: bytes, norms: Iterable[tuple[str, Floats]]
     return digest.hexdigest()
 
 
-def _is_norm(name: str) -> bool:
+def is_norm(name: str) -> bool:
     return name.endswith("_norm.weight")
 
 

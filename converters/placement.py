@@ -63,6 +63,12 @@ def source_shape(base: AdaptedBase, slot: Slot) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2]) if slot.place.row.transposed and not slot.place.is_bias else shape
 
 
+def shape_in_base(base: AdaptedBase, tensor: str) -> tuple[int, ...] | None:
+    """Sizes of a transformers tensor, rows first; None where the base has none."""
+    there = (slot for slot in find_slots(base, tensor) if slot.gguf in base.shapes)
+    return next((source_shape(base, slot) for slot in there), None)
+
+
 def is_known(family: Family, tensor: str) -> bool:
     """Whether models of this family have such a tensor."""
     return any(True for _ in places_of(family, tensor))
@@ -103,7 +109,7 @@ def _rows_of(shape: tuple[int, ...], place: Place) -> int:
 def _files_own(base: AdaptedBase, place: Place, rows: Indices) -> Iterator[tuple[str, Indices, Indices]]:
     """Tensors of the file for rows of a tensor of the table: (name, rows of it, which of `rows` those are)."""
     everything = np.arange(len(rows), dtype=np.int64)
-    if place.gguf_name in base.shapes or place.is_bias:
+    if place.gguf_name in base.shapes or place.is_bias or place.gguf_module == "output":
         yield place.gguf_name, rows, everything
         return
     prefix, _, module = place.gguf_module.rpartition(".")

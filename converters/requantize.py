@@ -21,7 +21,7 @@ from converters.fingerprint import TOKENS, fingerprint_of_header
 from converters.job import BaseReport, Job, quantization_keys
 from converters.model_shape import ModelShape
 from converters.options import QuantizeOptions
-from converters.quant_types import find_recipe
+from converters.quant_types import find_recipe, tensor_order
 from converters.reader import GGUFHeader
 from converters.split import KEYS as SPLIT_KEYS
 from converters.stream import Progress, Source
@@ -113,6 +113,39 @@ def plan_requantize(base: BaseFile, options: QuantizeOptions, metadata: Mapping[
         fingerprint=fingerprint,
         chat_template=template if isinstance(template, str) else None,
         notices=(*choice.notices, *untie_notices(options, is_untied=OUTPUT in header.tensors), *notices),
+        alignment=header.alignment,
+    )
+
+
+def plan_as_it_is(base: BaseFile, metadata: Mapping[str, Value], *, untie: bool = False) -> Job:
+    """The same file once more, every tensor of its own type.
+
+    Args:
+        metadata: more keys; they win over the file's.
+        untie: with the embeddings once more as the output, where they stand for it.
+
+    Raises:
+        ConversionError: the output cannot be a tensor of its own.
+    """
+    header = base.header
+    taken = _tensors(header, QuantizeOptions(untie=untie))
+    sources = tuple(
+        Source(TensorSpec(name, item.shape, item.block_type), read_blocks=partial(base.blocks, item.source))
+        for name, item in sorted(taken.items(), key=lambda pair: tensor_order(pair[0]))
+    )
+    fingerprint, notices = _fingerprint(header)
+    template = metadata.get("tokenizer.chat_template", header.metadata.get("tokenizer.chat_template"))
+    return Job(
+        sources=sources,
+        stored={name: item.block_type.name for name, item in taken.items()},
+        metadata=_metadata(header, metadata),
+        inputs=header.files,
+        weights=header.files,
+        name=str(metadata.get("general.name") or header.metadata.get("general.name") or header.path.stem),
+        architecture=header.architecture,
+        fingerprint=fingerprint,
+        chat_template=template if isinstance(template, str) else None,
+        notices=tuple(notices),
         alignment=header.alignment,
     )
 

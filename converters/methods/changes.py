@@ -31,6 +31,7 @@ class LowRank:
         load: B (rows, rank) and A (rank, columns) in float32; of a stack (experts, rows, rank) and (experts, rank,
             columns).
         is_embedding: the module looks rows up; (rows, columns) is (vocabulary, embedding).
+        keeps_tie: an output that is tied to the embeddings changes with them.
     """
 
     tensor: str
@@ -39,6 +40,7 @@ class LowRank:
     scale: float
     load: Callable[[], tuple[Floats, Floats]]
     is_embedding: bool = False
+    keeps_tie: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Transformed:
             all of them. It never writes into its argument, and may be called from several threads.
         uses_weight: without, it adds the same whatever W is.
         if_there: a base without this tensor needs no change.
+        keeps_tie: an output that is tied to the embeddings changes with them.
     """
 
     tensor: str
@@ -61,6 +64,7 @@ class Transformed:
     by_rows: bool = True
     uses_weight: bool = True
     if_there: bool = False
+    keeps_tie: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,14 @@ class Replaced:
     Attributes:
         load: float32, in `shape`, as transformers stores it.
         is_copy: PEFT saved it beside a layer that it changes otherwise: the base's own, unless it was resized.
+        keeps_tie: an output that is tied to the embeddings changes with them.
     """
 
     tensor: str
     shape: tuple[int, ...]
     load: Callable[[], Floats]
     is_copy: bool = False
+    keeps_tie: bool = False
 
 
 @dataclass(frozen=True)

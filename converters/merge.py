@@ -1,0 +1,182 @@
+"""Adapters merged into their base: one GGUF file, in one pass, computed in float32.
+
+A Hugging Face base goes the way of every conversion, and a GGUF base keeps the type of each tensor or gets another
+quantization; in both, the rows that an adapter changes are changed as they stream by (`converters.edits`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from converters.adapted_base import AdaptedBase, open_base
+from converters.adapter import against_base, missing_targets
+from converters.adapter_source import open_adapter
+from converters.base import plan_base
+from converters.base_file import BaseFile
+from converters.block_types import TYPES
+from converters.checkpoint import Checkpoint, Floats
+from converters.edits import Edits, edited_base, edits_of, joined
+from converters.errors import UnsupportedAdapterError, listed
+from converters.fingerprint import MERGED, is_norm, merged_fingerprint
+from converters.job import BaseReport, Job
+from converters.options import QuantizeOptions
+from converters.quant_types import tensor_order
+from converters.requantize import plan_as_it_is, plan_requantize
+from converters.stream import Progress, Source
+from converters.writer import TensorSpec, Value
+
+FINGERPRINT = "edgelora.fingerprint"
+FINGERPRINT = "edgelora.fingerprint"
+HASHED = (".safetensors", ".bin", ".json", ".gguf")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """An adapter to be merged.
+
+    Attributes:
+        path: what PEFT or MLX saved.
+        scale: of the whole adapter.
+        initial: see `AdapterOptions`.
+    """
+
+    path: Path
+    scale: float = 1.0
+    allow_bin: bool = False
+    initial: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name, scale and content, for the merged base's metadata."""
+        digest = hashlib.sha256()
+        for file in sorted(self.path.iterdir() if self.path.is_dir() else [self.path]):
+            if file.is_file() and file.suffix in HASHED and not file.name.startswith("edgelora"):
+                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        return f"{self.path.resolve().name}@{self.scale:g} sha256:{digest.hexdigest()}"
+
+
+def merge(
+    base: Path,
+    adapters: Sequence[Merged],
+    out: Path,
+    options: QuantizeOptions | None = None,
+    *,
+    metadata: Mapping[str, Value] | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> BaseReport:
+    """Merge adapters into a base, one after another.
+
+    Args:
+        base: a Hugging Face folder, or a GGUF file (then dequantized, changed and quantized again).
+        out: the GGUF file to write.
+        options: of its quantization; None keeps the types of a GGUF base, and is `QuantizeOptions()` for a folder.
+        metadata: more keys for the file; they win.
+
+    Raises:
+        UnsupportedAdapterError: what cannot be merged; every reason in one message.
+        ConversionError: another child of it that says what is wrong; nothing is left behind.
+    """
+    with ExitStack() as stack:
+        known = stack.enter_context(open_base(base))
+        edits = Edits()
+        for adapter in adapters:
+            edits = joined([edits, stack.enter_context(_edits(edited_base(known, edits), adapter))])
+        labels = [*known.merged, *(adapter.label for adapter in adapters)]
+        keys: dict[str, Value] = {MERGED: labels, **(metadata or {})}
+        job = stack.enter_context(_job(known, edits, options, keys))
+        inputs = (*job.inputs, *(file for adapter in adapters for file in _files(adapter.path)))
+        job = replace(_edited(job, known, edits, labels), inputs=inputs)
+        quantize = options or QuantizeOptions(quant="f32")
+        return job.run(Path(out), quantize, progress=progress, force=force, dry_run=dry_run)
+
+
+def _files(path: Path) -> list[Path]:
+    return [*path.iterdir()] if path.is_dir() else [path]
+
+
+@contextmanager
+def _edits(base: AdaptedBase, adapter: Merged) -> Iterator[Edits]:
+    with open_adapter(adapter.path, base, allow_bin=adapter.allow_bin, initial=adapter.initial) as read:
+        source = against_base(read, base)
+        edits = edits_of(source.reading, base, adapter.scale)
+        problems = [*edits.problems, *missing_targets(source, base)]
+        if problems:
+            raise UnsupportedAdapterError(
+                f"{adapter.path}: cannot be merged into {base.name}:{listed(problems)}",
+                hint=f"Nothing was written. The adapter names {source.base_model or 'no base'}.",
+            )
+        yield edits
+
+
+@contextmanager
+def _job(
+    base: AdaptedBase, edits: Edits, options: QuantizeOptions | None, metadata: Mapping[str, Value]
+) -> Iterator[Job]:
+    """The base's own conversion."""
+    if base.path.is_dir():
+        with Checkpoint(base.path) as checkpoint:
+            asked = options or QuantizeOptions()
+            yield plan_base(checkpoint, replace(asked, untie=asked.untie or edits.unties), metadata)
+        return
+    with BaseFile(base.path) as file:
+        if options is None:
+            yield plan_as_it_is(file, metadata, untie=edits.unties)
+        else:
+            asked = replace(options, untie=options.untie or edits.unties, allow_requantize=True)
+            yield plan_requantize(file, asked, metadata)
+
+
+def _edited(job: Job, base: AdaptedBase, edits: Edits, labels: Sequence[str]) -> Job:
+    """The same with the adapters in it."""
+    sources = [_edited_source(source, base, edits) for source in job.sources]
+    sources += [_new_source(name, shape, edits) for name, shape in edits.added.items()]
+    fingerprint = merged_fingerprint(_with_norms(base, edits), labels)
+    notices = list(job.notices)
+    if base.is_lossy:
+        notices.append("merged into weights that were quantized: the base as it was released loses less")
+    if edits.added:
+        sources.sort(key=lambda source: tensor_order(source.spec.name))
+    return replace(
+        job,
+        sources=tuple(sources),
+        stored={**job.stored, **dict.fromkeys(edits.added, "computed")},
+        metadata={**job.metadata, FINGERPRINT: fingerprint} if FINGERPRINT in job.metadata else job.metadata,
+        fingerprint=fingerprint,
+        notices=tuple(notices),
+    )
+
+
+def _edited_source(source: Source, base: AdaptedBase, edits: Edits) -> Source:
+    name = source.spec.name
+    if name not in edits.by_tensor:
+        return source
+    read = source.read or partial(base.rows, name if name in base.shapes else "token_embd.weight")
+
+    def edited(start: int, stop: int) -> Floats:
+        return edits.apply(name, read(start, stop), start)
+
+    return replace(source, read=edited, read_blocks=None)
+
+
+def _new_source(name: str, shape: tuple[int, ...], edits: Edits) -> Source:
+    def read(start: int, stop: int) -> Floats:
+        return edits.apply(name, np.zeros((1, shape[0]), np.float32), 0)
+
+    return Source(TensorSpec(name, shape, TYPES["F32"]), read)
+
+
+def _with_norms(base: AdaptedBase, edits: Edits) -> str:
+    """The fingerprint with the norms that the adapters leave."""
+    names = [name for name in base.shapes if is_norm(name)]
+    if not any(name in edits.by_tensor for name in names):
+        return base.plain_fingerprint
+    return base.fingerprint_with((name, edits.apply(name, base.rows(name, 0, 1), 0).reshape(-1)) for name in names)
