@@ -13,6 +13,7 @@ import numpy as np
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, Transformed
+from converters.methods.factored import quiet
 from converters.methods.method import Method, Module
 
 
@@ -20,6 +21,7 @@ def read(module: Module) -> Iterator[Change]:
     module.check("kernel", None, None, None)
     down, across, block = module.shape("kernel")
 
+    @quiet
     def apply(weight: Floats, start: int) -> Floats:
         return weight + _circulant(module.load("kernel"), start, len(weight)) / np.float32(across * block)
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, ModuleProblem, Transformed
+from converters.methods.factored import quiet
 from converters.methods.method import Method, Module, Whole
 from converters.peft_settings import number, seed
 from converters.torch_random import TorchGenerator
@@ -26,6 +27,7 @@ ARRAY_BYTES = 2**26  # of complex numbers at a time
 def read(module: Module) -> Iterator[Change]:
     shape = spectrum_shape(module)
 
+    @quiet
     def apply(weight: Floats, start: int) -> Floats:
         spectrum = module.load("spectrum").astype(np.float64) * module.setting("scaling")
         places = drawn_places(module.setting("random_loc_seed"), shape, len(spectrum))

@@ -18,6 +18,7 @@ import numpy as np
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, ModuleProblem, Transformed
+from converters.methods.factored import quiet
 from converters.methods.method import Method, Module, Whole
 from converters.peft_settings import Setting
 
@@ -40,6 +41,7 @@ def read(module: Module) -> Iterator[Change]:
     if places.size and (places.min() < 0 or places.max() >= columns):
         raise ModuleProblem(f"S is ({columns}, {columns}), and its places go from {places.min()} to {places.max()}")
 
+    @quiet
     def apply(weight: Floats, start: int) -> Floats:
         middle = _middle(module.load("lambda_l"), places, module.load("values"))
         return _decomposed(weight, module.load(v)) @ (middle @ module.load(v).T)

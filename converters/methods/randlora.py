@@ -23,6 +23,7 @@ import numpy as np
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, ModuleProblem, Transformed
+from converters.methods.factored import quiet
 from converters.methods.method import Method, Module
 from converters.peft_settings import flag, number, rank, seed
 from converters.torch_random import ROUNDED, TorchGenerator
@@ -40,6 +41,7 @@ def read(module: Module) -> Iterator[Change]:
     projections = _projections(module, bases, short, long)
     is_tall = shape[0] >= shape[1]
 
+    @quiet
     def apply(weight: Floats, start: int) -> Floats:
         stop, a = start + len(weight), _scaled(module, projections.a(short))
         if is_tall:

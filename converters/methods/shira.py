@@ -12,6 +12,7 @@ import numpy as np
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, ModuleProblem, Transformed
+from converters.methods.factored import quiet
 from converters.methods.method import Method, Module, Whole
 
 
@@ -29,6 +30,7 @@ def read(module: Module) -> Iterator[Change]:
     yield Transformed(module.weight, shape, apply, uses_weight=False)
 
 
+@quiet
 def added(weight: Floats, start: int, places: Whole, values: Floats) -> Floats:
     """`weight`, the first row of which is row `start`, with values added at places (2, count)."""
     inside = (places[0] >= start) & (places[0] < start + len(weight))

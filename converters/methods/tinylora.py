@@ -19,6 +19,7 @@ import numpy as np
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, LowRank, ModuleProblem
+from converters.methods.factored import quiet
 from converters.methods.method import Method, Module
 from converters.peft_settings import Setting, rank, seed
 from converters.torch_random import TorchGenerator
@@ -26,6 +27,7 @@ from converters.torch_random import TorchGenerator
 LOOKUPS = ("embed_tokens", "embed_in", "wte", "word_embeddings")
 NEAR = 0.02  # of the largest number: P may have been rounded to bfloat16 twice
 MOST_DRAWN = 2**26  # numbers of P, of all layers
+NOT_SAVED = "has no P: set save_projection to true in adapter_config.json, load the adapter with PEFT and save it again"
 
 
 def read(module: Module) -> Iterator[Change]:
@@ -34,13 +36,14 @@ def read(module: Module) -> Iterator[Change]:
     module.check("b", None, rank)
     rows = module.shape("b")[0]
     if "p" not in module:
-        raise ModuleProblem("has no P, which depends on an order of layers that is not saved: use save_projection=True")
+        raise ModuleProblem(NOT_SAVED)
     module.check("p", module.setting("u"), rank, rank)
     group = _group(module)
     if group not in module:
         raise ModuleProblem(f"the adapter has no tinylora_{group}")
     module.check(group, module.setting("u"))
 
+    @quiet
     def load() -> tuple[Floats, Floats]:
         return module.load("b") @ np.tensordot(module.load(group), module.load("p"), axes=1), module.load("a")
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, LowRank, ModuleProblem
+from converters.methods.factored import quiet
 from converters.methods.method import Method, Module
 from converters.peft_settings import Setting, rank
 
@@ -41,6 +42,7 @@ def _check_indices(module: Module, role: str) -> None:
         raise ModuleProblem(f"{role} go from {indices.min()} to {indices.max()}, and theta_d has {length} numbers")
 
 
+@quiet
 def _taken(module: Module, side: str) -> Floats:
     return module.load("theta_d")[module.integers(f"indices_{side}")] * module.load(f"scales_{side}")
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, LowRank, ModuleProblem
+from converters.methods.factored import quiet
 from converters.methods.method import Method, Module, Whole
 from converters.peft_settings import rank
 
@@ -27,6 +28,7 @@ def read(module: Module) -> Iterator[Change]:
     length, rank = module.shape("bank")[1], module.setting("r")
     across, down = _pieces(module, "a", rank, None)[1], _pieces(module, "b", None, rank)[0]
 
+    @quiet
     def load() -> tuple[Floats, Floats]:
         a, b = _mixed(module, "a"), _mixed(module, "b")
         return b.transpose(0, 2, 1).reshape(-1, rank), a.reshape(rank, -1)

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, LowRank, ModuleProblem
+from converters.methods.factored import quiet
 from converters.methods.method import Method, Module
 from converters.peft_settings import flag, rank, seed
 from converters.torch_random import TorchGenerator
@@ -38,6 +39,7 @@ def projected(module: Module, drawn_rank: int) -> LowRank:
     else:
         _check_stored(module, drawn_rank, rows, columns)
 
+    @quiet
     def load() -> tuple[Floats, Floats]:
         if is_drawn:
             a, b = _drawn(module.setting("projection_prng_key"), drawn_rank, rank, *most)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, Transformed
+from converters.methods.factored import quiet
 from converters.methods.fourierft import drawn_places, spectrum_shape
 from converters.methods.method import Method, Module, Whole
 from converters.methods.shira import added
@@ -60,6 +61,7 @@ class Axis:
 def read(module: Module) -> Iterator[Change]:
     shape = spectrum_shape(module)
 
+    @quiet
     def apply(weight: Floats, start: int) -> Floats:
         spectrum = module.load("spectrum") * np.float32(module.setting("scaling"))
         places = drawn_places(module.setting("random_loc_seed"), shape, len(spectrum))
