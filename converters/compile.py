@@ -16,7 +16,7 @@ from converters.adapted_base import AdaptedBase
 from converters.checkpoint import Floats
 from converters.low_rank import approximate
 from converters.methods import Change, LowRank, Reading, Replaced, Shifted, Transformed
-from converters.pairs import Pair, Piece, assemble
+from converters.pairs import Pair, Piece, assemble, multiplied
 from converters.placement import Slot, find_slots, is_known, source_shape
 
 DEFAULT_MAX_ERROR = 0.01
@@ -46,10 +46,13 @@ class Compiled:
     is_approximate: bool = False
 
     def pairs(self, base: AdaptedBase) -> list[Pair]:
-        return [
-            replace(assemble(name, base.shapes[name], pieces), residual_energy=self.residual.get(name, 0.0))
-            for name, pieces in self.pieces.items()
-        ]
+        return [self._pair(base, name, pieces) for name, pieces in self.pieces.items()]
+
+    def _pair(self, base: AdaptedBase, name: str, pieces: list[Piece]) -> Pair:
+        pair = assemble(name, base.shapes[name], pieces)
+        if ending := pieces[0].slot.place.row.scaled_by:
+            pair = multiplied(pair, base.rows(name.removesuffix(".weight") + ending, 0, 1).reshape(-1))
+        return replace(pair, residual_energy=self.residual.get(name, 0.0))
 
 
 def compile_changes(

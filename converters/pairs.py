@@ -138,6 +138,16 @@ def _many(shape: tuple[int, ...], rank: int, pieces: Sequence[Piece]) -> tuple[F
     return b.reshape(*stack, rows, rank), a.reshape(*stack, rank, columns)
 
 
+def multiplied(pair: Pair, factors: Floats) -> Pair:
+    """A stack's pair with each matrix's change multiplied, by float32 (experts,)."""
+
+    def load() -> tuple[Floats, Floats]:
+        b, a = pair.load()
+        return b * factors[:, None, None], a
+
+    return replace(pair, load=load)
+
+
 def blended(parts: Sequence[tuple[Pair, float]]) -> Pair:
     """The weighted sum of changes to one tensor: ranks beside one another, the weight in B."""
     first = parts[0][0]

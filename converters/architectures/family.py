@@ -64,6 +64,8 @@ class Row:
         if_stored: it is taken where `when` says no, too, if the checkpoint holds it: llama.cpp's converter writes it,
             and nothing reads it.
         adaptable: llama.cpp's graph applies an adapter to it.
+        scaled_by: ending of a tensor by which llama.cpp multiplies what each matrix of a stack gives, and not what an
+            adapter adds to it: its factors must have it in themselves.
         mxfp4: the checkpoint holds blocks of MXFP4 (`_blocks`) and their exponents (`_scales`), which go over as they
             are, whatever the quantization.
     """
@@ -83,6 +85,7 @@ class Row:
     absent_if_tied: bool = False
     if_stored: bool = False
     adaptable: bool = True
+    scaled_by: str = ""
     mxfp4: bool = False
 
     @property

@@ -66,7 +66,7 @@ ROWS = (
     Row(f"{EXPERTS}.gate_up_proj", f"{BLK}.ffn_gate_up_exps", ("experts", "two_expert_feed_forward", "embedding"),
         ends=("", ".weight"), when=sparse),
     Row(f"{EXPERTS}.down_proj", f"{BLK}.ffn_down_exps", ("experts", "embedding", "expert_feed_forward"),
-        ends=("", ".weight"), when=sparse),
+        ends=("", ".weight"), scaled_by=".scale", when=sparse),
     *(norm(hf, gguf, when=sparse) for hf, gguf in (
         ("post_feedforward_layernorm_1", "post_ffw_norm_1"), ("post_feedforward_layernorm_2", "post_ffw_norm_2"),
         ("pre_feedforward_layernorm_2", "pre_ffw_norm_2"),

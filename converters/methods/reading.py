@@ -21,9 +21,9 @@ def read_modules(config: PeftConfig, method: Method, tensors: Tensors, shape_in_
     assert method.read is not None
     config = with_settings(config, method.settings, method.free, method.refused)
     parts, shared, others = _grouped(method, tensors)
-    trained, problems = read_trained(config, tensors, others, frozenset(parts))
+    trained, problems = read_trained(config, tensors, others, frozenset(parts), shape_in_base)
     changes, wrong = list(trained), [*config.problems, *problems]
-    if shared and not parts:
+    if shared and not parts and not config.problems:
         wrong.append(f"{', '.join(sorted(shared.values()))}: shared by all layers, and there is none that takes it")
     for name, of_module in parts.items():
         module = Module(name, config, tensors, of_module, shared, tuple(parts), shape_in_base)

@@ -1,106 +1,180 @@
 """What PEFT saves beside a method's own tensors: modules trained as a whole, biases, norms, rows of the embeddings.
 
-<module>.weight, <module>.bias                     modules_to_save, LayerNorm tuning, `bias="all"`
+<module>.weight, <module>.bias                     modules_to_save, `bias="all"`, embeddings that were resized
 <module>.base_layer.weight                         a frozen copy of the base's, or embeddings that were resized
 <module>.base_layer.bias                           the bias of a layer that the method wraps
+<module>.modules_to_save.weight                    resized embeddings that were trained as a whole: what PEFT loads is
+<module>.original_module.weight                    <module>.weight, beside these two
 <module>.token_adapter.trainable_tokens_delta      rows of an embedding (trainable_token_indices)
+<module>.trainable_tokens_delta                    likewise (TRAINABLE_TOKENS)
+
+Rows of tied embeddings are trained for the output too; TRAINABLE_TOKENS repeats them for it, LoRA does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from converters.checkpoint import Floats, Tensors
-from converters.methods.changes import Change, Replaced, Transformed
-from converters.methods.method import PREFIX
+from converters.methods.changes import Change, ModuleProblem, Replaced, Transformed
+from converters.methods.factored import recent
+from converters.methods.method import PREFIX, BaseShape, Whole, no_base
 from converters.peft_config import PeftConfig
 from converters.peft_settings import short
 
-WRAPPED = ".base_layer"
-TOKENS = ("trainable_tokens_delta",)
+WRAPPED, TOKEN_ADAPTER, TOKENS = ".base_layer", ".token_adapter", ".trainable_tokens_delta"
+COPIES = (".modules_to_save", ".original_module")
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+# Embeddings to the output that is tied to them.
+OUTPUTS = {"embed_tokens": "lm_head", "wte": "lm_head", "word_embeddings": "lm_head", "embed_in": "embed_out"}
 
 
 def read_trained(
-    config: PeftConfig, tensors: Tensors, names: Sequence[str], modules: frozenset[str]
+    config: PeftConfig,
+    tensors: Tensors,
+    names: Sequence[str],
+    modules: frozenset[str],
+    shape_in_base: BaseShape = no_base,
 ) -> tuple[list[Change], list[str]]:
-    """Changes and problems of the tensors that are no part of a module's method.
+    """Changes and problems of the tensors that are no part of a module's method. Whole tensors come before their rows.
 
     Args:
         names: as stored.
         modules: those that the method changes.
+        shape_in_base: sizes of the base's tensors.
     """
-    changes: list[Change] = []
+    tokens = {_token_module(name): name for name in names if name.startswith(PREFIX) and name.endswith(TOKENS)}
+    trained = _Trained(config, tensors, modules, tokens, shape_in_base)
+    whole: dict[str, Replaced] = {}
+    rows: list[Change] = []
     problems = []
     for name in names:
-        if not name.startswith(PREFIX):
-            problems.append(f"{name}: no tensor of an adapter ({config.peft_type})")
-        elif name.endswith("trainable_tokens_delta"):
-            problems += _read_tokens(config, tensors, name, changes)
-        else:
-            problems += _read_whole(config, tensors, name, modules, changes)
-    return changes, problems
+        try:
+            change = None if name in tokens.values() else trained.whole(name)
+            if change and whole.setdefault(change.tensor, change) is not change:
+                raise ModuleProblem(f"is {change.tensor}, which is stored under another name too")
+        except ModuleProblem as problem:
+            problems.append(f"{name}: {problem}")
+    for module, name in tokens.items():
+        try:
+            rows.append(trained.rows(module, whole))
+        except ModuleProblem as problem:
+            problems.append(f"{name}: {problem}")
+    return [*whole.values(), *rows], problems
 
 
-def _read_whole(
-    config: PeftConfig, tensors: Tensors, name: str, modules: frozenset[str], changes: list[Change]
-) -> list[str]:
-    module, _, ending = name.removeprefix(PREFIX).rpartition(".")
-    if ending not in ("weight", "bias"):
-        return [f"{name}: no tensor of an adapter ({config.peft_type})"]
-    is_wrapped = module.endswith(WRAPPED)
-    plain = module.removesuffix(WRAPPED)
-    if is_wrapped and ending == "weight" and (plain not in modules or plain.rpartition(".")[2] not in EMBEDDINGS):
-        return [f"{name}: a copy of a whole layer, which PEFT saves of embeddings only"]
-    shape = tensors.tensors[name].shape
-    if not shape or 0 in shape:
-        return [f"{name}: has shape {shape}"]
-    is_copy = is_wrapped and ending == "weight"
-    changes.append(Replaced(f"{plain}.{ending}", shape, partial(_load, tensors, name), is_copy))
-    return []
+def _token_module(name: str) -> str:
+    return name.removeprefix(PREFIX).removesuffix(TOKENS).removesuffix(TOKEN_ADAPTER)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """An adapter's tensors beside those of its method.
+
+    Attributes:
+        modules: those that the method changes.
+        tokens: modules of which rows were trained, to the stored tensor's name.
+    """
+
+    config: PeftConfig
+    tensors: Tensors
+    modules: frozenset[str]
+    tokens: Mapping[str, str]
+    shape_in_base: BaseShape
+
+    def whole(self, name: str) -> Replaced | None:
+        """A tensor that takes the place of the base's; None for a copy that PEFT does not load."""
+        owner, _, parameter = name.removeprefix(PREFIX).rpartition(".")
+        if not name.startswith(PREFIX) or not owner:
+            raise ModuleProblem(f"no tensor of an adapter ({self.config.peft_type})")
+        shape = self.tensors.tensors[name].shape
+        if not shape or 0 in shape:
+            raise ModuleProblem(f"has shape {shape}")
+        if owner.endswith(COPIES):
+            self._check_copy(owner.rpartition(".")[0], parameter, shape)
+            return None
+        module = self._wrapped(owner, parameter) if owner.endswith(WRAPPED) else self._plain(owner, parameter)
+        return Replaced(f"{module}.{parameter}", shape, partial(_load, self.tensors, name))
+
+    def _check_copy(self, module: str, parameter: str, shape: tuple[int, ...]) -> None:
+        loaded = self.tensors.tensors.get(f"{PREFIX}{module}.{parameter}")
+        if loaded is None or loaded.shape != shape:
+            raise ModuleProblem(f"is a copy, and {PREFIX}{module}.{parameter} is not beside it")
+
+    def _wrapped(self, owner: str, parameter: str) -> str:
+        module = owner.removesuffix(WRAPPED).removesuffix(TOKEN_ADAPTER)
+        if module not in self.modules and module not in self.tokens:
+            raise ModuleProblem("belongs to a layer that the adapter does not change")
+        if parameter == "bias" or (parameter == "weight" and _last(module) in EMBEDDINGS):
+            return module
+        raise ModuleProblem("a copy of a whole layer, which PEFT saves of embeddings only")
+
+    def _plain(self, module: str, parameter: str) -> str:
+        saved = self.config.values.get("modules_to_save")
+        names = [item for item in saved if isinstance(item, str)] if isinstance(saved, list) else []
+        if parameter not in ("weight", "bias") and not any(item in module.split(".") for item in names):
+            raise ModuleProblem(f"no tensor of an adapter ({self.config.peft_type})")
+        if parameter == "weight" and (module in self.modules or module in self.tokens):
+            raise ModuleProblem("a whole layer beside a change of it")
+        return module
+
+    def rows(self, module: str, whole: Mapping[str, Replaced]) -> Transformed:
+        """Some rows of an embedding, or of the output."""
+        name = self.tokens[module]
+        shape = self.tensors.tensors[name].shape
+        where = self._indices(module)
+        if len(shape) != 2 or shape[0] != len(where) or 0 in shape:
+            raise ModuleProblem(f"has shape {shape} for {len(where)} tokens")
+        resized = whole.get(f"{module}.weight")
+        known = resized.shape if resized else self.shape_in_base(f"{module}.weight")
+        if known and max(where) >= known[0]:
+            raise ModuleProblem(f"trains token {max(where)}, and there are {known[0]}")
+        apply = partial(_put, where, partial(_load, self.tensors, name))
+        return Transformed(f"{module}.weight", (None, shape[1]), apply, keeps_tie=self._keeps_tie(module))
+
+    def _keeps_tie(self, module: str) -> bool:
+        """Whether PEFT trains these rows for the embeddings and a tied output in common."""
+        others = [other for other in self.tokens if other != module]
+        if not others:
+            return _last(module) in OUTPUTS
+        if len(others) > 1 or OUTPUTS.get(_last(module), _last(module)) != OUTPUTS.get(
+            _last(others[0]), _last(others[0])
+        ):
+            return False
+        mine, theirs = (_load(self.tensors, self.tokens[each]) for each in (module, others[0]))
+        return self._indices(module) == self._indices(others[0]) and np.array_equal(mine, theirs)
+
+    def _indices(self, module: str) -> list[int]:
+        """`trainable_token_indices` (a list, or a list for each module), or `token_indices` of TRAINABLE_TOKENS."""
+        given = self.config.values.get("trainable_token_indices")
+        given = self.config.values.get("token_indices") if given is None else given
+        if isinstance(given, dict):
+            found = [ids for key, ids in given.items() if module.endswith(key)]
+            is_repeated = not found and len(given) == 1 and _last(module) in OUTPUTS.values()  # tied, and resized
+            given = next(iter(given.values() if is_repeated else found), None)
+        if not isinstance(given, list) or not all(type(item) is int and 0 <= item < 2**31 for item in given):
+            raise ModuleProblem(f"{self.config.path.name} does not say which tokens these are ({short(given)})")
+        if len(set(given)) != len(given):
+            raise ModuleProblem(f"{self.config.path.name} names a token twice ({short(given)})")
+        return given
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
 
 
 def _load(tensors: Tensors, name: str) -> Floats:
     return tensors.rows(name).reshape(tensors.tensors[name].shape)
 
 
-def _read_tokens(config: PeftConfig, tensors: Tensors, name: str, changes: list[Change]) -> list[str]:
-    module = name.removeprefix(PREFIX).removesuffix(".trainable_tokens_delta").removesuffix(".token_adapter")
-    shape = tensors.tensors[name].shape
-    indices = _token_indices(config.values, module)
-    if not _is_ids(indices):
-        return [f"{name}: {config.path.name} does not say which tokens these are ({short(indices)})"]
-    if len(shape) != 2 or shape[0] != len(indices):
-        return [f"{name}: has shape {shape} for {len(indices)} tokens"]
-    where = np.asarray(indices, np.int64)
-    changes.append(
-        Transformed(
-            f"{module}.weight", (None, shape[1]), lambda rows, start: _put(rows, start, where, _load(tensors, name))
-        )
-    )
-    return []
-
-
-def _token_indices(values: Mapping[str, Any], module: str) -> Any:
-    """`trainable_token_indices` of LoRA (a list, or a list for each module); `token_indices` of TRAINABLE_TOKENS."""
-    given = values.get("trainable_token_indices")
-    given = values.get("token_indices") if given is None else given
-    if isinstance(given, dict):
-        return next((ids for key, ids in given.items() if module == key or module.endswith("." + key)), None)
-    return given
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**31 for item in value)
-
-
-def _put(rows: Floats, start: int, where: np.ndarray[Any, np.dtype[np.int64]], values: Floats) -> Floats:
-    """`rows`, the first of which is row `start`, with those of `where` replaced."""
+def _put(indices: Sequence[int], load: Callable[[], Floats], rows: Floats, start: int) -> Floats:
+    """`rows`, the first of which is row `start`, with the trained ones in their places."""
+    where: Whole = np.asarray(indices, np.int64)
     inside = (where >= start) & (where < start + len(rows))
     changed = rows.copy()
-    changed[where[inside] - start] = values[inside]
+    changed[where[inside] - start] = recent(load)[inside]
     return changed
