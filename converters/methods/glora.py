@@ -89,7 +89,7 @@ def _columns(module: Module, kind: str) -> int:
         module.check(role, None, 1)
         c = module.load(role)
     if np.any(c):
-        raise ModuleProblem(NEEDS_WEIGHT.format(kind))
+        raise ModuleProblem("C holds other than zeros" if kind == "none" else NEEDS_WEIGHT.format(kind))
     return len(c)
 
 
