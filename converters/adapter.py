@@ -19,7 +19,7 @@ from typing import Any
 from converters.adapted_base import AdaptedBase, open_base
 from converters.adapter_file import AdapterFile, check_dtype
 from converters.adapter_source import AdapterSource, open_adapter
-from converters.base import Progress
+from converters.base import Progress, can_untie
 from converters.compile import DEFAULT_MAX_ERROR, Compiled, compile_changes, weight_of
 from converters.errors import BaseMismatchError, FormatError, UnsupportedAdapterError, listed
 from converters.initialisation import RECOMPUTED, WHAT_TO_SAVE
@@ -28,6 +28,7 @@ from converters.pairs import Pair, shortened
 from converters.quant_types import tensor_order
 from converters.writer import Value
 
+NEVER_UNTIED = "llama.cpp's {} always takes the embeddings for the output too: train without adapting either of them."
 UNTIE_HINT = "Make a base whose output is a tensor of its own, and name it with --base: edgelora convert {} --untie"
 
 
@@ -276,7 +277,9 @@ def _check(adapter: AdapterSource, compiled: Compiled, base: AdaptedBase, option
     if compiled.tied:
         raise BaseMismatchError(
             f"{adapter.path}: llama.cpp cannot adapt one tensor in two places:{listed(compiled.tied)}",
-            hint=UNTIE_HINT.format(base.path),
+            hint=UNTIE_HINT.format(base.path)
+            if can_untie(base.family)
+            else NEVER_UNTIED.format(base.family.architecture),
         )
     if compiled.too_rough:
         raise UnsupportedAdapterError(

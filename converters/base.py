@@ -165,11 +165,15 @@ def untie_notices(options: QuantizeOptions, *, is_untied: bool) -> list[str]:
     return ["--untie changes nothing: this model has an output of its own"] if options.untie and is_untied else []
 
 
+def can_untie(family: Family) -> bool:
+    return any(row.gguf == "output" for row in family.rows)
+
+
 def check_can_untie(family: Family) -> None:
     """Raises:
     UnsupportedError: llama.cpp's graph of this family always takes the embeddings.
     """
-    if not any(row.gguf == "output" for row in family.rows):
+    if not can_untie(family):
         raise UnsupportedError(f"--untie: llama.cpp's {family.architecture} has no output tensor of its own")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from converters.adapted_base import AdaptedBase
+from converters.base import can_untie
 from converters.checkpoint import Floats
 from converters.compile import embedding_name, is_base_copy, is_output, misfit, weight_of
 from converters.methods import Change, LowRank, Reading, Replaced, Shifted, Transformed
@@ -104,6 +105,10 @@ def _slots(edits: Edits, base: AdaptedBase, change: Change) -> list[Slot]:
         is_absent = is_known(base.family, change.tensor)
         what = "the base has no such tensor" if is_absent else f"no tensor of a {base.family.architecture} model"
         edits.problems.append(f"{change.tensor}: {what}")
+        return []
+    if edits.unties and not can_untie(base.family):
+        what = "changes the embeddings or the output alone, and llama.cpp's"
+        edits.problems.append(f"{change.tensor}: {what} {base.family.architecture} always takes one for both")
         return []
     if problem := misfit(base, change, there[0]):
         edits.problems.append(problem)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int, str], None]
 
+
 @dataclass(frozen=True)
 class ConvertOptions:
     """What `edgelora convert` can be told.

@@ -17,7 +17,7 @@ import numpy as np
 
 from converters.checkpoint import Floats
 from converters.methods.changes import Change, LowRank, ModuleProblem
-from converters.methods.method import Module, scaled
+from converters.methods.method import Module, no_base, scaled
 
 WRAPPED = ".base_layer"
 # Parameters in the order in which transformers' modules of experts hold them, which is that of PEFT's wrapping.
@@ -46,12 +46,20 @@ def _parameters(module: Module) -> list[str]:
     """Full names of the module's parameters that the adapter changes, in the order of wrapping."""
     owner = module.name.replace(WRAPPED, "")
     short = {key.rpartition(".")[2] for key in module.config["target_parameters"]}
-    names = [name for each in short if _is_target(name := f"{owner}.{each}", module.config["target_parameters"])]
+    keys = module.config["target_parameters"]
+    names = [name for each in short if _is_target(name := f"{owner}.{each}", keys) and _is_there(module, name)]
     return sorted(names, key=lambda name: _order(name.rpartition(".")[2]))
 
 
 def _is_target(name: str, keys: tuple[str, ...]) -> bool:
     return any(name == key or name.endswith("." + key) for key in keys)
+
+
+def _is_there(module: Module, name: str) -> bool:
+    """Whether the base has such a parameter; a key like "down_proj" ends the names of modules, too."""
+    if module.shape_in_base is no_base:
+        return name.rpartition(".")[0].endswith((".experts", ".gate", ".router"))
+    return module.shape_in_base(name) is not None
 
 
 def _order(short: str) -> tuple[int, str]:
