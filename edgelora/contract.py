@@ -13,6 +13,7 @@ In a GGUF adapter the contract is metadata; in a PEFT folder it is the file `edg
     edgelora.system             string   the system prompt it was trained with
     edgelora.training           string   JSON: method, rank, data hash, steps, loss ...
     edgelora.exactness          string   JSON: what the converter did to the weights
+    edgelora.certificate        string   what `edgelora verify` compares with (`edgelora.certificate`), at most 256 KiB
 
 Unknown versions are refused; an adapter without a contract (made by llama.cpp's script) is `None` here.
 """
@@ -30,6 +31,7 @@ from edgelora.errors import ModelFileError
 from edgelora.messages import Message
 
 VERSION = 1
+MAX_CERTIFICATE = 256 << 10
 FILE_NAME = "edgelora.json"
 Value = str | int | float | bool | list[str] | list[int]
 
@@ -57,6 +59,7 @@ class Contract:
     system: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
     exactness: Mapping[str, Any] = field(default_factory=dict)
+    certificate: str = field(default="", repr=False)
 
     def to_metadata(self) -> dict[str, Value]:
         """GGUF key-value pairs; empty fields are left out."""
@@ -145,6 +148,13 @@ def _text(value: Any) -> str:
     return value
 
 
+def _certificate(value: Any) -> str:
+    """Its text, which is read only where it is used."""
+    if len(_text(value)) > MAX_CERTIFICATE:
+        raise ValueError(f"{len(value)} characters, expected at most {MAX_CERTIFICATE}")
+    return str(value)
+
+
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise TypeError(f"expected a list, found {type(value).__name__}")
@@ -203,6 +213,7 @@ _ENTRIES = (
     _Entry("system", "edgelora.system", str, _text),
     _Entry("training", "edgelora.training", _to_json, lambda v: _mapping(_from_json(v))),
     _Entry("exactness", "edgelora.exactness", _to_json, lambda v: _mapping(_from_json(v))),
+    _Entry("certificate", "edgelora.certificate", str, _certificate),
 )
 _JSON_DECODERS: dict[str, Callable[[Any], Any]] = {
     "golden_messages": _messages,
@@ -210,4 +221,5 @@ _JSON_DECODERS: dict[str, Callable[[Any], Any]] = {
     "stop": _texts,
     **dict.fromkeys(("base_name", "base_fingerprint", "chat_template", "system"), _text),
     **dict.fromkeys(("sampling", "training", "exactness"), _mapping),
+    "certificate": _certificate,
 }

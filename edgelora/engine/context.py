@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from edgelora.engine.model import Model
 from edgelora.engine.native import Handle, InterruptFlag, forget_log, llama, reason
@@ -18,7 +21,7 @@ class Interrupted(Exception):
 
 
 class Batch:
-    """`llama_batch` for tokens of one sequence, on memory that Python owns; the last token's logits are asked for."""
+    """`llama_batch` for tokens of one sequence, on memory that Python owns."""
 
     def __init__(self, capacity: int) -> None:
         self._tokens: Any = (ctypes.c_int32 * capacity)()
@@ -31,11 +34,12 @@ class Batch:
             0, self._tokens, None, self._positions, self._counts, self._sequences, self._wants_logits
         )
 
-    def fill(self, sequence: int, tokens: Sequence[int], position: int) -> Any:
+    def fill(self, sequence: int, tokens: Sequence[int], position: int, *, every: bool = False) -> Any:
+        """Tokens from `position` on; the last one's logits are asked for, or those of `every` one."""
         count = len(tokens)
         self._tokens[:count] = tokens
         self._positions[:count] = range(position, position + count)
-        self._wants_logits[:count] = bytes(count - 1) + b"\x01"
+        self._wants_logits[:count] = b"\x01" * count if every else bytes(count - 1) + b"\x01"
         self._sequence.value = sequence
         self.native.n_tokens = count
         return self.native
@@ -46,16 +50,31 @@ class Context:
 
     Sequences have streams of their own (not the unified cache): a lone one does not attend over its neighbours' cells.
 
+    Args:
+        on_node: llama.cpp's `cb_eval` as a Python function: (address of a node, asked before it is computed, nothing).
+
     Raises:
         EdgeloraError: not enough memory, with llama.cpp's reason.
     """
 
-    def __init__(self, model: Model, *, n_ctx: int, n_sequences: int, threads: int, n_batch: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        n_sequences: int,
+        threads: int,
+        n_batch: int,
+        on_node: Callable[[int, bool, Any], bool] | None = None,
+    ) -> None:
         library = llama()
         params = library.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx * n_sequences, n_sequences, False
         params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = threads
+        if on_node:
+            self._on_node = library.ggml_backend_sched_eval_callback(on_node)  # kept: llama.cpp holds its address only
+            params.cb_eval = self._on_node
         forget_log()
         pointer = library.llama_init_from_model(model.pointer, params)
         if not pointer:
@@ -82,15 +101,17 @@ class Context:
         llama().llama_set_adapters_lora(self.pointer, adapters, count, scales)
         self._adapter = (adapter, scale)
 
-    def decode(self, sequence: int, tokens: Sequence[int], position: int) -> None:
+    def decode(self, sequence: int, tokens: Sequence[int], position: int, *, every: bool = False) -> None:
         """Run `tokens` (at most n_batch) at `position` of a sequence; the last one's logits can be sampled then.
+
+        With `every`, all of their logits are made (`all_logits`).
 
         Raises:
             Interrupted: the flag given to `interrupt_with` was set.
             EdgeloraError: llama.cpp failed, with its reason.
         """
         batch = self._one if len(tokens) == 1 else self._chunk
-        code = llama().llama_decode(self.pointer, batch.fill(sequence, tokens, position))
+        code = llama().llama_decode(self.pointer, batch.fill(sequence, tokens, position, every=every))
         if code != DECODED:
             self._raise(code, sequence, len(tokens), position)
 
@@ -109,6 +130,10 @@ class Context:
     def logits(self) -> Any:
         """Pointer to the last decoded token's logits, float32 (n_vocab,), valid until the next decode."""
         return llama().llama_get_logits_ith(self.pointer, -1)
+
+    def all_logits(self, count: int) -> npt.NDArray[np.float32]:
+        """The logits of the last decode's `count` tokens, float32 (count, n_vocab), valid until the next one."""
+        return np.ctypeslib.as_array(llama().llama_get_logits(self.pointer), (count, self.n_vocab))
 
     def interrupt_with(self, flag: InterruptFlag | None) -> None:
         """The flag that gives up a running decode, or none."""

@@ -118,6 +118,12 @@ class Recipe:
         None, _optional(_COUNT), "optimizer steps between evaluations [default: save steps]", free_on_resume=True
     )
     logging_steps: int = _setting(10, _COUNT, "optimizer steps between lines of metrics.jsonl", free_on_resume=True)
+    certificate_probes: int = _setting(
+        8,
+        _whole(0, "a whole number, 0 or more"),
+        "prompts to record for `edgelora verify`, 0 for none",
+        free_on_resume=True,
+    )
 
     def __post_init__(self) -> None:
         problems = [

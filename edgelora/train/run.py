@@ -133,8 +133,8 @@ def _train(job: _Job, record: RunRecord, resume: bool, said: _Notes, log: Librar
     with _saying_what_is_kept(trainer):
         _fit(trainer, callback, checkpoint)
         report = _report(job, record, prepared, trainer, callback, said, began)
-        _save_adapter(job, trainer.model, prepared.contract, record, report)
-    return report
+        _save_adapter(job, trainer.model, prepared, record, report, said)
+    return replace(report, notes=tuple(said.kept))
 
 
 def _require_extra() -> None:
@@ -316,8 +316,10 @@ def _report(
     )
 
 
-def _save_adapter(job: _Job, model: Any, contract: Contract, record: RunRecord, report: TrainReport) -> None:
-    """PEFT's folder and the contract, whole or not at all."""
+def _save_adapter(
+    job: _Job, model: Any, prepared: _Prepared, record: RunRecord, report: TrainReport, said: _Notes
+) -> None:
+    """PEFT's folder and the contract with its certificate, whole or not at all."""
     from edgelora.train.trainer import save_peft
 
     training = {**job.recipe.to_dict(), **report.summary(), "data_sha256": record.data_sha256}
@@ -327,7 +329,27 @@ def _save_adapter(job: _Job, model: Any, contract: Contract, record: RunRecord, 
     model.peft_config["default"].base_model_name_or_path = job.base.reference
     with job.run.adapter_files() as folder:
         save_peft(model, folder)
-        contract.with_changes(training=known).save(folder)
+        contract = prepared.contract.with_changes(training=known)
+        contract.with_changes(certificate=_certificate(job, model, prepared, folder, said)).save(folder)
+
+
+def _certificate(job: _Job, model: Any, prepared: _Prepared, folder: Path, said: _Notes) -> str:
+    """Recorded on held-out rows where there are some, else on those of training; empty where none can be."""
+    from edgelora.train.certificate import RecordSettings, record, record_trained
+    from edgelora.train.probes import before_the_reply
+
+    if not job.recipe.certificate_probes:
+        return ""
+    said.note("recording the certificate for edgelora verify")
+    prompts = [before_the_reply(conversation) for conversation in job.eval_conversations or job.conversations]
+    place = placement(job.recipe)
+    settings = RecordSettings(job.recipe.certificate_probes, dtype=place.dtype_name, device=place.device)
+    try:
+        made = record_trained(model, prepared.tokenizer, prompts, prepared.contract, settings)
+        return (made or record(job.base.folder, folder, prompts, prepared.contract, settings)).encode()
+    except EdgeloraError as error:  # the adapter is made, and worth keeping
+        said.keep(f"no certificate: {error.message}")
+        return ""
 
 
 def _report_of(job: _Job, record: RunRecord, contract: Contract, said: _Notes) -> TrainReport:
