@@ -14,7 +14,7 @@ Rows of tied embeddings are trained for the output too; TRAINABLE_TOKENS repeats
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -23,14 +23,13 @@ from converters.checkpoint import Floats, Tensors
 from converters.methods.changes import Change, ModuleProblem, Replaced, Transformed
 from converters.methods.factored import recent
 from converters.methods.method import PREFIX, BaseShape, Whole, no_base
+from converters.methods.ties import OUTPUTS, alike, short_name
 from converters.peft_config import PeftConfig
 from converters.peft_settings import short
 
 WRAPPED, TOKEN_ADAPTER, TOKENS = ".base_layer", ".token_adapter", ".trainable_tokens_delta"
 COPIES = (".modules_to_save", ".original_module")
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
-# Embeddings to the output that is tied to them.
-OUTPUTS = {"embed_tokens": "lm_head", "wte": "lm_head", "word_embeddings": "lm_head", "embed_in": "embed_out"}
 
 
 def read_trained(
@@ -50,13 +49,15 @@ def read_trained(
     tokens = {_token_module(name): name for name in names if name.startswith(PREFIX) and name.endswith(TOKENS)}
     trained = _Trained(config, tensors, modules, tokens, shape_in_base)
     whole: dict[str, Replaced] = {}
+    stored: dict[str, str] = {}
     rows: list[Change] = []
     problems = []
     for name in names:
         try:
             change = None if name in tokens.values() else trained.whole(name)
-            if change and whole.setdefault(change.tensor, change) is not change:
-                raise ModuleProblem(f"is {change.tensor}, which is stored under another name too")
+            if change and stored.setdefault(change.tensor, name) != name:
+                raise ModuleProblem(f"is {change.tensor}, as {stored[change.tensor]}")
+            whole |= {change.tensor: change} if change else {}
         except ModuleProblem as problem:
             problems.append(f"{name}: {problem}")
     for module, name in tokens.items():
@@ -64,7 +65,11 @@ def read_trained(
             rows.append(trained.rows(module, whole))
         except ModuleProblem as problem:
             problems.append(f"{name}: {problem}")
-    return [*whole.values(), *rows], problems
+    tied = alike(tensors, {tensor.removesuffix(".weight"): name for tensor, name in stored.items()})
+    return [
+        *(replace(change, keeps_tie=change.tensor.removesuffix(".weight") in tied) for change in whole.values()),
+        *rows,
+    ], problems
 
 
 def _token_module(name: str) -> str:
@@ -109,7 +114,7 @@ class _Trained:
         module = owner.removesuffix(WRAPPED).removesuffix(TOKEN_ADAPTER)
         if module not in self.modules and module not in self.tokens:
             raise ModuleProblem("belongs to a layer that the adapter does not change")
-        if parameter == "bias" or (parameter == "weight" and _last(module) in EMBEDDINGS):
+        if parameter == "bias" or (parameter == "weight" and short_name(module) in EMBEDDINGS):
             return module
         raise ModuleProblem("a copy of a whole layer, which PEFT saves of embeddings only")
 
@@ -138,15 +143,10 @@ class _Trained:
 
     def _keeps_tie(self, module: str) -> bool:
         """Whether PEFT trains these rows for the embeddings and a tied output in common."""
-        others = [other for other in self.tokens if other != module]
-        if not others:
-            return _last(module) in OUTPUTS
-        if len(others) > 1 or OUTPUTS.get(_last(module), _last(module)) != OUTPUTS.get(
-            _last(others[0]), _last(others[0])
-        ):
-            return False
-        mine, theirs = (_load(self.tensors, self.tokens[each]) for each in (module, others[0]))
-        return self._indices(module) == self._indices(others[0]) and np.array_equal(mine, theirs)
+        if len(self.tokens) == 1:
+            return short_name(module) in OUTPUTS
+        same_tokens = all(self._indices(other) == self._indices(module) for other in self.tokens)
+        return same_tokens and module in alike(self.tensors, self.tokens)
 
     def _indices(self, module: str) -> list[int]:
         """`trainable_token_indices` (a list, or a list for each module), or `token_indices` of TRAINABLE_TOKENS."""
@@ -154,17 +154,13 @@ class _Trained:
         given = self.config.values.get("token_indices") if given is None else given
         if isinstance(given, dict):
             found = [ids for key, ids in given.items() if module.endswith(key)]
-            is_repeated = not found and len(given) == 1 and _last(module) in OUTPUTS.values()  # tied, and resized
+            is_repeated = not found and len(given) == 1 and short_name(module) in OUTPUTS.values()  # tied, and resized
             given = next(iter(given.values() if is_repeated else found), None)
         if not isinstance(given, list) or not all(type(item) is int and 0 <= item < 2**31 for item in given):
             raise ModuleProblem(f"{self.config.path.name} does not say which tokens these are ({short(given)})")
         if len(set(given)) != len(given):
             raise ModuleProblem(f"{self.config.path.name} names a token twice ({short(given)})")
         return given
-
-
-def _last(module: str) -> str:
-    return module.rpartition(".")[2]
 
 
 def _load(tensors: Tensors, name: str) -> Floats:

@@ -334,6 +334,18 @@ def test_rows_come_after_the_whole_whatever_the_order_in_the_file(tmp_path: Path
             assert np.flatnonzero(applied(rows, whole.load()).any(axis=1)).tolist() == [2, 21]
 
 
+@pytest.mark.parametrize("row", [None, 0, 4999])
+def test_embeddings_and_an_output_of_the_same_values_keep_their_tie(row: int | None, tmp_path: Path) -> None:
+    values = np.random.default_rng(3).standard_normal((5000, 3)).astype(np.float32)
+    output = values.copy()
+    if row is not None:
+        output[row, 1] += 1
+    arrays = {f"base_model.model.{EMBED}.weight": values, "base_model.model.lm_head.weight": output}
+    with read_arrays(tmp_path, "LORA", {}, arrays) as reading:
+        assert not reading.problems
+        assert [isinstance(change, Replaced) and change.keeps_tie for change in reading.changes] == [row is None] * 2
+
+
 def test_psoft_is_refused_with_what_to_do() -> None:
     assert METHODS["PSOFT"].read is None
     assert "merge_and_unload" in METHODS["PSOFT"].refusal

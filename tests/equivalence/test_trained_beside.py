@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from converters.checkpoint import Tensors
-from converters.methods import METHODS, Change, LowRank, Reading, Replaced, read_modules
+from converters.methods import METHODS, Change, LowRank, Reading, Replaced, Shifted, read_modules
 from converters.peft_config import read_peft_config
 from converters.safetensors_file import read_tensors
 from tests.converters.folders import write_json
@@ -66,6 +66,9 @@ CASES: Mapping[str, Beside] = {
     "both": Beside({"modules_to_save": ["embed_tokens", "lm_head"]}, (HEAD, EMBED)),
     "tied output": Beside({"modules_to_save": ["lm_head"]}, (HEAD,), model="qwen2-tied", is_untied=True),
     "tied embeddings": Beside({"modules_to_save": ["embed_tokens"]}, (EMBED,), model="qwen2-tied", is_untied=True),
+    "tied embeddings, kept so": Beside(
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, (HEAD, EMBED), model="qwen2-tied"
+    ),
     "norms": Beside({"modules_to_save": ["input_layernorm", "model.norm"]}, (f"{LAYER}input_layernorm.weight", NORM)),
     "a whole mlp": Beside(
         {"modules_to_save": ["mlp"]}, tuple(f"{LAYER}mlp.{name}_proj.weight" for name in ("down", "gate", "up"))
@@ -184,7 +187,7 @@ def apply(model: Any, change: Change) -> None:
     before = getattr(module, parameter).detach().numpy()
     after = changed(change, before)
     assert isinstance(change, Replaced) or after.shape == before.shape
-    is_shared = not isinstance(change, Replaced) and getattr(change, "keeps_tie", False)
+    is_shared = not isinstance(change, Shifted) and change.keeps_tie
     if is_shared and change.tensor in EMBEDDINGS and model.lm_head.weight is module.weight:
         model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(after.copy()))
     setattr(module, parameter, torch.nn.Parameter(torch.from_numpy(after)))
@@ -227,8 +230,8 @@ def test_changes(name: str, bases: Mapping[str, Path], tmp_path: Path) -> None:
     assert outside_of_later_layers(whole) == tuple(sorted(case.replaced))
     assert tuple(sorted(change.tensor for change in rows)) == tuple(sorted(case.rows))
     assert [change.tensor for change in beside[: len(whole)]] == whole, "rows go into what is whole already"
-    if case.model in ("qwen2-tied", "gpt2") and rows:
-        assert {change.keeps_tie for change in rows} == {not case.is_untied}  # type: ignore[union-attr]
+    if case.model in ("qwen2-tied", "gpt2") and case.config != "LNTuningConfig":
+        assert {change.keeps_tie for change in beside if not isinstance(change, Shifted)} == {not case.is_untied}
 
 
 @pytest.mark.parametrize("name", ["tokens", "trainable tokens", "tokens of both"])
