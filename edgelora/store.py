@@ -2,38 +2,34 @@
 
 The store is one folder (`EDGELORA_HOME`, else `$XDG_DATA_HOME/edgelora`, else `~/.local/share/edgelora`):
 
-    index.sqlite     the GGUF bases this machine has, by path, with their fingerprints
+    index.sqlite     bases and adapters of this machine: what `convert` made, what was added, what was looked at
     adapters/        GGUF adapters made on the fly from PEFT folders, named by content
 
-The index is a cache and an address book: entries whose file moved or changed are looked at again or ignored, and
-deleting the folder loses nothing but that.
+The index is a cache and an address book: entries whose file changed are looked at again, a file that moved is known
+again where it is seen next, and deleting the folder loses nothing but what `edgelora add` was told.
 """
 
 from __future__ import annotations
 
 import os
-import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from converters.errors import ConversionError
+from converters.detect import SourceKind
+from edgelora.base_search import BASE_VARIABLE as BASE_VARIABLE
+from edgelora.base_search import FoundBase as FoundBase
+from edgelora.base_search import find_base
 from edgelora.contract import Contract
-from edgelora.errors import BaseNotFoundError, EdgeloraError, ModelFileError
+from edgelora.discovery import SOURCES
+from edgelora.entry import Entry, examine, place_of, state_of
+from edgelora.errors import ModelFileError
+from edgelora.store_index import Index, Move
 
-BASE_VARIABLE = "EDGELORA_BASE"
 HOME_VARIABLE = "EDGELORA_HOME"
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS bases (
-    path        TEXT PRIMARY KEY,
-    size_bytes  INTEGER NOT NULL,
-    mtime_ns    INTEGER NOT NULL,
-    fingerprint TEXT NOT NULL,
-    registered  INTEGER NOT NULL DEFAULT 0
-)
-"""
+CONVERTED, ADDED, ON_THE_FLY = "convert", "added", "made on the fly"
+Looking = Callable[[Path], None]  # told of each file before it is opened for the first time
 
 
 def default_folder() -> Path:
@@ -43,19 +39,27 @@ def default_folder() -> Path:
     return (Path(data_home) if data_home else Path.home() / ".local" / "share") / "edgelora"
 
 
-@dataclass(frozen=True)
-class FoundBase:
-    """A base file and how it was found, for the notice on stderr."""
-
-    path: Path
-    how: str
-
-
 class Store:
-    """The store in `folder`; nothing is created before something is written."""
+    """The store in `folder`; nothing is created before something is written.
+
+    Attributes:
+        notices: what should be told of the index and of files that could not be looked at.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or default_folder()
+        self._index = Index(self.folder)
+        self._notices: list[str] = []
+
+    @property
+    def notices(self) -> list[str]:
+        return [*self._index.notices, *self._notices]
+
+    def notice(self, text: str) -> None:
+        if text not in self._notices:
+            self._notices.append(text)
+
+    # Adapters made on the fly
 
     def adapter_path(self, content_hash: str) -> Path:
         """Where the GGUF made from a PEFT folder with this content belongs."""
@@ -66,191 +70,161 @@ class Store:
         try:
             (self.folder / "adapters").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise self._unusable(error) from None
+            raise ModelFileError(
+                f"the store at {self.folder} cannot be used ({error})",
+                hint=f"Name another folder with {HOME_VARIABLE}.",
+            ) from None
+
+    # Remembering
 
     def register(self, path: Path) -> str:
-        """Remember a GGUF base; its fingerprint is returned."""
+        """Remember a GGUF base that `convert` wrote; its fingerprint is returned.
+
+        Raises:
+            ConversionError: not a base that can be read.
+            ModelFileError: the index cannot be written.
+        """
         fingerprint = self.fingerprint(path)
-        self._remember(path.resolve(), path.stat(), fingerprint)
-        with self._writing() as connection:
-            connection.execute("UPDATE bases SET registered = 1 WHERE path = ?", (str(path.resolve()),))
+        self.remember([replace(self.look(path), origin=CONVERTED)])
         return fingerprint
 
-    def registered_bases(self) -> list[Path]:
-        """The remembered bases that are still there, the newest file first; none where the index cannot be read.
+    def register_adapter(self, path: Path) -> None:
+        """Remember an adapter that `convert` wrote.
 
-        The index is a cache: what is lost with it is found again by the next `convert`.
+        Raises:
+            ModelFileError: not an adapter that can be read, or the index cannot be written.
         """
+        entry = self.look(path)
+        if not entry.is_adapter:
+            raise ModelFileError(entry.problem or f"{path} is a base, not an adapter")
+        self.remember([replace(entry, origin=CONVERTED)])
+
+    def remember(self, entries: Iterable[Entry]) -> None:
+        """Write entries into the index; what moved with one of them is known again.
+
+        Raises:
+            ModelFileError: the index cannot be written.
+        """
+        for move in self._index.remember(entries):
+            self._follow(move)
+
+    def forget(self, paths: Iterable[Path]) -> None:
+        """Raises:
+        ModelFileError: the index cannot be written.
+        """
+        self._index.forget(paths)
+
+    # Looking
+
+    def look(self, path: Path) -> Entry:
+        """What is at `path`, from the index where nothing changed; what cannot be used has a `problem`."""
+        return self.look_all([path])[0]
+
+    def look_all(self, paths: Iterable[Path], looking: Looking | None = None) -> list[Entry]:
+        known = {entry.path: entry for entry in self.remembered()}
+        entries, fresh = [], []
+        for place in map(place_of, paths):
+            entry = known.get(place)
+            if entry is None or not entry.content or entry.state != state_of(place):
+                if looking:
+                    looking(place)
+                entry = replace(examine(place), origin=entry.origin if entry else "")
+                fresh.append(entry)
+            entries.append(entry)
+        if readable := [entry for entry in fresh if entry.content]:
+            with suppress(ModelFileError):  # a store that cannot be written only costs the next start some time
+                self.remember(readable)
+        return entries
+
+    def _follow(self, move: Move) -> None:
+        """Where a file moved together with its folder, look for what else was in it."""
+        old, new = _roots(move)
+        gone = [entry.path for entry in self.registered() if old in entry.path.parents and not entry.is_there]
+        others = [new / path.relative_to(old) for path in gone]
+        self.look_all(path for path in others if path.exists())
+
+    def remembered(self) -> list[Entry]:
+        """Everything in the index, also what was only looked at; nothing where it cannot be read."""
         with suppress(ModelFileError):
-            return self._registered_bases()
+            return list(self._index.entries().values())
         return []
 
-    def _registered_bases(self) -> list[Path]:
-        with self._reading() as connection:
-            rows = connection.execute("SELECT path FROM bases WHERE registered = 1 ORDER BY mtime_ns DESC").fetchall()
-        return [path for (text,) in rows if (path := Path(text)).is_file()]
+    def registered(self) -> list[Entry]:
+        """What `convert` wrote and what was added, also what is gone by now; the newest file first."""
+        entries = [entry for entry in self.remembered() if entry.origin]
+        return sorted(entries, key=lambda entry: _time_of(entry.path), reverse=True)
+
+    def registered_bases(self) -> list[Path]:
+        """The registered GGUF bases that are still there, the newest first; none where the index cannot be read."""
+        return [entry.path for entry in self.registered() if entry.kind is SourceKind.GGUF_BASE and entry.is_there]
+
+    def known(self, looking: Looking | None = None) -> list[Entry]:
+        """Everything registered (also what is gone), made on the fly, or found in other programs' folders, each once.
+
+        Raises:
+            ModelFileError: the index was written by a newer edgelora, or cannot be read.
+        """
+        self._index.entries()
+        registered = self.registered()
+        there = self.look_all([entry.path for entry in registered if entry.is_there], looking)
+        own = sorted((self.folder / "adapters").glob("*.gguf"))
+        groups = [(ON_THE_FLY, "", path) for path in own]
+        groups += [(s.origin, found.name, found.path) for s in SOURCES for found in s.found(self.notice)]
+        looked = self.look_all([path for _, _, path in groups], looking)
+        found = [replace(entry, origin=entry.origin or origin, name=name or entry.name)
+                 for entry, (origin, name, _) in zip(looked, groups, strict=True)]  # fmt: skip
+        gone = [entry for entry in self.registered() if not entry.is_there]
+        self._forget_stale()
+        return [*_each_once([*there, *found]), *gone]
+
+    def _forget_stale(self) -> None:
+        """What was only looked at, and is gone, is not kept."""
+        if stale := [entry.path for entry in self.remembered() if not entry.origin and not entry.is_there]:
+            with suppress(ModelFileError):
+                self.forget(stale)
 
     def fingerprint(self, path: Path) -> str:
-        """`converters.fingerprint` of a base, computed once for each state of the file.
+        """`converters.fingerprint` of a base, computed once for each state of its files.
 
         Raises:
             ConversionError: not a base that can be read.
         """
         from converters.fingerprint import fingerprint
 
-        path = path.resolve()
-        if path.is_dir():
-            return fingerprint(path)
-        stat = path.stat()
-        with suppress(ModelFileError):
-            if known := self._lookup(path, stat):
-                return known
-        computed = fingerprint(path)
-        with suppress(ModelFileError):  # a store that cannot be written only costs the next start some time
-            self._remember(path, stat, computed)
-        return computed
-
-    def _remember(self, path: Path, stat: os.stat_result, fingerprint: str) -> None:
-        with self._writing() as connection:
-            connection.execute(
-                "INSERT INTO bases (path, size_bytes, mtime_ns, fingerprint) VALUES (?, ?, ?, ?) "
-                "ON CONFLICT (path) DO UPDATE SET size_bytes = excluded.size_bytes, mtime_ns = excluded.mtime_ns, "
-                "fingerprint = excluded.fingerprint",
-                (str(path), stat.st_size, stat.st_mtime_ns, fingerprint),
-            )
-
-    def _lookup(self, path: Path, stat: os.stat_result) -> str:
-        with self._reading() as connection:
-            row = connection.execute(
-                "SELECT fingerprint FROM bases WHERE path = ? AND size_bytes = ? AND mtime_ns = ?",
-                (str(path), stat.st_size, stat.st_mtime_ns),
-            ).fetchone()
-        return str(row[0]) if row else ""
+        entry = self.look(path)
+        return entry.fingerprint if entry.is_base and entry.fingerprint else fingerprint(path)
 
     def find_base(self, contract: Contract | None, adapter: Path) -> FoundBase:
         """The base that `adapter` was made for.
 
-        Looked at in this order: `EDGELORA_BASE`, the GGUF files beside the adapter, the bases remembered here. An
-        adapter without a contract does not say what it fits: then `EDGELORA_BASE`, or the only base beside it, is
-        taken on trust (the engine still checks every shape).
+        Looked at in this order: `EDGELORA_BASE`, the GGUF files beside the adapter, the bases registered here, those
+        in the folders of other programs (`discovery.SOURCES`). An adapter without a contract does not say what it
+        fits: then `EDGELORA_BASE`, or the only base beside it, is taken on trust (the engine still checks every shape).
 
         Raises:
             BaseNotFoundError: nothing fits; the message says what is wanted, what was looked at and what to run.
         """
-        looked = _unusable_variable()
-        candidates = list(self._candidates(adapter))
-        if contract is None or not contract.base_fingerprint:
-            trusted = [c for c in candidates if c.how != _HOW_STORE]
-            if len(trusted) == 1 or (trusted and trusted[0].how == _HOW_VARIABLE):
-                return trusted[0]
-            looked += [str(c.path) for c in trusted]
-        else:
-            for candidate in candidates:
-                fits, note = self._fits(candidate.path, contract.base_fingerprint)
-                if fits:
-                    return candidate
-                looked.append(f"{candidate.path} ({note})")
-        raise _not_found(adapter, contract, looked)
-
-    def _candidates(self, adapter: Path) -> Iterator[FoundBase]:
-        seen: set[Path] = {adapter.resolve()}
-        groups = [
-            (_HOW_VARIABLE, _from_variable()),
-            (_HOW_BESIDE, _gguf_beside(adapter)),
-            (_HOW_STORE, self.registered_bases()),
-        ]
-        for how, paths in groups:
-            for path in paths:
-                if path.resolve() not in seen and _is_base(path):
-                    seen.add(path.resolve())
-                    yield FoundBase(path, how)
-
-    def _fits(self, path: Path, fingerprint: str) -> tuple[bool, str]:
-        try:
-            found = self.fingerprint(path)
-        except (ConversionError, EdgeloraError, OSError) as error:
-            return False, str(error)
-        return found == fingerprint, f"fingerprint {found[:12]}"
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """The index, read-only; an empty one where there is none yet."""
-        path = self.folder / "index.sqlite"
-        try:
-            if path.is_file():
-                source = f"{path.resolve().as_uri()}?mode=ro"
-                with closing(sqlite3.connect(source, uri=True, timeout=30)) as connection:
-                    yield connection
-            else:
-                with closing(sqlite3.connect(":memory:")) as connection:
-                    connection.execute(_SCHEMA)
-                    yield connection
-        except sqlite3.Error as error:
-            raise self._unusable(error) from None
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        path = self.folder / "index.sqlite"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(path, timeout=30)) as connection, connection:
-                connection.execute(_SCHEMA)
-                yield connection
-        except (OSError, sqlite3.Error) as error:
-            raise self._unusable(error) from None
-
-    def _unusable(self, error: Exception) -> ModelFileError:
-        return ModelFileError(
-            f"the store at {self.folder} cannot be used ({error})",
-            hint=f"Name another folder with {HOME_VARIABLE}, or delete index.sqlite in it to start again.",
-        )
+        return find_base(self, contract, adapter)
 
 
-_HOW_VARIABLE = f"named by {BASE_VARIABLE}"
-_HOW_BESIDE = "found beside the adapter"
-_HOW_STORE = "known from an earlier convert"
+def _each_once(entries: Iterable[Entry]) -> list[Entry]:
+    """The first of those that are one file behind links."""
+    seen: dict[Path, Entry] = {}
+    for entry in entries:
+        seen.setdefault(entry.path.resolve(), entry)
+    return list(seen.values())
 
 
-def _unusable_variable() -> list[str]:
-    return [f"{path}, {_HOW_VARIABLE} (not a GGUF base)" for path in _from_variable() if not _is_base(path)]
+def _roots(move: Move) -> tuple[Path, Path]:
+    """The outermost folders that a move can be explained by: what both paths end in is taken off."""
+    old, new = move.old, move.new
+    while old.name == new.name and old.name:
+        old, new = old.parent, new.parent
+    return old, new
 
 
-def _from_variable() -> list[Path]:
-    value = os.environ.get(BASE_VARIABLE)
-    return [Path(value).expanduser()] if value else []
-
-
-def _gguf_beside(adapter: Path) -> list[Path]:
-    """GGUF files in the adapter's folder (for a PEFT folder: in it and beside it), the newest first."""
-    folders = [adapter, adapter.resolve().parent] if adapter.is_dir() else [adapter.resolve().parent]
-    found = [path for folder in folders for path in folder.glob("*.gguf") if path.is_file()]
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-
-
-def _is_base(path: Path) -> bool:
-    """Whether it can be opened as a base: of one in several parts, the first stands for all."""
-    from converters.reader import read_header
-
+def _time_of(path: Path) -> int:
     try:
-        if not path.is_file():
-            return False
-        header = read_header(path)
-        return header.kind == "base" and not header.metadata.get("split.no")
-    except ConversionError:
-        return False
-
-
-def _not_found(adapter: Path, contract: Contract | None, looked: list[str]) -> BaseNotFoundError:
-    if contract is None or not contract.base_fingerprint:
-        wants = f"{adapter} does not say which base it was made for"
-        hint = "Name it with --base BASE.gguf."
-    else:
-        name = contract.base_name or "its base"
-        wants = (
-            f"{adapter} was made for {name} (fingerprint {contract.base_fingerprint[:12]}), and no GGUF of it was found"
-        )
-        hint = f"Make one with `edgelora convert {name}`, or name it with --base BASE.gguf."
-    seen = "looked at: " + (
-        "; ".join(looked) if looked else "no other GGUF beside it, none known from an earlier convert"
-    )
-    return BaseNotFoundError(f"{wants}\n{seen}", hint=hint)
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -22,6 +22,7 @@ def own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     folder = tmp_path_factory.mktemp("store")
     monkeypatch.setenv("EDGELORA_HOME", str(folder))
     monkeypatch.delenv("EDGELORA_BASE", raising=False)
+    monkeypatch.setenv("EDGELORA_DISCOVERY", "0")  # nor from the models that other programs have on this machine
     return folder
 
 
