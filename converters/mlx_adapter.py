@@ -129,7 +129,7 @@ def _read(settings: MlxSettings, tensors: Tensors) -> MlxAdapter:
     is_full = settings.method == "full"
     modules = () if is_full else tuple(_modules(settings, tensors, names, problems))
     whole = tuple(_whole(tensors, names)) if is_full else ()
-    counted = Counter(each.name for each in (*modules, *whole))
+    counted = Counter([*(module.name for module in modules), *(tensor.name for tensor in whole)])
     problems += [f"{name}: is there {count} times" for name, count in counted.items() if count > 1]
     return MlxAdapter(
         method=METHODS.get(settings.method, settings.method),
