@@ -201,28 +201,64 @@ def prepare_adapter(source: Path, base: Path, options: AdapterOptions | None = N
     """
     options, source, base = options or AdapterOptions(), Path(source), Path(base)
     check_dtype(options.dtype)
-    with (
-        open_base(base) as known,
-        open_adapter(source, known, allow_bin=options.allow_bin, initial=options.initial) as read,
-    ):
-        adapter = against_base(read, known)
-        compiled = compile_changes(adapter.reading, known, rank=options.rank, max_error=options.max_error)
-        problems = [*compiled.problems, *missing_targets(adapter, known)]
-        _check(adapter, replace(compiled, problems=problems), known, options)
-        pairs = _shortened(adapter, compiled.pairs(known), options)
-        file = AdapterFile.of(known.family.architecture, pairs, options.dtype)
-        if file.problems:
-            raise refused(adapter.path, file.problems)
-        yield PreparedAdapter(
-            file=file,
-            keys={**_keys(adapter.path, known), **adapter.reading.metadata},
+    with open_base(base) as known, source_pairs(source, known, options) as (adapter, pairs, is_approximate):
+        yield prepared_pairs(
+            source,
+            known.family.architecture,
+            pairs,
+            options,
+            keys={**_keys(source, known), **adapter.reading.metadata},
             inputs=(*adapter.inputs, *(base.iterdir() if base.is_dir() else [base])),
             method=adapter.method,
             base_name=known.name,
             base_fingerprint=known.fingerprint,
-            is_approximate=compiled.is_approximate or bool(file.residual_energy),
+            is_approximate=is_approximate,
             targets=tuple(sorted({_kind(change) for change in adapter.reading.changes})),
         )
+
+
+@contextmanager
+def source_pairs(
+    source: Path, base: AdaptedBase, options: AdapterOptions
+) -> Iterator[tuple[AdapterSource, tuple[Pair, ...], bool]]:
+    """An adapter folder, its pairs on a base, and whether they are approximate.
+
+    Raises:
+        ConversionError: see `prepare_adapter`.
+    """
+    with open_adapter(source, base, allow_bin=options.allow_bin, initial=options.initial) as read:
+        adapter = against_base(read, base)
+        compiled = compile_changes(adapter.reading, base, rank=options.rank, max_error=options.max_error)
+        problems = [*compiled.problems, *missing_targets(adapter, base)]
+        _check(adapter, replace(compiled, problems=problems), base, options)
+        yield adapter, tuple(compiled.pairs(base)), compiled.is_approximate
+
+
+def prepared_pairs(
+    source: Path,
+    architecture: str,
+    pairs: Sequence[Pair],
+    options: AdapterOptions,
+    *,
+    keys: Mapping[str, Value],
+    inputs: tuple[Path, ...],
+    method: str,
+    base_name: str,
+    base_fingerprint: str,
+    is_approximate: bool,
+    targets: tuple[str, ...] = (),
+) -> PreparedAdapter:
+    """Pairs cut to the rank that was asked for, and looked at in the type that they will have.
+
+    Raises:
+        UnsupportedAdapterError: values that cannot be stored, or a rank that is too low for the error.
+    """
+    check_dtype(options.dtype)
+    file = AdapterFile.of(architecture, _shortened(source, pairs, options), options.dtype)
+    if file.problems:
+        raise refused(source, file.problems)
+    is_lossy = is_approximate or bool(file.residual_energy)
+    return PreparedAdapter(file, keys, inputs, method, base_name, base_fingerprint, is_lossy, targets)
 
 
 def _kind(change: Change) -> str:
@@ -299,7 +335,7 @@ def refused(path: Path, problems: Sequence[str]) -> UnsupportedAdapterError:
     )
 
 
-def _shortened(adapter: AdapterSource, pairs: Sequence[Pair], options: AdapterOptions) -> tuple[Pair, ...]:
+def _shortened(source: Path, pairs: Sequence[Pair], options: AdapterOptions) -> tuple[Pair, ...]:
     """Pairs of at most the rank asked for.
 
     Raises:
@@ -315,7 +351,7 @@ def _shortened(adapter: AdapterSource, pairs: Sequence[Pair], options: AdapterOp
     ]
     if rough:
         raise UnsupportedAdapterError(
-            f"{adapter.path}: rank {options.rank} is too low for an error of {options.max_error:.1%}:{listed(rough)}",
+            f"{source}: rank {options.rank} is too low for an error of {options.max_error:.1%}:{listed(rough)}",
             hint="Give a higher --rank, or accept a larger error with --max-error (0.2 is 20%).",
         )
     return _in_order(cut)

@@ -15,6 +15,9 @@ from converters.checkpoint import Tensors, missing_weights
 from converters.errors import FormatError, MissingFileError, UnsupportedAdapterError
 from converters.initialisation import Weight
 from converters.methods import METHODS, Reading, read_modules
+from converters.mlx_adapter import open_mlx
+from converters.mlx_config import detect_mlx
+from converters.mlx_reading import read_mlx
 from converters.peft_config import PeftConfig, read_peft_config
 from converters.placement import shape_in_base
 from converters.safetensors_file import read_tensors
@@ -68,6 +71,11 @@ def open_adapter(
         UnsupportedAdapterError: of a method that is no change of weights, or unknown.
         ConversionError: files that are missing or broken.
     """
+    if detect_mlx(path):
+        with open_mlx(path) as adapter:
+            inputs = tuple(file for file in path.iterdir() if file.is_file())
+            yield AdapterSource(path, f"MLX {adapter.method}", read_mlx(adapter, base), adapter.base_model, inputs)
+        return
     config = read_peft_config(path)
     with _open(path, allow_bin=allow_bin) as tensors:
         source = _read(path, config, tensors, base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from pathlib import Path
 
-from converters.checkpoint import PICKLES, missing_weights, pickles_in
+from converters.checkpoint import PICKLES, pickles_in
 from converters.errors import ConversionError, FormatError, MissingFileError, UnsupportedError
 from converters.reader import MAGIC, read_header
 
@@ -62,8 +62,6 @@ def detect(path: Path) -> SourceKind:
 
 def _detect_folder(folder: Path) -> SourceKind:
     if (folder / "adapter_config.json").is_file():
-        if not (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_model.bin").is_file():
-            raise missing_weights(folder, "adapter_model.safetensors")
         return SourceKind.PEFT_ADAPTER
     if (folder / "config.json").is_file():
         return SourceKind.HF_BASE

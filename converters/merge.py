@@ -22,12 +22,14 @@ from converters.base import plan_base
 from converters.base_file import BaseFile
 from converters.block_types import TYPES
 from converters.checkpoint import Checkpoint, Floats
-from converters.edits import Edits, edited_base, edits_of, joined
+from converters.edits import Edits, edited_base, edits_of, joined, pair_edits
 from converters.errors import UnsupportedAdapterError, listed
 from converters.fingerprint import MERGED, is_norm, merged_fingerprint
+from converters.gguf_adapter import open_gguf_adapter
 from converters.job import BaseReport, Job
 from converters.options import QuantizeOptions
-from converters.quant_types import tensor_order
+from converters.quant_types import RECIPES, tensor_order
+from converters.reader import RawValue
 from converters.requantize import plan_as_it_is, plan_requantize
 from converters.stream import Progress, Source
 from converters.writer import TensorSpec, Value
@@ -58,7 +60,8 @@ class Merged:
         digest = hashlib.sha256()
         for file in sorted(self.path.iterdir() if self.path.is_dir() else [self.path]):
             if file.is_file() and file.suffix in HASHED and not file.name.startswith("edgelora"):
-                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+                with open(file, "rb") as opened:
+                    digest.update(file.name.encode() + b"\0" + hashlib.file_digest(opened, "sha256").digest())
         return f"{self.path.resolve().name}@{self.scale:g} sha256:{digest.hexdigest()}"
 
 
@@ -68,6 +71,7 @@ def merge(
     out: Path,
     options: QuantizeOptions | None = None,
     *,
+    keep_types: bool = False,
     metadata: Mapping[str, Value] | None = None,
     progress: Progress | None = None,
     force: bool = False,
@@ -78,7 +82,8 @@ def merge(
     Args:
         base: a Hugging Face folder, or a GGUF file (then dequantized, changed and quantized again).
         out: the GGUF file to write.
-        options: of its quantization; None keeps the types of a GGUF base, and is `QuantizeOptions()` for a folder.
+        options: of its quantization; None is `QuantizeOptions()` for a folder, and keeps the types of a GGUF base.
+        keep_types: of a GGUF base, whatever quantization the options name.
         metadata: more keys for the file; they win.
 
     Raises:
@@ -92,11 +97,21 @@ def merge(
             edits = joined([edits, stack.enter_context(_edits(edited_base(known, edits), adapter))])
         labels = [*known.merged, *(adapter.label for adapter in adapters)]
         keys: dict[str, Value] = {MERGED: labels, **(metadata or {})}
-        job = stack.enter_context(_job(known, edits, options, keys))
+        keeps = (keep_types or options is None) and not known.path.is_dir()
+        quantize = options or QuantizeOptions()
+        plan = _as_it_is if keeps else _job
+        job = stack.enter_context(plan(known, edits, quantize, keys))
         inputs = (*job.inputs, *(file for adapter in adapters for file in _files(adapter.path)))
         job = replace(_edited(job, known, edits, labels), inputs=inputs)
-        quantize = options or QuantizeOptions(quant="f32")
-        return job.run(Path(out), quantize, progress=progress, force=force, dry_run=dry_run)
+        report = job.run(Path(out), quantize, progress=progress, force=force, dry_run=dry_run)
+        return replace(report, quant=_quantization(job.metadata)) if keeps else report
+
+
+def _quantization(metadata: Mapping[str, Value]) -> str:
+    """The name of a file's recipe; "mixed" where it has none."""
+    value = metadata.get("general.file_type")
+    number = value.decode() if isinstance(value, RawValue) else value
+    return next((name for name, recipe in RECIPES.items() if recipe.file_type == number), "mixed")
 
 
 def _files(path: Path) -> list[Path]:
@@ -105,34 +120,50 @@ def _files(path: Path) -> list[Path]:
 
 @contextmanager
 def _edits(base: AdaptedBase, adapter: Merged) -> Iterator[Edits]:
+    if not adapter.path.is_dir():
+        with open_gguf_adapter(adapter.path) as file:
+            edits = pair_edits(file.pairs, base, adapter.scale)
+            _check(adapter.path, base, [*edits.problems, *_other_architecture(file.header.architecture, base)], "")
+            yield edits
+        return
     with open_adapter(adapter.path, base, allow_bin=adapter.allow_bin, initial=adapter.initial) as read:
         source = against_base(read, base)
         edits = edits_of(source.reading, base, adapter.scale)
-        problems = [*edits.problems, *missing_targets(source, base)]
-        if problems:
-            raise UnsupportedAdapterError(
-                f"{adapter.path}: cannot be merged into {base.name}:{listed(problems)}",
-                hint=f"Nothing was written. The adapter names {source.base_model or 'no base'}.",
-            )
+        _check(adapter.path, base, [*edits.problems, *missing_targets(source, base)], source.base_model)
         yield edits
 
 
+def _other_architecture(architecture: str, base: AdaptedBase) -> list[str]:
+    own = base.family.architecture
+    return [] if architecture == own else [f"it is for {architecture}, and the base is {own}"]
+
+
+def _check(path: Path, base: AdaptedBase, problems: Sequence[str], wanted: str) -> None:
+    if problems:
+        raise UnsupportedAdapterError(
+            f"{path}: cannot be merged into {base.name}:{listed(problems)}",
+            hint=f"Nothing was written. The adapter names {wanted or 'no base'}.",
+        )
+
+
 @contextmanager
-def _job(
-    base: AdaptedBase, edits: Edits, options: QuantizeOptions | None, metadata: Mapping[str, Value]
-) -> Iterator[Job]:
+def _job(base: AdaptedBase, edits: Edits, options: QuantizeOptions, metadata: Mapping[str, Value]) -> Iterator[Job]:
     """The base's own conversion."""
+    asked = replace(options, untie=options.untie or edits.unties)
     if base.path.is_dir():
         with Checkpoint(base.path) as checkpoint:
-            asked = options or QuantizeOptions()
-            yield plan_base(checkpoint, replace(asked, untie=asked.untie or edits.unties), metadata)
-        return
+            yield plan_base(checkpoint, asked, metadata)
+    else:
+        with BaseFile(base.path) as file:
+            yield plan_requantize(file, replace(asked, allow_requantize=True), metadata)
+
+
+@contextmanager
+def _as_it_is(
+    base: AdaptedBase, edits: Edits, options: QuantizeOptions, metadata: Mapping[str, Value]
+) -> Iterator[Job]:
     with BaseFile(base.path) as file:
-        if options is None:
-            yield plan_as_it_is(file, metadata, untie=edits.unties)
-        else:
-            asked = replace(options, untie=options.untie or edits.unties, allow_requantize=True)
-            yield plan_requantize(file, asked, metadata)
+        yield plan_as_it_is(file, metadata, untie=options.untie or edits.unties)
 
 
 def _edited(job: Job, base: AdaptedBase, edits: Edits, labels: Sequence[str]) -> Job:

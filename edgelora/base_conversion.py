@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgelora.base_settings import BaseSettings
 from edgelora.calibration_text import CalibrationText, read_calibration
@@ -25,6 +25,7 @@ from edgelora.template import ChatTemplate, resolve
 if TYPE_CHECKING:
     from converters.base import BaseReport
     from converters.imatrix import ImportanceMatrix
+    from converters.merge import Merged
     from converters.options import QuantizeOptions
     from converters.plan import Plan
     from edgelora.engine.perplexity import PerplexityChange
@@ -88,6 +89,7 @@ class _Conversion:
     threads: int | None
     force: bool
     progress: BaseProgress
+    merged: tuple[Merged, ...] = ()
 
     def options(self, imatrix: ImportanceMatrix | None) -> QuantizeOptions:
         from converters.options import QuantizeOptions
@@ -121,18 +123,15 @@ class _Conversion:
         self, options: QuantizeOptions, *, progress: BytesProgress | None = None, force: bool, dry_run: bool
     ) -> BaseReport:
         from converters.base import convert_base
+        from converters.merge import merge
         from converters.requantize import requantize
 
+        how: dict[str, Any] = {"metadata": self.metadata, "progress": progress, "force": force, "dry_run": dry_run}
+        if self.merged:
+            keeps = self.settings.keeps_types
+            return merge(self.source, self.merged, self.target, options, keep_types=keeps, **how)
         make = convert_base if self.source.is_dir() else requantize
-        return make(
-            self.source,
-            self.target,
-            options=options,
-            metadata=self.metadata,
-            progress=progress,
-            force=force,
-            dry_run=dry_run,
-        )
+        return make(self.source, self.target, options=options, **how)
 
 
 def convert_base_source(
@@ -143,19 +142,24 @@ def convert_base_source(
     *,
     threads: int | None = None,
     chat_template: str | None = None,
+    merged: tuple[Merged, ...] = (),
+    template: str = "",
     force: bool = False,
     progress: BaseProgress | None = None,
 ) -> BaseReport:
     """Make a GGUF file of a model folder or of another GGUF file, and remember it.
 
+    Args:
+        merged: adapters to merge into it, which fit it; `template` is the chat template that they bring.
+
     Raises:
         ConversionError, EdgeloraError: what is wrong; nothing is left behind.
     """
     inputs = read_inputs(settings)
-    template = ChatTemplate(resolve(chat_template)) if chat_template else None
-    metadata: dict[str, Value] = {"tokenizer.chat_template": template.source} if template else {}
+    chosen = ChatTemplate(resolve(chat_template)) if chat_template else ChatTemplate(template) if template else None
+    metadata: dict[str, Value] = {"tokenizer.chat_template": chosen.source} if chosen else {}
     conversion = _Conversion(
-        source, target, settings, inputs, store, metadata, template, threads, force, progress or BaseProgress()
+        source, target, settings, inputs, store, metadata, chosen, threads, force, progress or BaseProgress(), merged
     )
     adapter = None
     if settings.dry_run or inputs.texts:
@@ -360,7 +364,7 @@ def _calibration_adapter(conversion: _Conversion) -> Path | None:
         ConversionError, ModelFileError: it is no adapter, or another base's.
     """
     from converters.detect import SourceKind, detect
-    from edgelora.conversion import adapter_from_folder
+    from edgelora.adapter_conversion import adapter_from_folder
     from edgelora.resolution import contract_of
 
     path, source, store = conversion.settings.calibrate_adapter, conversion.source, conversion.store

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgelora.adapter_ref import AdapterRef
 from edgelora.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class BaseSettings:
         split_max_size: of each file ("2G"), `split_max_tensors` in each.
         check: text to compare the perplexity before and after on (`base_conversion.check_perplexity`); `check_chunks`
             limits its windows.
+        merge: adapters to merge into it, one after another; a GGUF base then keeps its types where `quant` is None.
         dry_run: plan, measure and write nothing.
     """
 
@@ -52,7 +54,14 @@ class BaseSettings:
     split_max_tensors: int = 0
     check: Path | None = None
     check_chunks: int | None = None
+    merge: tuple[AdapterRef, ...] = ()
     dry_run: bool = False
+
+    @property
+    def keeps_types(self) -> bool:
+        """Nothing was said about the types of tensors: a GGUF base that adapters are merged into keeps its own."""
+        named = (self.quant, self.tensor_types, self.output_type, self.embedding_type, self.pure, self.imatrix)
+        return bool(self.merge) and not any(named) and not self.calibrate
 
     @property
     def quant_name(self) -> str:

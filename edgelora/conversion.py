@@ -1,27 +1,21 @@
-"""`edgelora convert` as a function: what SOURCE is, where OUT goes, the contract inside, and the store told.
-
-The bytes are the work of `converters`; this module adds what only edgelora knows, the contract.
-"""
+"""`edgelora convert` as a function: what SOURCE is, and where OUT goes."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from converters.errors import ConversionError
+from edgelora.adapter_conversion import AdapterRequest, blend, convert_adapter_source, merged_adapters
+from edgelora.adapter_ref import AdapterRef
+from edgelora.adapter_settings import AdapterSettings
 from edgelora.base_conversion import BaseProgress, convert_base_source
 from edgelora.base_settings import BaseSettings
-from edgelora.contract import FILE_NAME, GOLDEN_MESSAGES, Contract
-from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError, SettingsError
-from edgelora.messages import Message
+from edgelora.errors import ModelFileError, SettingsError
 from edgelora.store import Store
-from edgelora.template import ChatTemplate, resolve
-from edgelora.version import __version__
 
 if TYPE_CHECKING:
     from converters.adapter import AdapterReport
@@ -41,6 +35,7 @@ class ConvertOptions:
         chat_template: a built-in name or a Jinja file, instead of the source's own.
         threads: cores to quantize on; None is all that the process may use.
         force: replace OUT where it exists, and convert an adapter against a base it was not made for.
+        adapter: everything about the conversion of an adapter.
     """
 
     quant: str | None = None
@@ -49,6 +44,11 @@ class ConvertOptions:
     chat_template: str | None = None
     threads: int | None = None
     force: bool = False
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+
+    @property
+    def adapter_request(self) -> AdapterRequest:
+        return AdapterRequest(self.adapter, self.base, self.chat_template, self.force)
 
     @property
     def base_settings(self) -> BaseSettings:
@@ -82,12 +82,7 @@ def convert(
     kind = detect(source)
     if kind in (SourceKind.HF_BASE, SourceKind.GGUF_BASE):
         return _convert_base(source, out, options, store, BaseProgress(progress, measured, prepared))
-    if kind is SourceKind.PEFT_ADAPTER:
-        return _convert_adapter(source, out, options, store, progress)
-    raise ConversionError(
-        f"{source} is a GGUF adapter already",
-        hint="Give a base (a Hugging Face folder or a GGUF file), or the folder that PEFT wrote for an adapter.",
-    )
+    return _convert_adapter(source, out, options, store, progress)
 
 
 def _convert_base(
@@ -96,32 +91,60 @@ def _convert_base(
     if options.base:
         raise SettingsError(f"--base goes with an adapter, and {source} is a base")
     settings = options.base_settings
+    if given := [] if settings.merge else options.adapter.given():
+        raise SettingsError(f"{', '.join(given)}: for adapters, and {source} is a base")
+    merged, template = merged_adapters(settings.merge, source, options.adapter, store, force=options.force)
     return convert_base_source(
         source,
-        _target(out, f"{source_name(source)}-{settings.quant_name}.gguf"),
+        _target(out, _base_name(source, settings)),
         settings,
         store,
         threads=options.threads,
         chat_template=options.chat_template,
+        merged=merged,
+        template=template,
         force=options.force,
         progress=progress,
     )
 
 
+def _base_name(source: Path, settings: BaseSettings) -> str:
+    """NAME-QUANT.gguf; with what was merged into it, and without the quantization where it stays what it was."""
+    names = [source_name(source), *(adapter.name for adapter in settings.merge)]
+    if settings.keeps_types and not source.is_dir():
+        return "-".join([names[0], *names[1:], source.stem.removeprefix(names[0]).lstrip("-.")]).rstrip("-") + ".gguf"
+    return "-".join([*names, settings.quant_name]) + ".gguf"
+
+
 def _convert_adapter(
     source: Path, out: Path | str | None, options: ConvertOptions, store: Store, progress: Progress | None
 ) -> AdapterReport:
-    from converters.adapter import prepare_adapter
-
     if given := _given(options.base_settings):
         verb = "goes" if len(given) == 1 else "go"
         raise SettingsError(f"{', '.join(given)} {verb} with a base, and {source} is an adapter")
-    base = find_base(source, options.base, store)
-    contract = contract_for(source, base, store, chat_template=options.chat_template, force=options.force)
     target = _target(out, f"{source_name(source)}.gguf")
-    with prepare_adapter(source, base) as prepared:
-        contract = contract.with_changes(exactness=prepared.exactness())
-        return prepared.write(target, contract.to_metadata(), progress=progress, force=options.force)
+    return convert_adapter_source(source, target, options.adapter_request, store, progress=progress)
+
+
+def blend_adapters(
+    adapters: Sequence[AdapterRef],
+    out: Path | str | None,
+    options: ConvertOptions,
+    *,
+    way: str = "cat",
+    store: Store | None = None,
+    progress: Progress | None = None,
+) -> AdapterReport:
+    """One GGUF adapter of several, each at its scale; see `converters.blend`.
+
+    Raises:
+        SettingsError: options that go with a base.
+        ConversionError, EdgeloraError: adapters that cannot be blended.
+    """
+    if given := _given(options.base_settings):
+        raise SettingsError(f"--blend makes an adapter: {', '.join(given)} cannot go with it")
+    target = _target(out, "-".join(adapter.name for adapter in adapters) + ".gguf")
+    return blend(adapters, target, options.adapter_request, store or Store(), way=way, progress=progress)
 
 
 # Options of the command line, by the settings that they fill, where the two are not named alike.
@@ -134,140 +157,6 @@ def _given(settings: BaseSettings) -> list[str]:
     usual = BaseSettings()
     used = [field.name for field in fields(settings) if getattr(settings, field.name) != getattr(usual, field.name)]
     return [f"--{_OPTION_NAMES.get(name, name.replace('_', '-'))}" for name in used]
-
-
-def adapter_from_folder(folder: Path, base: Path, store: Store, *, force: bool = False) -> Path:
-    """The GGUF of a PEFT folder, made once for each content and kept in the store.
-
-    With `force`, a folder that was trained on another base is converted all the same.
-
-    Raises:
-        ConversionError, ModelFileError: the folder cannot be converted, or the store cannot be written.
-    """
-    from converters.adapter import prepare_adapter
-
-    target = store.adapter_path(_content_hash(folder, store.fingerprint(base)))
-    if not target.is_file():
-        contract = contract_for(folder, base, store, force=force)
-        store.make_adapter_folder()
-        with prepare_adapter(folder, base) as prepared:
-            contract = contract.with_changes(exactness=prepared.exactness())
-            prepared.write(target, contract.to_metadata(), force=True)
-    return target
-
-
-def _content_hash(folder: Path, base_fingerprint: str) -> str:
-    digest = hashlib.sha256(f"{__version__}\0{base_fingerprint}".encode())  # another version may convert otherwise
-    for name in ("adapter_config.json", "adapter_model.safetensors", FILE_NAME):
-        path = folder / name
-        digest.update(f"\0{name}\0".encode())
-        if path.is_file():
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def find_base(folder: Path, given: Path | None, store: Store) -> Path:
-    """The base a PEFT folder is converted against: the one given, the folder it names, or the store's."""
-    if given:
-        return given
-    named = _base_named_by(folder)
-    if named and (Path(named) / "config.json").is_file() and _is_base_of(Path(named), folder, store):
-        return Path(named)
-    try:
-        return store.find_base(Contract.load(folder), folder).path
-    except BaseNotFoundError as error:
-        raise BaseNotFoundError(
-            error.message, hint="Name it with --base: its Hugging Face folder, or a GGUF of it."
-        ) from None
-
-
-def _is_base_of(named: Path, folder: Path, store: Store) -> bool:
-    """Whether the folder an adapter names is still what it was trained on; without a contract, it is believed."""
-    contract = Contract.load(folder)
-    return contract is None or not contract.base_fingerprint or store.fingerprint(named) == contract.base_fingerprint
-
-
-def _base_named_by(folder: Path) -> str:
-    from converters.peft_config import read_peft_config
-
-    return str(read_peft_config(folder).base_model)
-
-
-def contract_for(
-    folder: Path, base: Path, store: Store, *, chat_template: str | None = None, force: bool = False
-) -> Contract:
-    """The contract of a PEFT folder: the one training wrote, or one made from what the base says of itself.
-
-    Raises:
-        BaseMismatchError: training wrote down another base than `base`.
-    """
-    found, fingerprint = Contract.load(folder), store.fingerprint(base)
-    if found is None:
-        found = Contract(base_name=_base_named_by(folder) or base.stem)
-    elif found.base_fingerprint and found.base_fingerprint != fingerprint and not force:
-        raise BaseMismatchError(
-            f"{folder} was trained on {found.base_name or 'another base'} (fingerprint {found.base_fingerprint[:12]}); "
-            f"{base} is another (fingerprint {fingerprint[:12]})",
-            hint="Name the right base with --base, or use --force to convert it all the same.",
-        )
-    if chat_template or not found.chat_template:
-        source = _checked_template(chat_template) if chat_template else _template_of(base)
-        found = found.with_changes(chat_template=source, golden_messages=(), golden_tokens=())
-        if source and not found.stop and base.is_dir():
-            found = _with_golden(found, base)
-    return found.with_changes(base_fingerprint=fingerprint)
-
-
-def _checked_template(name_or_path: str) -> str:
-    return ChatTemplate(resolve(name_or_path)).source
-
-
-def _template_of(base: Path) -> str:
-    """The base's own chat template, empty where it has none."""
-    if base.is_dir():
-        from converters.checkpoint import Checkpoint
-        from converters.model import understand
-
-        with Checkpoint(base) as checkpoint:
-            return str(understand(checkpoint).vocabulary.metadata.get("tokenizer.chat_template", ""))
-    from converters.base_file import read_base_header
-
-    return str(read_base_header(base).metadata.get("tokenizer.chat_template", ""))
-
-
-def _with_golden(contract: Contract, base: Path) -> Contract:
-    """Record the ids of a short conversation, by the Hugging Face tokenizer, for the device to compare with."""
-    tokens = golden_tokens(base, contract.chat_template, GOLDEN_MESSAGES)
-    return contract.with_changes(golden_messages=GOLDEN_MESSAGES, golden_tokens=tokens) if tokens else contract
-
-
-def golden_tokens(base: Path, template: str, messages: tuple[Message, ...]) -> tuple[int, ...]:
-    """The ids of `messages` under `template`, by the tokenizer in an HF folder; empty without a `tokenizer.json`."""
-    import json
-
-    from tokenizers import Tokenizer
-
-    path = base / "tokenizer.json"
-    if not path.is_file():
-        return ()
-    names: dict[str, Any] = {}
-    if (base / "tokenizer_config.json").is_file():
-        names = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
-    text = ChatTemplate(template).render(
-        messages,
-        add_generation_prompt=True,
-        bos_token=_token_text(names.get("bos_token")),
-        eos_token=_token_text(names.get("eos_token")),
-    )
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def _token_text(value: Any) -> str:
-    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
 
 
 def source_name(source: Path) -> str:

@@ -33,7 +33,7 @@ def resolve_files(
         ConversionError: a file is missing, damaged, or of the wrong kind.
     """
     from converters.detect import SourceKind, detect
-    from edgelora.conversion import adapter_from_folder
+    from edgelora.adapter_conversion import adapter_from_folder
 
     store = store or Store()
     names = [adapter.name for adapter in adapters]

@@ -8,7 +8,7 @@ PEFT's names: <module>.lora_magnitude_vector, and <module>.lora_magnitude_vector
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -36,6 +36,16 @@ def _linear(module: Module, shape: tuple[int, int]) -> Transformed:
     def load() -> tuple[Floats, Floats, Floats]:
         return scaled(module.load("b"), scale), module.load("a"), module.load("magnitude")
 
+    return with_lengths(module.weight, shape, load)
+
+
+def with_lengths(tensor: str, shape: tuple[int, int], load: Callable[[], tuple[Floats, Floats, Floats]]) -> Transformed:
+    """The rows of W + B @ A at given lengths.
+
+    Args:
+        load: B with its scale (rows, rank), A (rank, columns) and the lengths (rows,).
+    """
+
     @quiet
     def apply(weight: Floats, start: int) -> Floats:
         b, a, magnitude = recent(load)
@@ -44,7 +54,7 @@ def _linear(module: Module, shape: tuple[int, int]) -> Transformed:
         length = np.sqrt(np.einsum("ij,ij->i", changed, changed, dtype=np.float64))
         return _times(changed, (magnitude[where] / length)[:, None])
 
-    return Transformed(module.weight, shape, apply)
+    return Transformed(tensor, shape, apply)
 
 
 def _embedding(module: Module, shape: tuple[int, int]) -> Transformed:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelora.adapter_ref import AdapterRef
+from edgelora.adapter_settings import AdapterSettings
 from edgelora.base_settings import BaseSettings
-from edgelora.cli.options import FILE, config_option, template_option
+from edgelora.cli.options import FILE, AdapterType, config_option, template_option
 from edgelora.cli.progress import stage_bars
 from edgelora.cli.visible import visible
 
@@ -41,6 +44,7 @@ class QuantName(click.ParamType[str]):
 
 # Headings of the help, and which options are under each; those of no heading come first.
 SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "Adapters": ("dtype", "rank", "max_error", "merge", "blend", "blend_way", "initial", "allow_bin", "certify"),
     "Types of tensors": ("tensor_types", "output_type", "embedding_type", "pure", "untie", "allow_requantize"),
     "Importance of columns (IQ1 to IQ3 need it)": (
         "imatrix", "calibrate", "calibrate_adapter", "calibrate_chunks", "save_imatrix",
@@ -66,7 +70,7 @@ MAX_NOTICES = 20
 
 
 @click.command("convert", cls=SectionedCommand)
-@click.argument("source")
+@click.argument("source", required=False)
 @click.option(
     "-o", "--out", type=click.Path(), help="File or folder to write.  [default: NAME-QUANT.gguf or NAME.gguf]"
 )
@@ -78,6 +82,20 @@ MAX_NOTICES = 20
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Cores to quantize on.  [default: all]")
 @click.option("--strict", is_flag=True, help="Refuse weights that are NaN or infinite (without: a warning).")
 @click.option("--force", is_flag=True, help="Replace OUT; convert an adapter against a base it was not made for.")
+@click.option("--dtype", type=click.Choice(["f16", "f32", "bf16", "q8_0"], case_sensitive=False),
+              help="Of an adapter's tensors.  [default: f16]")  # fmt: skip
+@click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Cut an adapter to at most so many ranks.")
+@click.option("--max-error", type=click.FloatRange(0, min_open=True), metavar="SHARE",
+              help="Largest error of what is approximated or cut, for each tensor.  [default: 0.01]")  # fmt: skip
+@click.option("--merge", type=AdapterType(), multiple=True, help="Merge an adapter of any method into the base SOURCE.")
+@click.option("--blend", type=AdapterType(), multiple=True, help="Make one adapter of several, instead of SOURCE.")
+@click.option("--blend-way", type=click.Choice(["cat", "linear"]), default="cat", show_default=True,
+              help="Exact sum, or PEFT's sum of factors.")  # fmt: skip
+@click.option("--initial", type=FILE, metavar="FOLDER",
+              help="The adapter as it was before training (PiSSA, OLoRA, CorDA, LoRA-GA).")  # fmt: skip
+@click.option("--allow-bin", is_flag=True, help="Read adapter_model.bin, a pickle; nothing in it is executed.")
+@click.option("--certify", type=FILE, metavar="ROWS",
+              help="Record for `verify` what PEFT computes on these conversations (needs the train extra).")  # fmt: skip
 @click.option("--tensor-type", "tensor_types", multiple=True, metavar="EXPR=TYPE",
               help="For tensors whose name has EXPR in it, 'ffn_down=q6_k'; repeat for several.")  # fmt: skip
 @click.option("--output-tensor-type", "output_type", metavar="TYPE", help="Type of the output.")
@@ -105,7 +123,7 @@ MAX_NOTICES = 20
               help="At most so many tensors in each.")  # fmt: skip
 @config_option
 def command(
-    source: str,
+    source: str | None,
     out: str | None,
     base: Path | None,
     chat_template: str | None,
@@ -113,13 +131,16 @@ def command(
     as_json: bool,
     threads: int | None,
     force: bool,
+    blend: tuple[AdapterRef, ...],
+    blend_way: str,
     **settings: Any,
 ) -> None:
-    """Turn a base or a PEFT adapter into GGUF.
+    """Turn a base or an adapter into GGUF.
 
     SOURCE is a model folder (config.json), a hub id (Qwen/Qwen3-0.6B, also with @REVISION), a GGUF base to quantize
-    again, or a PEFT adapter folder: which one is seen from its files. Weights convert exactly, or SOURCE is refused by
-    name. No intermediate file, and memory that does not grow with the model.
+    again, an adapter folder that PEFT or MLX saved, or a GGUF adapter to give another type: which one is seen from its
+    files. Everything converts exactly, or within an error that is stated, or is refused by name. No intermediate file,
+    and memory that does not grow with the model.
 
     \b
     Examples:
@@ -129,16 +150,28 @@ def command(
       edgelora convert my-model-bf16.gguf --quant q4_k_m --tensor-type ffn_down=q6_k
       edgelora convert support/ -o support.gguf
       edgelora convert support/ --base my-model-q4_k_m.gguf
+      edgelora convert my-model/ --merge dora/ --quant q4_k_m
+      edgelora convert --blend support.gguf@0.7 --blend billing.gguf@0.3 -o both.gguf
     """
     from converters.hub import fetch
     from edgelora.base_conversion import BaseProgress, check_perplexity, read_inputs
-    from edgelora.conversion import ConvertOptions, convert
+    from edgelora.conversion import ConvertOptions, blend_adapters, convert
 
+    for_adapter = AdapterSettings(**{field.name: settings.pop(field.name) for field in fields(AdapterSettings)})
     chosen = BaseSettings(**settings)
     if as_json and not chosen.dry_run:
         raise click.UsageError("--json goes with --dry-run")
+    if bool(source) == bool(blend):
+        raise click.UsageError("name a SOURCE, or the adapters to --blend" if not source else "--blend takes no SOURCE")
     read_inputs(chosen)  # what is wrong with them is said before a download
-    options = ConvertOptions(settings=chosen, base=base, chat_template=chat_template, threads=threads, force=force)
+    options = ConvertOptions(
+        settings=chosen, base=base, chat_template=chat_template, threads=threads, force=force, adapter=for_adapter
+    )
+    if not source:
+        with stage_bars() as stages:
+            blended = blend_adapters(blend, out, options, way=blend_way, progress=stages.bytes("Blending"))
+        _print(blended)
+        return
     name = Path(source).name
     with stage_bars() as stages:
         path = fetch(source, revision=revision, progress=stages.bytes(f"Downloading {name}"), notice=_warn)
@@ -180,10 +213,20 @@ def _print(report: BaseReport | AdapterReport) -> None:
         types = ", ".join(f"{count} {name}" for name, count in sorted(report.types.items()))
         _note(f"  base {report.name}, {report.architecture}, {report.n_tensors} tensors: {types}")
     else:
-        _note(f"  adapter for {report.base_name}, {report.n_tensors} tensors")
+        _note(f"  {report.method} adapter for {report.base_name}, {report.n_tensors} tensors, {_exactness(report)}")
     _warn_of(report.notices)
     option = "--base" if isinstance(report, BaseReport) else "--adapter"
     _note(f"Next: edgelora chat {option} {shlex.quote(str(report.path))}")
+
+
+def _exactness(report: AdapterReport) -> str:
+    """How near the file is to what was trained."""
+    rounding = (
+        f"{report.dtype}, which rounds by {report.max_relative_error:.2g}" if report.max_relative_error else "f32"
+    )
+    if report.kind == "exact":
+        return f"exact ({rounding})"
+    return f"approximate: up to {report.max_residual:.1%} of a tensor's change is left out ({rounding})"
 
 
 def _print_change(change: PerplexityChange) -> None:

@@ -12,9 +12,11 @@ from converters.base import convert_base
 from converters.errors import ConversionError
 from converters.reader import read_header
 from edgelora.adapter_ref import AdapterRef
+from edgelora.adapter_settings import AdapterSettings
 from edgelora.base_settings import BaseSettings
 from edgelora.contract import GOLDEN_MESSAGES, Contract
-from edgelora.conversion import ConvertOptions, adapter_from_folder, convert
+from edgelora.adapter_conversion import adapter_from_folder
+from edgelora.conversion import ConvertOptions, convert
 from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError, SettingsError
 from edgelora.resolution import contract_of, resolve_files
 from edgelora.store import Store
@@ -120,8 +122,10 @@ def test_options_that_do_not_belong(folder: Path, gguf_base: Path, tmp_path: Pat
     with pytest.raises(ConversionError, match="is quantized already"):
         convert(gguf_base, tmp_path / "c.gguf")
     adapter = convert(folder, tmp_path / "adapter.bin").path
-    with pytest.raises(ConversionError, match="is a GGUF adapter already"):
-        convert(adapter, tmp_path / "e.gguf")
+    with pytest.raises(SettingsError, match="--quant goes with a base"):
+        convert(adapter, tmp_path / "e.gguf", ConvertOptions(quant="q8_0"))
+    with pytest.raises(SettingsError, match="--rank: for adapters"):
+        convert(TINY_BASE, tmp_path / "f.gguf", ConvertOptions(adapter=AdapterSettings(rank=3)))
     assert sorted(path.name for path in tmp_path.glob("*.gguf")) == []
 
 
