@@ -14,6 +14,8 @@ The only package that imports `llama_cpp`, and only its low-level half:
     reply.py        token bytes to text: stop strings, whole characters
     generation.py   one request, step by step
     runtime.py      everything above, on the engine's own thread
+    replay.py       every position's logits, with an adapter and without: what verify compares
+    coverage.py     which of an adapter's tensors the graph computes with
     stream.py       what callers hold: Request, Stream, Completion
     engine.py       Engine: the thread and its queue
 """

@@ -18,6 +18,8 @@ LEAST_EFFECT = 1e-3
 """Root mean square, in nats: an adapter that moves the output less has no direction to compare."""
 EFFECT_ROUNDING = 0.02
 """Of the effect's length: what an adapter's own storage type may cost, on a base without noise."""
+LEAST_ERROR = 0.005
+"""Root mean square, in nats: F16 KV alone costs 0.003."""
 LEAST_KL = 0.01
 """Mean KL that a backend may cost on a base without noise, in nats: F16 KV alone costs 0.0001."""
 APPROXIMATION_SLACK = 3.0
@@ -136,7 +138,8 @@ def measured_checks(pairs: Pairs, thresholds: Thresholds) -> Iterator[Check]:
 
 
 def _effect_checks(found: Effect, thresholds: Thresholds) -> Iterator[Check]:
-    allowed = math.hypot(thresholds.max_effect_error * found.noise, EFFECT_ROUNDING * found.length)
+    noise, rounding = thresholds.max_effect_error * found.noise, EFFECT_ROUNDING * found.length
+    allowed = math.hypot(noise, rounding, LEAST_ERROR)
     if found.length < LEAST_EFFECT:
         why = f"it moves the output by {found.length:.1g} nats only"
         yield certified(

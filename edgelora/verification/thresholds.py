@@ -20,8 +20,9 @@ class Thresholds:
     What quantization costs is for its user to weigh: there, only values that no usable base has fail. What the adapter
     adds is not: its weights are compared without the base's, and its effect on the output may be off by no more than
     quantization's noise explains. Measured on a base of 2.6 million parameters, F32 to Q2_K, with trained and random
-    adapters: samples of sound weights are off by 0.0005 (of Q8_0 ones by 0.01), those of one at 1.1 times its scale by
-    0.1; the error of a sound effect is 0.1 to 1.4 times the noise.
+    adapters: samples of sound weights are off by 0.0005, those of one at 1.1 times its scale by 0.1; the error of a
+    sound effect is 0.1 to 1.7 times the noise; KL grows up to 2.4 times, and up to 0.27 of the likeliest tokens change
+    (both with random adapters that leave nothing of the base's answers).
 
     Raises:
         SettingsError: a limit that is negative or no number.
@@ -34,7 +35,7 @@ class Thresholds:
     max_weight_error: float = _limit(0.05, "Error of what the adapter adds to a weight, relative to that.")
     max_effect_error: float = _limit(2.0, "Error of the adapter's effect, in units of quantization's noise.")
     max_kl_growth: float = _limit(3.0, "Mean KL with the adapter, in units of that without.")
-    max_top_1_loss: float = _limit(0.15, "By how much less both may agree on the likeliest token with the adapter.")
+    max_top_1_loss: float = _limit(0.4, "By how much less both may agree on the likeliest token with the adapter.")
 
     def __post_init__(self) -> None:
         wrong = [
