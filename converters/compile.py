@@ -15,13 +15,17 @@ import numpy as np
 from converters.adapted_base import AdaptedBase
 from converters.checkpoint import Floats
 from converters.low_rank import approximate
-from converters.methods import Change, LowRank, Reading, Replaced, Shifted, Transformed
+from converters.methods import Change, LowRank, Reading, Replaced, Shifted, Transformed, Turned
 from converters.pairs import Pair, Piece, assemble, multiplied
-from converters.placement import Slot, find_slots, is_known, source_shape
+from converters.placement import Slot, find_slots, is_known, oriented, source_shape
 
 DEFAULT_MAX_ERROR = 0.01
 NOTHING = 1e-6  # of a weight's norm: a change below that is the rounding of float32
 MAX_FAILURES = 8  # of tensors above the error, before the others are not looked at any more
+UNSURE = (
+    "its matrices are square, and PEFT before 0.19.1 saved them the other way round: write the version that saved them "
+    'into adapter_config.json ("peft_version": "0.17.1", say)'
+)
 NO_PLACE: dict[type[Change], str] = {
     Replaced: "it was trained as a whole, which has no place in a GGUF adapter",
     Shifted: "a bias, which has no place in a GGUF adapter",
@@ -68,7 +72,7 @@ def compile_changes(
     rough = [change for change in reading.changes if isinstance(change, Transformed)]
     for change in reading.changes:
         if isinstance(change, LowRank):
-            _place(out, base, change)
+            _place(out, base, oriented(base, change))
         elif isinstance(change, Replaced) and is_base_copy(base, change):
             continue
         elif not isinstance(change, Transformed) and not is_known(base.family, change.tensor):
@@ -142,6 +146,9 @@ def is_output(base: AdaptedBase, tensor: str) -> bool:
 def misfit(base: AdaptedBase, change: Change, slot: Slot) -> str:
     wanted = source_shape(base, slot)
     fits = len(change.shape) == len(wanted) and all(a in (None, b) for a, b in zip(change.shape, wanted, strict=True))
+    is_unsure = isinstance(change, LowRank) and change.turned is Turned.UNKNOWN and not slot.place.row.transposed
+    if fits and is_unsure and wanted[-1] == wanted[-2]:
+        return f"{change.tensor}: {UNSURE}"
     if not fits and prod(wanted) != prod(size or 0 for size in change.shape):
         return f"{change.tensor}: the adapter is for {times(change.shape)}, {slot.gguf} is {times(wanted)}"
     return "" if fits else f"{change.tensor}: has shape {times(change.shape)}, {slot.gguf} {times(wanted)}"

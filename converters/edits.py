@@ -22,7 +22,7 @@ from converters.checkpoint import Floats
 from converters.compile import embedding_name, is_base_copy, is_output, misfit, weight_of
 from converters.methods import Change, LowRank, Reading, Replaced, Shifted, Transformed
 from converters.pairs import Pair, Piece, assemble
-from converters.placement import Slot, find_slots, is_known, source_shape
+from converters.placement import Slot, find_slots, is_known, oriented, source_shape
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 Edit = Callable[[Floats, int], Floats]
@@ -62,6 +62,7 @@ def edits_of(reading: Reading, base: AdaptedBase, scale: float = 1.0) -> Edits:
     for change in reading.changes:
         if isinstance(change, Replaced) and is_base_copy(base, change):
             continue
+        change = oriented(base, change) if isinstance(change, LowRank) else change
         for slot in _slots(edits, base, change):
             _edit(edits, base, change, slot, pieces, scale)
     for name, of_tensor in pieces.items():
@@ -98,7 +99,7 @@ def _slots(edits: Edits, base: AdaptedBase, change: Change) -> list[Slot]:
         if isinstance(change, Transformed) and change.if_there:
             return []
         there = slots
-        edits.added |= {slot.gguf: (len(slot.rows),) for slot in slots}
+        edits.added |= {slot.gguf: (_outputs(base, slot),) for slot in slots}
     if not there:
         if isinstance(change, Transformed) and change.if_there:
             return []
@@ -114,6 +115,12 @@ def _slots(edits: Edits, base: AdaptedBase, change: Change) -> list[Slot]:
         edits.problems.append(problem)
         return []
     return there
+
+
+def _outputs(base: AdaptedBase, slot: Slot) -> int:
+    """Values of a bias that the base has not: one for each row of the weight, of which a slot may be a part."""
+    weight = base.shapes.get(slot.gguf.removesuffix("bias") + "weight", (len(slot.rows), 1))
+    return prod(weight[:-1])
 
 
 def _keeps_tie(change: Change) -> bool:

@@ -88,7 +88,7 @@ def _one(shape: tuple[int, ...], piece: Piece) -> tuple[Floats, Floats]:
 
 def _placed(b: Floats, rows: int, slot: Slot) -> Floats:
     if len(slot.rows) == rows:  # all of them
-        return b if _is_identity(slot, rows) else b[slot.source[np.argsort(slot.rows)]]
+        return b if len(b) == rows and _is_identity(slot, rows) else b[slot.source[np.argsort(slot.rows)]]
     whole = np.zeros((rows, b.shape[-1]), np.float32)
     whole[slot.rows] = b[slot.source]
     return whole

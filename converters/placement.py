@@ -11,13 +11,15 @@ tensor, or gate and up of experts (`--fuse-qkv`, `--fuse-gate-up-exps` of conver
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
 from converters.adapted_base import AdaptedBase
 from converters.architectures import Family, Indices, Place
+from converters.checkpoint import Floats
+from converters.methods import LowRank, Turned
 
 # Tensors that a file may hold as one, by the row: the three parts of attention, and those of an expert's first half.
 FUSED: Mapping[str, tuple[str, ...]] = {
@@ -52,9 +54,41 @@ def find_slots(base: AdaptedBase, tensor: str) -> list[Slot]:
     for place, part in places_of(base.family, tensor):
         if place.layer is not None and place.layer >= base.sizes["layers"]:
             continue  # no layer of this base, and none whose sizes could be asked for
+        if place.row.each and part >= base.sizes.at(place.layer)[place.row.each]:
+            continue  # no expert of this base
         for slot in _slots(base, place, part):
-            found.setdefault(slot.gguf, slot)
+            found[slot.gguf] = _joined(found[slot.gguf], slot) if slot.gguf in found else slot
     return list(found.values())
+
+
+def _joined(one: Slot, other: Slot) -> Slot:
+    """Both as one: gate and up of experts in one tensor here and there. The first, where they are the same rows."""
+    if np.isin(other.rows, one.rows).any():
+        return one
+    rows, source = np.concatenate((one.rows, other.rows)), np.concatenate((one.source, other.source))
+    order = np.argsort(rows)
+    return replace(one, rows=rows[order], source=source[order])
+
+
+def oriented(base: AdaptedBase, change: LowRank) -> LowRank:
+    """A stack of matrices with its rows and columns as its base has them (`methods.parameters`)."""
+    slots = find_slots(base, change.tensor) if change.turned is not Turned.NEVER else []
+    if not slots:
+        return change
+    wanted = source_shape(base, slots[0])
+    if wanted[-1] != wanted[-2]:
+        return change if change.shape == wanted else _turned(change)
+    is_straight = slots[0].place.row.transposed and change.turned is not Turned.ALWAYS
+    return change if is_straight or change.turned is Turned.UNKNOWN else _turned(change)
+
+
+def _turned(change: LowRank) -> LowRank:
+    def load() -> tuple[Floats, Floats]:
+        b, a = change.load()
+        return np.ascontiguousarray(a.swapaxes(-1, -2)), np.ascontiguousarray(b.swapaxes(-1, -2))
+
+    *stack, rows, columns = change.shape
+    return replace(change, shape=(*stack, columns, rows), load=load)
 
 
 def source_shape(base: AdaptedBase, slot: Slot) -> tuple[int, ...]:
@@ -107,20 +141,25 @@ def _rows_of(shape: tuple[int, ...], place: Place) -> int:
 
 
 def _files_own(base: AdaptedBase, place: Place, rows: Indices) -> Iterator[tuple[str, Indices, Indices]]:
-    """Tensors of the file for rows of a tensor of the table: (name, rows of it, which of `rows` those are)."""
+    """Tensors of the file for rows of a tensor of the table: (name, rows of it, which of `rows` those are).
+
+    A fused weight has a fused bias, also where it has none yet: llama.cpp leaves out a bias of q without ones of k, v.
+    """
     everything = np.arange(len(rows), dtype=np.int64)
-    if place.gguf_name in base.shapes or place.is_bias or place.gguf_module == "output":
-        yield place.gguf_name, rows, everything
-        return
     prefix, _, module = place.gguf_module.rpartition(".")
     ending = place.gguf_name.removeprefix(place.gguf_module)
-    for fused, parts in FUSED.items():
-        if module in parts and f"{prefix}.{fused}{ending}" in base.shapes:
-            sizes = [_matrix_rows(base, f"{prefix}.{name}", place) for name in parts]
-            start, own = sum(sizes[: parts.index(module)]), sizes[parts.index(module)]
-            yield f"{prefix}.{fused}{ending}", rows // own * sum(sizes) + start + rows % own, everything
-        elif module == fused and all(f"{prefix}.{name}{ending}" in base.shapes for name in parts):
-            yield from _split(base, prefix, ending, parts, rows)
+    if place.gguf_name not in base.shapes:
+        for fused, parts in FUSED.items():
+            if module in parts and f"{prefix}.{fused}.weight" in base.shapes:
+                sizes = [_matrix_rows(base, f"{prefix}.{name}", place) for name in parts]
+                start, own = sum(sizes[: parts.index(module)]), sizes[parts.index(module)]
+                yield f"{prefix}.{fused}{ending}", rows // own * sum(sizes) + start + rows % own, everything
+                return
+            if module == fused and all(f"{prefix}.{name}{ending}" in base.shapes for name in parts):
+                yield from _split(base, prefix, ending, parts, rows)
+                return
+    if place.gguf_name in base.shapes or place.is_bias or place.gguf_module == "output":
+        yield place.gguf_name, rows, everything
 
 
 def _matrix_rows(base: AdaptedBase, gguf_module: str, like: Place) -> int:

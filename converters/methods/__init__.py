@@ -42,14 +42,14 @@ from converters.methods import (
     vera,
     waveft,
 )
-from converters.methods.changes import Change, LowRank, ModuleProblem, Reading, Replaced, Shifted, Transformed
+from converters.methods.changes import Change, LowRank, ModuleProblem, Reading, Replaced, Shifted, Transformed, Turned
 from converters.methods.method import Method, Module
 from converters.methods.reading import read_modules
 from converters.methods.refused import REFUSED
 
 __all__ = [
     "METHODS", "Change", "LowRank", "Method", "Module", "ModuleProblem", "Reading", "Replaced", "Shifted",
-    "Transformed", "read_modules",
+    "Transformed", "Turned", "read_modules",
 ]  # fmt: skip
 
 METHODS: Mapping[str, Method] = {

@@ -12,12 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 from converters.checkpoint import Floats
 from converters.writer import Value
 
 Shape = tuple[int | None, ...]
 """Sizes in numpy order; None where the adapter does not tell."""
+
+
+class Turned(Enum):
+    """How to see whether the matrices of a stack lie the other way round; where rows and columns differ, by the sizes.
+
+    UNLESS_TRANSPOSED are those of a base that stores the transpose; UNKNOWN are those of a file that does not say which
+    of the ways is its own.
+    """
+
+    NEVER = "never"
+    ALWAYS = "always"
+    UNLESS_TRANSPOSED = "unless transposed"
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,7 @@ class LowRank:
             columns).
         is_embedding: the module looks rows up; (rows, columns) is (vocabulary, embedding).
         keeps_tie: an output that is tied to the embeddings changes with them.
+        turned: whether a stack's matrices lie the other way round, (columns, rows); see `parameters`.
     """
 
     tensor: str
@@ -41,6 +56,7 @@ class LowRank:
     load: Callable[[], tuple[Floats, Floats]]
     is_embedding: bool = False
     keeps_tie: bool = False
+    turned: Turned = Turned.NEVER
 
 
 @dataclass(frozen=True)

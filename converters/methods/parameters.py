@@ -7,19 +7,25 @@ PEFT wraps the module that holds them, once for each of its parameters, so that 
 
 A of all experts stand below one another, (experts * rank, columns), expert by expert; B's columns go rank by rank,
 (rows, rank * experts) (`ParamWrapper`, peft/tuners/lora/layer.py).
+
+PEFT before 0.19.1 took a stack of (experts, rows, columns) for one of (experts, columns, rows): A has the length of the
+rows then. So did 0.19.0 with the stacks that transformers stores as transposes (gpt-oss), and only with those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from converters.checkpoint import Floats
-from converters.methods.changes import Change, LowRank, ModuleProblem
+from converters.methods.changes import Change, LowRank, ModuleProblem, Turned
 from converters.methods.method import Module, no_base, scaled
 
 WRAPPED = ".base_layer"
+TURNED_IN, STRAIGHT_SINCE = (0, 19, 0), (0, 19, 1)
 # Parameters in the order in which transformers' modules of experts hold them, which is that of PEFT's wrapping.
 ORDER = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
 
@@ -79,4 +85,15 @@ def _stack(module: Module, name: str, rank: int, scale: float) -> LowRank:
         of_b = module.load("b").reshape(rows, rank, experts).transpose(2, 0, 1)
         return scaled(of_b, scale), module.load("a").reshape(experts, rank, columns)
 
-    return LowRank(name, (experts, rows, columns), rank, scale, load)
+    return LowRank(name, (experts, rows, columns), rank, scale, load, turned=_turned(module.config.values))
+
+
+def _turned(config: Mapping[str, Any]) -> Turned:
+    """By the version of PEFT that saved it; 0.18.0 was the first to write it down."""
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version") or ""), re.ASCII)
+    if match is None:
+        return Turned.UNKNOWN
+    version = tuple(map(int, match.groups()))
+    if version >= STRAIGHT_SINCE:
+        return Turned.NEVER
+    return Turned.ALWAYS if version == TURNED_IN else Turned.UNLESS_TRANSPOSED

@@ -27,13 +27,16 @@ def reference_root() -> Path:
     return root
 
 
-def convert(folders: Mapping[str, Path], out: Path, *, outtype: str = "f32", pre: str = "gpt-2") -> dict[str, Path]:
+def convert(
+    folders: Mapping[str, Path], out: Path, *, outtype: str = "f32", pre: str = "gpt-2", fused: bool = False
+) -> dict[str, Path]:
     """Convert model folders, all in one process.
 
     Args:
         folders: by a name that the output file gets.
         outtype: as convert_hf_to_gguf.py knows it.
         pre: what it is to take a pre-tokenizer for whose hash it does not know: those of tokenizers trained for a test.
+        fused: as its --fuse-qkv, and --fuse-gate-up-exps where the family can have such tensors.
 
     Returns:
         The GGUF file of each.
@@ -46,6 +49,7 @@ def convert(folders: Mapping[str, Path], out: Path, *, outtype: str = "f32", pre
         "root": str(root),
         "outtype": outtype,
         "pre": pre,
+        "fused": fused,
         "models": [[name, str(folder), str(out / f"{name}.gguf")] for name, folder in folders.items()],
     }
     done = subprocess.run(

@@ -63,8 +63,12 @@ def main(job: dict[str, Any], answer: Path) -> None:
             has_mtp = any("mtp." in tensor for tensor in _tensor_names(Path(folder)))
             ModelBase.no_mtp = not has_mtp  # as its --no-mtp: it cannot know without being told
             model_class = get_model_class(get_model_architecture(config, ModelType.TEXT))
+            holds_both = gguf.MODEL_TENSOR.FFN_GATE_UP_EXP in gguf.MODEL_TENSORS[model_class.model_arch]
+            fused = {"fuse_qkv": job["fused"], "fuse_gate_up_exps": job["fused"] and holds_both}
             with torch.inference_mode():
-                model_class(Path(folder), types[job["outtype"]], Path(out), hparams=config, model_name=None).write()
+                model_class(
+                    Path(folder), types[job["outtype"]], Path(out), hparams=config, model_name=None, **fused
+                ).write()
             said[name] = ""
         except BaseException:
             said[name] = traceback.format_exc()[-1500:]

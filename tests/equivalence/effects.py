@@ -1,0 +1,106 @@
+"""What an adapter changes: in PEFT with torch, and in llama.cpp with what became of it.
+
+adapted = adapt(Case("LoraConfig", {"r": 4}, model="qwen3"), tmp_path)
+adapted.error(plain, adapter=path)   relative error of the change in logits, |theirs - ours| / |theirs|
+adapted.error(plain, merged=path)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from converters.adapter import AdapterOptions, convert_adapter
+from converters.base import convert_base
+from converters.merge import Merged, merge
+from tests.equivalence import llamacpp, tiny_models
+from tests.equivalence.hf_logits import load_model
+from tests.equivalence.peft_methods import Case
+from tests.equivalence.tiny_models import TINY, some_ids
+
+Floats = npt.NDArray[np.float32]
+TOLERANCE = 0.005  # relative error of the change in logits; measured 1e-6 to 2e-4, the larger where GELU's table is
+TOKENS = 40
+STRONG = 0.1  # an adapter that does nothing would prove nothing
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A base, an adapter on it as PEFT saved it, and how it changes the logits of some tokens.
+
+    Attributes:
+        model: a row of `tiny_models.TINY`.
+        effect: float32 (tokens, vocabulary).
+    """
+
+    model: str
+    base: Path
+    folder: Path
+    ids: Sequence[int]
+    effect: Floats
+
+    @cached_property
+    def plain(self) -> Path:
+        """The base in F32, with an output of its own where llama.cpp allows it."""
+        return convert_base(self.base, self.base.with_suffix(".gguf"), quant="f32").path
+
+    def error(self, plain: Path, *, adapter: Path | None = None, merged: Path | None = None) -> float:
+        context = TINY[self.model].context
+        before = llamacpp.logits(plain, self.ids, context=context)
+        after = llamacpp.logits(merged or plain, self.ids, adapter, context=context)
+        return float(np.linalg.norm(after - before - self.effect) / np.linalg.norm(self.effect))
+
+    def adapter_error(self, plain: Path | None = None, **options: Any) -> float:
+        """As an adapter in F32."""
+        plain = plain or self.plain
+        options = {"dtype": "f32", **options}
+        out = self.base.with_name("adapter.gguf")
+        return self.error(
+            plain, adapter=convert_adapter(self.folder, plain, out, AdapterOptions(**options), force=True).path
+        )
+
+    def merged_error(self, plain: Path | None = None) -> float:
+        """Merged into a GGUF base of the same types."""
+        plain = plain or self.plain
+        out = self.base.with_name("merged.gguf")
+        return self.error(plain, merged=merge(plain, [Merged(self.folder)], out, force=True).path)
+
+
+def logits_of(model: Any, ids: Sequence[int]) -> Floats:
+    with torch.no_grad():
+        found: Floats = model(torch.tensor([list(ids)])).logits[0].float().numpy()
+    return found
+
+
+def adapt(case: Case, folder: Path, *, save: Callable[[Any, Path], None] | None = None, **settings: Any) -> Adapted:
+    """Put an adapter with random weights on a model, and save it as PEFT does.
+
+    Args:
+        folder: gets `base` and `adapter`.
+        save: instead of `save_pretrained`.
+        settings: of the base's configuration.
+    """
+    import peft
+
+    base, adapter = tiny_models.build(case.model, folder / "base", **settings), folder / "adapter"
+    ids, model = some_ids(base, TOKENS), load_model(base)
+    plain = logits_of(model, ids)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, getattr(peft, case.config)(**{"task_type": "CAUSAL_LM", **case.settings})).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            case.randomize(name, parameter)
+    model.save_pretrained(adapter)
+    return Adapted(case.model, base, adapter, ids, strong(logits_of(model, ids) - plain))
+
+
+def strong(effect: Floats) -> Floats:
+    assert np.abs(effect).max() > STRONG, "an adapter that does nothing would prove nothing"
+    return effect
