@@ -191,9 +191,11 @@ def _approximate(out: Compiled, base: AdaptedBase, change: Transformed, rank: in
     if error > max_error:
         out.too_rough.append(f"{change.tensor}: {error:.1%} of its change is left out at rank {found.rank}")
         return
-    out.is_approximate = True
     low_rank = LowRank(change.tensor, weight.shape, found.rank, 1.0, lambda: (found.b, found.a))
     _place(out, base, low_rank)
+    if not error:
+        return
+    out.is_approximate = True
     for slot in slots:
         out.residual[slot.gguf] = max(found.residual_energy, out.residual.get(slot.gguf, 0.0))
 

@@ -2,13 +2,14 @@
 
 The best approximation of a given rank keeps the largest singular values (Eckart and Young, 1936); what it leaves out
 is the energy of the others. Factors of large matrices are found by block power iteration (Halko, Martinsson and Tropp,
-arXiv:0909.4061), whose error is measured against the matrix itself.
+arXiv:0909.4061), whose error is measured against the matrix itself; where they must be exact, by block Krylov iteration
+(Musco and Musco, arXiv:1504.05477), begun again from the best vectors until these stand still.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +20,19 @@ Doubles = npt.NDArray[np.float64]
 WHOLE = 512  # matrices whose shorter side is at most this are decomposed as they are
 MAX_RANK = 512  # that is looked for in larger ones: an adapter of that rank is as slow as another model
 FIRST_RANK, OVERSAMPLING, ITERATIONS = 64, 16, 4
-MORE_OVERSAMPLING, MAX_ITERATIONS = 64, 50  # where the result must be exact
+DEPTH, MAX_CYCLES = 6, 60  # of block Krylov iteration
 CONVERGED = 1e-11  # sum of squared sines between two subspaces
+CHUNK = 1 << 22  # values that are float64 at a time
+EXACT = 1e-4  # |change - B @ A| / |change| that counts as none: half of what storing A and B in F16 does
+FEW = 4  # a change has few ranks of its own, if no more than its shorter side divided by this
 
 
 @dataclass(frozen=True)
 class Approximation:
-    """B (rows, rank) and A (rank, columns) in float32, and the share of the change's energy that they leave out."""
+    """B (rows, rank) and A (rank, columns) in float32, and the share of the change's energy that they leave out.
+
+    The share is 0 where it is below `EXACT` squared.
+    """
 
     b: Floats
     a: Floats
@@ -41,7 +48,8 @@ def approximate(change: Floats, *, rank: int | None, max_error: float) -> Approx
 
     Args:
         change: float32 (rows, columns).
-        rank: how many; None takes the fewest that meet `max_error`, or all that are looked for.
+        rank: at most so many. None takes all of a change that has few ranks of its own; otherwise the fewest that meet
+            `max_error`, or all that are looked for.
         max_error: |change - B @ A| / |change|, in Frobenius norms.
     """
     energy = float(np.einsum("ij,ij->", change, change, dtype=np.float64))
@@ -73,31 +81,77 @@ def leading(matrix: Floats, rank: int) -> Approximation:
     energy = float(np.einsum("ij,ij->", matrix, matrix, dtype=np.float64))
     if min(matrix.shape) <= WHOLE:
         u, s, vt = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
-        return _cut(u, s, vt, energy, rank, 0.0)
-    count = min(rank + MORE_OVERSAMPLING, min(matrix.shape))
-    exact = matrix.astype(np.float64)
-    q = np.linalg.qr(exact @ _start(matrix.shape[1], count))[0]
-    before = q[:, :rank]
-    for _ in range(MAX_ITERATIONS):
-        for _ in range(ITERATIONS):
-            q = np.linalg.qr(exact @ np.linalg.qr(exact.T @ q)[0])[0]
-        u, s, vt = np.linalg.svd(q.T @ exact, full_matrices=False)
-        now = (q @ u)[:, :rank]
-        if rank - float((np.square(before.T @ now)).sum()) < CONVERGED:
-            return _cut(q @ u, s, vt, energy, rank, 0.0)
+        return _factors(u, s, vt, energy, min(rank, len(s)))
+    count = min(rank + OVERSAMPLING, min(matrix.shape))
+    v = np.linalg.qr(_start(matrix.shape[1], count))[0]
+    before = v[:, :rank]
+    for _ in range(MAX_CYCLES):
+        u, s, v = _krylov_cycle(matrix, v)
+        now = v[:, :rank]
+        if len(now.T) - float(np.square(before.T @ now).sum()) < CONVERGED:
+            return _factors(u, s, v.T, energy, len(now.T))
         before = now
     raise ValueError(f"its {rank} largest singular values do not stand apart from the others")
 
 
+def _krylov_cycle(matrix: Floats, v: Doubles) -> tuple[Doubles, Doubles, Doubles]:
+    """Better right singular vectors (columns, n), with the left ones and the values, from a first guess."""
+    basis, image = v, _times(matrix, v)
+    block = image
+    for _ in range(DEPTH - 1):
+        more = _transposed_times(matrix, block)
+        for _ in range(2):  # once is not enough in finite precision
+            more -= basis @ (basis.T @ more)
+        more = np.linalg.qr(more)[0]
+        block = _times(matrix, more)
+        basis, image = np.concatenate((basis, more), axis=1), np.concatenate((image, block), axis=1)
+        if basis.shape[1] + v.shape[1] > min(matrix.shape):
+            break
+    q, r = np.linalg.qr(image)
+    u, s, vt = np.linalg.svd(r)
+    count = v.shape[1]
+    return q @ u[:, :count], s[:count], basis @ vt[:count].T
+
+
+def _times(matrix: Floats, v: Doubles) -> Doubles:
+    """In float64, without a copy of the whole matrix in it."""
+    return np.concatenate([rows.astype(np.float64) @ v for _, rows in _chunks(matrix)])
+
+
+def _transposed_times(matrix: Floats, u: Doubles) -> Doubles:
+    total = np.zeros((matrix.shape[1], u.shape[1]))
+    for start, rows in _chunks(matrix):
+        total += rows.astype(np.float64).T @ u[start : start + len(rows)]
+    return total
+
+
+def _chunks(matrix: Floats) -> Iterator[tuple[int, Floats]]:
+    step = max(1, CHUNK // matrix.shape[1])
+    yield from ((start, matrix[start : start + step]) for start in range(0, len(matrix), step))
+
+
 def _cut(u: Doubles, s: Doubles, vt: Doubles, energy: float, rank: int | None, max_error: float) -> Approximation:
     left = np.maximum(0.0, 1.0 - np.cumsum(s * s) / energy)  # by the number of ranks kept, less one
-    if rank is None:
-        enough = np.flatnonzero(left <= max_error * max_error)
-        rank = int(enough[0]) + 1 if len(enough) else len(s)
-    rank = min(rank, len(s))
+    exact, enough = _first(left, EXACT), _first(left, max_error) or len(left)
+    if rank is not None:
+        count = min(rank, exact or len(left))
+    else:
+        few = min(u.shape[0], vt.shape[1]) // FEW
+        count = max(exact, enough) if exact is not None and exact <= few else enough
+    return _factors(u, s, vt, energy, count)
+
+
+def _first(left: Doubles, error: float) -> int | None:
+    """The fewest ranks that meet an error."""
+    found = np.flatnonzero(left <= error * error)
+    return int(found[0]) + 1 if len(found) else None
+
+
+def _factors(u: Doubles, s: Doubles, vt: Doubles, energy: float, rank: int) -> Approximation:
     root = np.sqrt(s[:rank])
     b, a = (u[:, :rank] * root).astype(np.float32), (root[:, None] * vt[:rank]).astype(np.float32)
-    return Approximation(np.ascontiguousarray(b), np.ascontiguousarray(a), float(left[rank - 1]))
+    left = max(0.0, 1.0 - float((s[:rank] ** 2).sum()) / energy)
+    return Approximation(np.ascontiguousarray(b), np.ascontiguousarray(a), left if left > EXACT * EXACT else 0.0)
 
 
 def _leading(change: Floats, rank: int | None, energy: float, max_error: float) -> tuple[Doubles, Doubles, Doubles]:
@@ -112,14 +166,17 @@ def _leading(change: Floats, rank: int | None, energy: float, max_error: float) 
 
 
 def _range_of(change: Floats, count: int) -> tuple[Doubles, Doubles, Doubles]:
-    """Block power iteration from a fixed start, so that one adapter always gives one file."""
+    """Block power iteration from a fixed start, so that one adapter always gives one file.
+
+    The last product is in float64: what is left out is the small difference of two energies.
+    """
     q = np.linalg.qr(change @ _start(change.shape[1], count).astype(np.float32))[0]
     for _ in range(ITERATIONS):
         q = np.linalg.qr(change.T @ q)[0]
         q = np.linalg.qr(change @ q)[0]
-    small: npt.NDArray[Any] = q.T @ change
-    u, s, vt = np.linalg.svd(small.astype(np.float64), full_matrices=False)
-    return q.astype(np.float64) @ u, s, vt
+    exact = np.linalg.qr(q.astype(np.float64))[0]
+    u, s, vt = np.linalg.svd(_transposed_times(change, exact).T, full_matrices=False)
+    return exact @ u, s, vt
 
 
 def _start(rows: int, columns: int) -> Doubles:
