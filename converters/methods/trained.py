@@ -103,7 +103,8 @@ class _Trained:
             self._check_copy(owner.rpartition(".")[0], parameter, shape)
             return None
         module = self._wrapped(owner, parameter) if owner.endswith(WRAPPED) else self._plain(owner, parameter)
-        return Replaced(f"{module}.{parameter}", shape, partial(_load, self.tensors, name))
+        is_copy = owner.endswith(WRAPPED) and parameter == "weight"
+        return Replaced(f"{module}.{parameter}", shape, partial(_load, self.tensors, name), is_copy)
 
     def _check_copy(self, module: str, parameter: str, shape: tuple[int, ...]) -> None:
         loaded = self.tensors.tensors.get(f"{PREFIX}{module}.{parameter}")

@@ -23,7 +23,7 @@ from converters.merge import Merged, merge
 from tests.equivalence import llamacpp, tiny_models
 from tests.equivalence.hf_logits import load_model
 from tests.equivalence.peft_methods import Case
-from tests.equivalence.tiny_models import TINY, some_ids
+from tests.equivalence.tiny_models import TINY, Tiny, some_ids
 
 Floats = npt.NDArray[np.float32]
 TOLERANCE = 0.005  # relative error of the change in logits; measured 1e-6 to 2e-4, the larger where GELU's table is
@@ -48,8 +48,13 @@ class Adapted:
 
     @cached_property
     def plain(self) -> Path:
-        """The base in F32, with an output of its own where llama.cpp allows it."""
+        """The base in F32."""
         return convert_base(self.base, self.base.with_suffix(".gguf"), quant="f32").path
+
+    @cached_property
+    def untied(self) -> Path:
+        """The base in F32, its output a tensor of its own."""
+        return convert_base(self.base, self.base.with_name("untied.gguf"), quant="f32", untie=True).path
 
     def error(self, plain: Path, *, adapter: Path | None = None, merged: Path | None = None) -> float:
         context = TINY[self.model].context
@@ -73,6 +78,12 @@ class Adapted:
         return self.error(plain, merged=merge(plain, [Merged(self.folder)], out, force=True).path)
 
 
+def tokens_of(model: str, base: Path) -> list[int]:
+    """Few, or as many as the factors of a long rotary embedding ask for."""
+    count = TINY[model].tokens
+    return some_ids(base, TOKENS if count == Tiny.tokens else count)
+
+
 def logits_of(model: Any, ids: Sequence[int]) -> Floats:
     with torch.no_grad():
         found: Floats = model(torch.tensor([list(ids)])).logits[0].float().numpy()
@@ -90,7 +101,7 @@ def adapt(case: Case, folder: Path, *, save: Callable[[Any, Path], None] | None 
     import peft
 
     base, adapter = tiny_models.build(case.model, folder / "base", **settings), folder / "adapter"
-    ids, model = some_ids(base, TOKENS), load_model(base)
+    ids, model = tokens_of(case.model, base), load_model(base)
     plain = logits_of(model, ids)
     torch.manual_seed(1)
     model = peft.get_peft_model(model, getattr(peft, case.config)(**{"task_type": "CAUSAL_LM", **case.settings})).eval()
