@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 from converters.architectures import Family, Sizes, find_gguf_family
@@ -13,8 +13,8 @@ from converters.base_file import BaseFile
 from converters.block_types import PLAIN
 from converters.checkpoint import Checkpoint, Floats
 from converters.errors import FormatError
-from converters.fingerprint import MERGED, fingerprint_of, fingerprint_of_header, fingerprint_with, is_norm
-from converters.model import norms, understand
+from converters.fingerprint import MERGED, fingerprint_of, fingerprint_with, is_norm, merged_fingerprint
+from converters.model import understand
 from converters.model_card import describe
 from converters.reader import GGUFHeader
 
@@ -39,11 +39,16 @@ class AdaptedBase:
     family: Family
     sizes: Sizes
     shapes: Mapping[str, tuple[int, ...]]
-    fingerprint: str
     rows: ReadRows
     is_lossy: bool
     fingerprint_with: Callable[[Iterable[tuple[str, Floats]]], str]
     merged: tuple[str, ...] = ()
+    known_fingerprint: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `converters.fingerprint`; computed where it was not known."""
+        return self.known_fingerprint or merged_fingerprint(self.plain_fingerprint, self.merged)
 
     @property
     def plain_fingerprint(self) -> str:
@@ -56,18 +61,21 @@ class AdaptedBase:
 
 
 @contextmanager
-def open_base(path: Path) -> Iterator[AdaptedBase]:
-    """Open a base: a Hugging Face folder, or a GGUF file of any quantization. No weights are read yet but its norms.
+def open_base(path: Path, fingerprint: str = "") -> Iterator[AdaptedBase]:
+    """Open a base: a Hugging Face folder, or a GGUF file of any quantization. No weights are read yet.
+
+    Args:
+        fingerprint: its, where that is known: it takes its vocabulary and its norms to compute.
 
     Raises:
         ConversionError: it is not a base, is broken, or of an unknown family.
     """
     if path.is_dir():
         with Checkpoint(path) as checkpoint:
-            yield _of_folder(checkpoint)
+            yield replace(_of_folder(checkpoint), known_fingerprint=fingerprint)
     else:
         with BaseFile(path) as file:
-            yield _of_file(file)
+            yield replace(_of_file(file), known_fingerprint=fingerprint)
 
 
 def _of_folder(checkpoint: Checkpoint) -> AdaptedBase:
@@ -79,7 +87,6 @@ def _of_folder(checkpoint: Checkpoint) -> AdaptedBase:
         family=model.family,
         sizes=model.sizes,
         shapes=shapes,
-        fingerprint=fingerprint_of(model.sizes, model.vocabulary.tokens, norms(model)),
         fingerprint_with=lambda norms: fingerprint_of(model.sizes, model.vocabulary.tokens, norms),
         rows=lambda name, start, stop: model.views[name].read(start, stop),
         is_lossy=bool(checkpoint.notices),
@@ -94,7 +101,6 @@ def _of_file(file: BaseFile) -> AdaptedBase:
         family=family_of(header),
         sizes=sizes_of(header),
         shapes={name: tensor.shape for name, tensor in header.tensors.items()},
-        fingerprint=fingerprint_of_header(header),
         fingerprint_with=partial(fingerprint_with, header),
         rows=file.rows,
         merged=tuple(header.metadata.get(MERGED, ())),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from converters.pairs import Pair, shortened
 from converters.quant_types import tensor_order
 from converters.writer import Value
 
+LARGE_SHARE = 0.25
 NEVER_UNTIED = "llama.cpp's {} always takes the embeddings for the output too: train without adapting either of them."
 UNTIE_HINT = "Make a base whose output is a tensor of its own, and name it with --base: edgelora convert {} --untie"
 
@@ -104,6 +105,7 @@ class PreparedAdapter:
     base_fingerprint: str
     is_approximate: bool
     targets: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     def exactness(self) -> dict[str, Any]:
         """What a contract says of the conversion."""
@@ -156,7 +158,7 @@ class PreparedAdapter:
             seconds=time.monotonic() - started,
             max_relative_error=file.rounding,
             residual_energy=file.residual_energy,
-            notices=file.notices,
+            notices=(*self.notices, *file.notices),
         )
 
 
@@ -187,12 +189,15 @@ def convert_adapter(
 
 
 @contextmanager
-def prepare_adapter(source: Path, base: Path, options: AdapterOptions | None = None) -> Iterator[PreparedAdapter]:
+def prepare_adapter(
+    source: Path, base: Path, options: AdapterOptions | None = None, *, fingerprint: str = ""
+) -> Iterator[PreparedAdapter]:
     """Read an adapter folder, and everything that can be refused about it.
 
     Args:
         source: what PEFT (adapter_config.json and adapter_model.safetensors) or MLX saved.
         base: the base it was trained on: a Hugging Face folder, or a GGUF file of any quantization.
+        fingerprint: the base's, where it is known.
 
     Raises:
         UnsupportedAdapterError: what a GGUF adapter cannot hold; every reason in one message.
@@ -201,7 +206,7 @@ def prepare_adapter(source: Path, base: Path, options: AdapterOptions | None = N
     """
     options, source, base = options or AdapterOptions(), Path(source), Path(base)
     check_dtype(options.dtype)
-    with open_base(base) as known, source_pairs(source, known, options) as (adapter, pairs, is_approximate):
+    with open_base(base, fingerprint) as known, source_pairs(source, known, options) as (adapter, pairs, is_approximate):
         yield prepared_pairs(
             source,
             known.family.architecture,
@@ -214,6 +219,7 @@ def prepare_adapter(source: Path, base: Path, options: AdapterOptions | None = N
             base_fingerprint=known.fingerprint,
             is_approximate=is_approximate,
             targets=tuple(sorted({_kind(change) for change in adapter.reading.changes})),
+            notices=(*adapter.notices, *_size_notices(pairs, is_approximate)),
         )
 
 
@@ -247,6 +253,7 @@ def prepared_pairs(
     base_fingerprint: str,
     is_approximate: bool,
     targets: tuple[str, ...] = (),
+    notices: tuple[str, ...] = (),
 ) -> PreparedAdapter:
     """Pairs cut to the rank that was asked for, and looked at in the type that they will have.
 
@@ -258,7 +265,23 @@ def prepared_pairs(
     if file.problems:
         raise refused(source, file.problems)
     is_lossy = is_approximate or bool(file.residual_energy)
-    return PreparedAdapter(file, keys, inputs, method, base_name, base_fingerprint, is_lossy, targets)
+    return PreparedAdapter(file, keys, inputs, method, base_name, base_fingerprint, is_lossy, targets, notices)
+
+
+def _size_notices(pairs: Sequence[Pair], is_approximate: bool) -> list[str]:
+    """A word where an approximation takes a good part of the weights that it changes."""
+    own, changed = sum(map(prod, _shapes(pairs))), sum(prod(pair.shape) for pair in pairs)
+    if not is_approximate or own < LARGE_SHARE * changed:
+        return []
+    ranks = max(pair.rank for pair in pairs)
+    return [
+        f"of up to {ranks} ranks, {own / changed:.0%} of the weights that it changes: merged into its base (--merge) it "
+        "would be exact and cost nothing at run time"
+    ]
+
+
+def _shapes(pairs: Sequence[Pair]) -> Iterator[tuple[int, ...]]:
+    return (shape for pair in pairs for shape in pair.shapes)
 
 
 def _kind(change: Change) -> str:

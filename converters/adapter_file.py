@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from converters.writer import TensorSpec, Value, check_output, create, file_size
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 F16_MAX = 65504.0
+LARGEST = 1e18  # beyond it the square of a float32 is infinite
 F16_ERROR = 1e-3  # rounding alone gives 2e-4; above, values are too small for f16 (below 6e-8 they become zero)
 KEPT_BYTES = 256 << 20  # of encoded tensors that are kept from the check to the writing
 SCALES = "edgelora.adapter.scales"  # float32 for each pair, in the file's order; 0 where it has several
@@ -142,23 +144,19 @@ class _Check:
 
     def look_at(self, pair: Pair) -> None:
         loaded = pair.stored()
-        for letter, values in zip("AB", loaded, strict=True):
-            largest = float(np.abs(values).max()) if values.size else 0.0  # NaN if there is one
-            if not np.isfinite(largest):
-                self.problems.append(f"{pair.tensor}: {letter} holds NaN or infinite values")
-                return
-            if self.dtype == "f16" and largest > F16_MAX:
-                self.problems.append(
-                    f"{pair.tensor}: {letter} reaches {largest:.3g}, too large for f16; use f32 or bf16"
-                )
-                return
-        self._all_zero &= not all(values.any() for values in loaded)
-        self.errors[pair.tensor] = max(
-            self._error(spec, values, reason)
+        found = [
+            self._encoded(spec, values, reason)
             for (spec, reason), values in zip(specs_of(pair, self.dtype), loaded, strict=True)
-        )
+        ]
+        self._all_zero &= any(norm == 0.0 for norm, _ in found)
+        # A value that is not finite, or becomes so, makes its sum of squares so: only then is it looked for.
+        if not np.isfinite(found).all():
+            sides = zip("AB", loaded, strict=True)
+            self.problems += filter(None, (_problem(pair, letter, values, self.dtype) for letter, values in sides))
+        self.errors[pair.tensor] = max(error / norm if norm else 0.0 for norm, error in found)
 
-    def _error(self, spec: TensorSpec, values: Floats, reason: str) -> float:
+    def _encoded(self, spec: TensorSpec, values: Floats, reason: str) -> tuple[float, float]:
+        """The norm of a tensor, and of what its type rounds away."""
         if reason:
             self._plain.add(reason)
         data = _encode(values, spec.block_type)
@@ -166,15 +164,32 @@ class _Check:
             self.encoded[spec.name] = data
             self._kept += data.nbytes
         if spec.block_type.name == "F32":
-            return 0.0
+            return _norm(values), 0.0
         rounded = dequantize_rows(data, spec.block_type, values.shape[-1]).reshape(values.shape)
-        norm = float(np.linalg.norm(values))
-        return float(np.linalg.norm(rounded - values)) / norm if norm else 0.0
+        with np.errstate(invalid="ignore"):
+            rounded -= values
+        return _norm(values), _norm(rounded)
 
     @property
     def notices(self) -> list[str]:
         untrained = ["every B is zero: this adapter changes nothing (was it trained?)"] if self._all_zero else []
         return [*untrained, *sorted(self._plain)]
+
+
+def _norm(values: Floats) -> float:
+    flat = np.ascontiguousarray(values).reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = float(np.dot(flat, flat))
+    return sqrt(square) if isfinite(square) else square
+
+
+def _problem(pair: Pair, letter: str, values: Floats, dtype: str) -> str:
+    largest = float(np.abs(values).max())  # NaN if there is one
+    if not isfinite(largest):
+        return f"{pair.tensor}: {letter} holds NaN or infinite values"
+    if dtype == "f16" and largest > F16_MAX:
+        return f"{pair.tensor}: {letter} reaches {largest:.3g}, too large for f16; use f32 or bf16"
+    return f"{pair.tensor}: {letter} reaches {largest:.3g}, too large for any use" if largest > LARGEST else ""
 
 
 def _too_small(tensors: Sequence[str], error: float) -> str:

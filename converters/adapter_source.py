@@ -33,6 +33,7 @@ class AdapterSource:
         method: what people call it.
         base_model: the base that it names; "" where it names none.
         inputs: files that are read.
+        notices: what should be known of it.
         targets: (key, module) of the modules that its configuration lists by name.
         init: the initialisation that moved a part of the base into it; "" where the base was left alone.
     """
@@ -42,6 +43,7 @@ class AdapterSource:
     reading: Reading
     base_model: str
     inputs: tuple[Path, ...]
+    notices: tuple[str, ...] = ()
     targets: tuple[tuple[str, str], ...] = ()
     init: str = ""
 
@@ -74,7 +76,8 @@ def open_adapter(
     if detect_mlx(path):
         with open_mlx(path) as adapter:
             inputs = tuple(file for file in path.iterdir() if file.is_file())
-            yield AdapterSource(path, f"MLX {adapter.method}", read_mlx(adapter, base), adapter.base_model, inputs)
+            reading = read_mlx(adapter, base)
+            yield AdapterSource(path, f"MLX {adapter.method}", reading, adapter.base_model, inputs, adapter.notices)
         return
     config = read_peft_config(path)
     with _open(path, allow_bin=allow_bin) as tensors:

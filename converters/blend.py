@@ -76,7 +76,7 @@ def prepare_blend(
             options,
             keys={**first.keys, **({} if known is None else _base_keys(known))},
             inputs=tuple(file for each in opened for file in _files(each.part.path)),
-            method="blend",
+            method="blend" if len(opened) > 1 else "re-typed",
             base_name=known.name if known else first.base_name,
             base_fingerprint=known.fingerprint if known else first.fingerprint,
             is_approximate=any(each.is_approximate for each in opened),

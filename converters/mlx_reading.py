@@ -11,7 +11,7 @@ from converters.methods import Change, LowRank, Reading, Replaced
 from converters.methods.dora import with_lengths
 from converters.methods.method import scaled
 from converters.mlx_adapter import MlxAdapter, MlxModule
-from converters.placement import is_known
+from converters.placement import find_slots, is_known
 
 # MLX's names of an expert's parts to Mixtral's.
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -23,8 +23,12 @@ def read_mlx(adapter: MlxAdapter, base: AdaptedBase) -> Reading:
     Args:
         base: its family says what experts are called.
     """
-    changes: list[Change] = [Replaced(tensor.name, tensor.shape, tensor.load) for tensor in adapter.whole]
+    changes: list[Change] = []
     problems = list(adapter.problems)
+    for tensor in adapter.whole:
+        if any(slot.place.row.transposed for slot in find_slots(base, tensor.name)):
+            problems.append(f"{tensor.name}: MLX holds it transposed, and a square one does not show that")
+        changes.append(Replaced(tensor.name, tensor.shape, tensor.load))
     for module in adapter.modules:
         if module.kind != "experts":
             changes.append(_change(module))

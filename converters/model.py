@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,8 +16,10 @@ from converters.architectures import Config, Family, Place, Sizes, find_family
 from converters.architectures.settings import complete, flatten, problems_of
 from converters.checkpoint import READABLE, Checkpoint, Floats
 from converters.errors import FormatError, UnsupportedError, listed
-from converters.tokenizer import Vocabulary, load_vocabulary
 from converters.view import View, scales_of
+
+if TYPE_CHECKING:
+    from converters.tokenizer import Vocabulary
 
 COMPARED_BYTES = 4 << 20
 UNTIED = (
@@ -51,10 +55,23 @@ class Model:
     config: Config
     sizes: Sizes
     metadata: Mapping[str, Any]
-    vocabulary: Vocabulary
     views: Mapping[str, View]
     tied_to: str
-    notices: tuple[str, ...]
+    own_notices: tuple[str, ...]
+    load_vocabulary: Callable[[], Vocabulary]
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Read when it is first asked for: an adapter's conversion does without.
+
+        Raises:
+            ConversionError: see `tokenizer.load_vocabulary`.
+        """
+        return self.load_vocabulary()
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        return (*self.own_notices, *self.vocabulary.notices)
 
 
 def understand(checkpoint: Checkpoint) -> Model:
@@ -76,12 +93,18 @@ def understand(checkpoint: Checkpoint) -> Model:
     metadata = {f"{family.architecture}.{key}": value for key, value in family.hyperparameters(config).items()}
     sizes = Sizes(family.architecture, config["vocab_size"], metadata)
     views, tied_to, untied = _views(checkpoint, family, sizes, config)
-    vocabulary = load_vocabulary(folder, config["vocab_size"], family.tokenizer, config)
-    notices = [*checkpoint.notices, *family.notices(config), *vocabulary.notices, *_left_out(left_out)]
+    vocabulary = partial(_vocabulary, folder, family, config)
+    notices = [*checkpoint.notices, *family.notices(config), *_left_out(left_out)]
     notices += [UNTIED] if untied else []
     if remote:
         notices.append(f"config.json names code of its own ({remote}), which was not run: read as transformers' own")
-    return Model(family, config, sizes, metadata, vocabulary, views, tied_to, tuple(notices))
+    return Model(family, config, sizes, metadata, views, tied_to, tuple(notices), vocabulary)
+
+
+def _vocabulary(folder: Path, family: Family, config: Config) -> Vocabulary:
+    from converters.tokenizer import load_vocabulary  # takes a third of an adapter's conversion, which needs none
+
+    return load_vocabulary(folder, config["vocab_size"], family.tokenizer, config)
 
 
 def _remote_code(config: Config) -> str:

@@ -244,6 +244,18 @@ def template_of_files(folder: Path) -> str | Sequence[Json] | None:
     return read_json(path).get("chat_template") if path.is_file() else None
 
 
+def chat_template_of(folder: Path) -> str:
+    """The chat template that a base made of this folder will have; "" for none.
+
+    Raises:
+        FormatError: it is not one.
+    """
+    path = folder / "tokenizer_config.json"
+    template = _template(folder, read_json(path) if path.is_file() else {})
+    found = template_keys(template).get(TEMPLATE, "")
+    return found if isinstance(found, str) else ""
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

@@ -6,16 +6,17 @@ The bytes are the work of `converters`; this module adds what only edgelora know
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelora.adapter_ref import AdapterRef
-from edgelora.adapter_settings import AdapterSettings
+from edgelora.adapter_settings import GENERAL, AdapterSettings
 from edgelora.contract import FILE_NAME, GOLDEN_MESSAGES, Contract
-from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError
+from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError, SettingsError
 from edgelora.messages import Message
 from edgelora.store import Store
 from edgelora.template import ChatTemplate, resolve
@@ -54,7 +55,8 @@ def convert_adapter_source(
         ConversionError, EdgeloraError: what is wrong; nothing is left behind.
     """
     with _prepared(source, request, store) as (prepared, contract):
-        contract = contract.with_changes(exactness=prepared.exactness())
+        before = [contract.exactness] if source.is_file() else []
+        contract = contract.with_changes(exactness=_exactness(prepared, before))
         report = prepared.write(target, contract.to_metadata(), progress=progress, force=request.force)
     return _registered(report, store)
 
@@ -67,12 +69,40 @@ def _prepared(source: Path, request: AdapterRequest, store: Store) -> Iterator[t
     if source.is_dir():
         base = find_base(source, request.base, store)
         contract = contract_for(source, base, store, chat_template=request.chat_template, force=request.force)
-        with prepare_adapter(source, base, request.settings.options()) as prepared:
-            yield prepared, contract
+        known = store.fingerprint(base)
+        with prepare_adapter(source, base, request.settings.options(), fingerprint=known) as prepared:
+            yield prepared, _certified(contract, base, source, request.settings)
         return
+    if request.settings.certify:
+        raise SettingsError(
+            "--certify runs PEFT, which needs the adapter's folder", hint=f"{source} is a GGUF adapter."
+        )
     contract = _gguf_contract(source, request, store)
     with prepare_blend([Part(source, 1.0)], request.base, request.settings.options()) as prepared:
         yield prepared, contract
+
+
+def _certified(contract: Contract, base: Path, source: Path, settings: AdapterSettings) -> Contract:
+    """With what Hugging Face and PEFT compute, where that is asked for.
+
+    Raises:
+        SettingsError: the base is no folder that they could load.
+        MissingExtraError: they are not installed.
+    """
+    if settings.certify is None:
+        return contract
+    if not base.is_dir():
+        raise SettingsError(
+            f"--certify runs transformers, which needs the base's own folder; {base} is a GGUF file",
+            hint="Name the folder with --base.",
+        )
+    from edgelora.train.extra import require_extra
+
+    require_extra("--certify")
+    from edgelora.train import certify
+
+    general = str(settings.certify) == GENERAL and not settings.certify.exists()
+    return certify(contract, base, source, None if general else settings.certify)
 
 
 def _gguf_contract(source: Path, request: AdapterRequest, store: Store) -> Contract:
@@ -82,7 +112,8 @@ def _gguf_contract(source: Path, request: AdapterRequest, store: Store) -> Contr
     found = Contract.from_metadata(read_header(source).metadata, str(source)) or Contract(base_name=source.stem)
     if request.base is None:
         if request.chat_template:
-            found = found.with_changes(chat_template=_checked_template(request.chat_template), golden_tokens=())
+            template = _checked_template(request.chat_template)
+            found = found.with_changes(chat_template=template, golden_messages=(), golden_tokens=(), certificate="")
         return found
     return _against(found, source, request.base, store, chat_template=request.chat_template, force=request.force)
 
@@ -114,10 +145,37 @@ def blend(
     parts = [Part(adapter.path, adapter.scale) for adapter in adapters]
     with prepare_blend(parts, base, request.settings.options(), way=way) as prepared:
         shares = {adapter.name: adapter.scale for adapter in adapters}
-        exactness = {**prepared.exactness(), "blend": shares, "way": way}
+        exactness = {
+            **_exactness(prepared, [each.exactness for each in contracts if each]),
+            "blend": shares,
+            "way": way,
+        }
         contract = contract.with_changes(exactness=exactness, base_fingerprint=prepared.base_fingerprint)
         report = prepared.write(target, contract.to_metadata(), progress=progress, force=request.force)
     return _registered(report, store)
+
+
+def _exactness(prepared: PreparedAdapter, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a contract says of a conversion; what GGUF adapters had lost before stays said.
+
+    Args:
+        before: of those that were read.
+    """
+    now = prepared.exactness()
+    residual: dict[str, float] = dict(now.get("residual_energy", {}))
+    for each in before:
+        for tensor, share in each.get("residual_energy", {}).items():
+            residual[tensor] = max(share, residual.get(tensor, 0.0))
+    now["rounding"] = max([now["rounding"], *(each.get("rounding", 0.0) for each in before)])
+    if any(each.get("kind") == "approximate" for each in before):
+        now |= {
+            "kind": "approximate",
+            "residual_energy": residual,
+            "max_error": sqrt(max(residual.values(), default=0.0)),
+        }
+    if len(before) == 1 and "method" in before[0]:
+        now["method"] = before[0]["method"]
+    return now
 
 
 def _registered(report: AdapterReport, store: Store) -> AdapterReport:
@@ -136,7 +194,7 @@ def _common_contract(
 ) -> Contract:
     """What all of the blended adapters agree on; nothing of one alone holds for their sum."""
     first = contracts[0] if contracts else Contract()
-    changes: dict[str, Any] = {"training": {}, "exactness": {}, "certificate": None}
+    changes: dict[str, Any] = {"training": {}, "exactness": {}, "certificate": ""}
     for name in ("system", "stop", "sampling", "chat_template"):
         if any(getattr(other, name) != getattr(first, name) for other in contracts):
             changes[name] = getattr(Contract(), name)
@@ -186,7 +244,7 @@ def adapter_from_folder(folder: Path, base: Path, store: Store, *, force: bool =
     if not target.is_file():
         contract = contract_for(folder, base, store, force=force)
         store.make_adapter_folder()
-        with prepare_adapter(folder, base) as prepared:
+        with prepare_adapter(folder, base, fingerprint=store.fingerprint(base)) as prepared:
             contract = contract.with_changes(exactness=prepared.exactness())
             prepared.write(target, contract.to_metadata(), force=True)
     return target
@@ -255,7 +313,9 @@ def _against(
     _check_base(contract, source, base, fingerprint, force=force)
     if chat_template or not contract.chat_template:
         template = _checked_template(chat_template) if chat_template else _template_of(base)
-        contract = contract.with_changes(chat_template=template, golden_messages=(), golden_tokens=())
+        contract = contract.with_changes(
+            chat_template=template, golden_messages=(), golden_tokens=(), certificate=""
+        )  # all of them were recorded under another template
         if template and not contract.stop and base.is_dir():
             contract = _with_golden(contract, base)
     return contract.with_changes(base_fingerprint=fingerprint)
@@ -278,11 +338,9 @@ def _checked_template(name_or_path: str) -> str:
 def _template_of(base: Path) -> str:
     """The base's own chat template, empty where it has none."""
     if base.is_dir():
-        from converters.checkpoint import Checkpoint
-        from converters.model import understand
+        from converters.special_tokens import chat_template_of
 
-        with Checkpoint(base) as checkpoint:
-            return str(understand(checkpoint).vocabulary.metadata.get("tokenizer.chat_template", ""))
+        return chat_template_of(base)
     from converters.base_file import read_base_header
 
     return str(read_base_header(base).metadata.get("tokenizer.chat_template", ""))

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from converters.adapter import AdapterOptions
 
 
+GENERAL = "general"
+
+
 @dataclass(frozen=True)
 class AdapterSettings:
     """What `edgelora convert` can be told about an adapter.
@@ -20,7 +23,8 @@ class AdapterSettings:
         max_error: of what is approximated or cut, as a share of the change; None is 0.01.
         allow_bin: read weights that were saved as a pickle; nothing in it is executed.
         initial: the adapter before its training, where its initialisation moved a part of the base into it.
-        certify: record what Hugging Face and PEFT compute, on these conversations, for `edgelora verify`.
+        certify: record what Hugging Face and PEFT compute, on these conversations or on `GENERAL` prompts of our own,
+            for `edgelora verify`.
     """
 
     dtype: str | None = None

@@ -94,8 +94,8 @@ MAX_NOTICES = 20
 @click.option("--initial", type=FILE, metavar="FOLDER",
               help="The adapter as it was before training (PiSSA, OLoRA, CorDA, LoRA-GA).")  # fmt: skip
 @click.option("--allow-bin", is_flag=True, help="Read adapter_model.bin, a pickle; nothing in it is executed.")
-@click.option("--certify", type=FILE, metavar="ROWS",
-              help="Record for `verify` what PEFT computes on these conversations (needs the train extra).")  # fmt: skip
+@click.option("--certify", type=FILE, metavar="ROWS|general",
+              help="Record for `verify` what PEFT computes on these rows (needs the train extra).")  # fmt: skip
 @click.option("--tensor-type", "tensor_types", multiple=True, metavar="EXPR=TYPE",
               help="For tensors whose name has EXPR in it, 'ffn_down=q6_k'; repeat for several.")  # fmt: skip
 @click.option("--output-tensor-type", "output_type", metavar="TYPE", help="Type of the output.")

@@ -52,10 +52,14 @@ class Stages:
 
     def bytes(self, title: str) -> Callable[[int, int, str], None]:
         """Work measured in bytes: `(done_bytes, total_bytes, what)`."""
+        if not sys.stderr.isatty():
+            return lambda done, total, what: None  # without loading what draws bars
         return lambda done, total, what: self._show(title, bytes_bar, title)(done, total, what)
 
     def windows(self, title: str) -> Callable[[int, int], None]:
         """A text that is read window by window: `(done, total)`."""
+        if not sys.stderr.isatty():
+            return lambda done, total: None
         return lambda done, total: self._show(title, count_bar, title, "windows").update(done, total)
 
     def _show(self, title: str, bar: Callable[..., AbstractContextManager[Any]], *arguments: str) -> Any:

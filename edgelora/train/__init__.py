@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgelora.train.certificate import certify
     from edgelora.train.methods import METHODS, Method
     from edgelora.train.progress import TrainProgress, TrainReport, TrainStatus
     from edgelora.train.recipe import Recipe
@@ -22,10 +23,11 @@ _HOMES = {
     "TrainProgress": "progress",
     "TrainReport": "progress",
     "TrainStatus": "progress",
+    "certify": "certificate",
     "train": "run",
 }
 
-__all__ = ["METHODS", "Method", "Recipe", "TrainProgress", "TrainReport", "TrainStatus", "train"]
+__all__ = ["METHODS", "Method", "Recipe", "TrainProgress", "TrainReport", "TrainStatus", "certify", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelora.contract import Contract
-from edgelora.errors import DataFileError, EdgeloraError, MissingExtraError, SettingsError
+from edgelora.errors import DataFileError, EdgeloraError, SettingsError
 from edgelora.messages import Conversation, read_conversations
 from edgelora.train.base import BaseFolder, Placement, find_base, load_model, load_tokenizer, placement
+from edgelora.train.extra import require_extra
 from edgelora.train.folder import RunFolder, RunRecord, file_sha256
 from edgelora.train.methods import method_named
 from edgelora.train.progress import SUMMARY, SilentProgress, TrainProgress, TrainReport, TrainStatus
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from edgelora.train.library_log import LibraryLog
     from edgelora.train.trainer import AdapterTrainer, RunCallback
 
-PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
 
 def train(
@@ -63,7 +62,7 @@ def train(
         KeyboardInterrupt: Ctrl-C; its argument says what is kept: the first lets the step at hand end and saves it.
     """
     began = time.monotonic()
-    _require_extra()
+    require_extra("training")
     said = _Notes(progress or SilentProgress())
     run = RunFolder(output)
     if not resume:
@@ -135,15 +134,6 @@ def _train(job: _Job, record: RunRecord, resume: bool, said: _Notes, log: Librar
         report = _report(job, record, prepared, trainer, callback, said, began)
         _save_adapter(job, trainer.model, prepared, record, report, said)
     return replace(report, notes=tuple(said.kept))
-
-
-def _require_extra() -> None:
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(
-            f"training needs packages that are not installed: {', '.join(missing)}",
-            hint="pip install 'edgelora[train]'",
-        )
 
 
 def _conversations(path: Path) -> list[Conversation]:
