@@ -16,14 +16,16 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from converters.adapted_base import AdaptedBase, open_base
 from converters.adapter_file import AdapterFile, check_dtype
 from converters.adapter_source import AdapterSource, open_adapter
 from converters.base import Progress, can_untie
 from converters.compile import DEFAULT_MAX_ERROR, Compiled, compile_changes, weight_of
 from converters.errors import BaseMismatchError, FormatError, UnsupportedAdapterError, listed
-from converters.initialisation import RECOMPUTED, WHAT_TO_SAVE
-from converters.methods import Change
+from converters.initialisation import RECOMPUTED, WHAT_TO_SAVE, what_to_save
+from converters.methods import Change, Transformed
 from converters.pairs import Pair, shortened
 from converters.quant_types import tensor_order
 from converters.writer import Value
@@ -206,7 +208,10 @@ def prepare_adapter(
     """
     options, source, base = options or AdapterOptions(), Path(source), Path(base)
     check_dtype(options.dtype)
-    with open_base(base, fingerprint) as known, source_pairs(source, known, options) as (adapter, pairs, is_approximate):
+    with (
+        open_base(base, fingerprint) as known,
+        source_pairs(source, known, options) as (adapter, pairs, is_approximate),
+    ):
         yield prepared_pairs(
             source,
             known.family.architecture,
@@ -275,8 +280,8 @@ def _size_notices(pairs: Sequence[Pair], is_approximate: bool) -> list[str]:
         return []
     ranks = max(pair.rank for pair in pairs)
     return [
-        f"of up to {ranks} ranks, {own / changed:.0%} of the weights that it changes: merged into its base (--merge) it "
-        "would be exact and cost nothing at run time"
+        f"of up to {ranks} ranks, {own / changed:.0%} of the weights that it changes: merged into its base (--merge) "
+        "it would be exact and cost nothing at run time"
     ]
 
 
@@ -298,7 +303,7 @@ def against_base(adapter: AdapterSource, base: AdaptedBase) -> AdapterSource:
     if not adapter.init:
         return adapter
     if adapter.init not in RECOMPUTED:
-        raise refused(adapter.path, [f"init_lora_weights is {adapter.init!r}: {WHAT_TO_SAVE}"])
+        raise refused(adapter.path, [f"init_lora_weights is {adapter.init!r}: {what_to_save(adapter.init)}"])
     if base.is_lossy:
         raise refused(
             adapter.path,
@@ -326,7 +331,8 @@ def _check(adapter: AdapterSource, compiled: Compiled, base: AdaptedBase, option
     UnsupportedAdapterError, BaseMismatchError: everything that is wrong with it, in one message.
     """
     if compiled.problems:
-        raise refused(adapter.path, [*compiled.problems, *compiled.misfits, *compiled.tied])
+        broken = [problem for change in adapter.reading.changes if (problem := _broken(change))]
+        raise refused(adapter.path, [*compiled.problems, *compiled.misfits, *compiled.tied, *broken])
     if compiled.misfits:
         raise BaseMismatchError(
             f"{adapter.path}: {len(compiled.misfits)} modules do not fit the base {base.name}:"
@@ -349,6 +355,13 @@ def _check(adapter: AdapterSource, compiled: Compiled, base: AdaptedBase, option
         )
     if not compiled.pieces:
         raise FormatError(f"{adapter.path}: holds no tensors that change its base")
+
+
+def _broken(change: Change) -> str:
+    """What is wrong with the values of a change that is there as it is."""
+    values = change.load() if not isinstance(change, Transformed) else ()
+    parts = values if isinstance(values, tuple) else (values,)
+    return "" if all(np.isfinite(part).all() for part in parts) else f"{change.tensor}: holds NaN or infinite values"
 
 
 def refused(path: Path, problems: Sequence[str]) -> UnsupportedAdapterError:

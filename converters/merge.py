@@ -26,6 +26,7 @@ from converters.edits import Edits, edited_base, edits_of, joined, pair_edits
 from converters.errors import UnsupportedAdapterError, listed
 from converters.fingerprint import MERGED, is_norm, merged_fingerprint
 from converters.gguf_adapter import open_gguf_adapter
+from converters.imatrix import ImportanceMatrix
 from converters.job import BaseReport, Job
 from converters.options import QuantizeOptions
 from converters.quant_types import RECIPES, tensor_order
@@ -163,7 +164,18 @@ def _as_it_is(
     base: AdaptedBase, edits: Edits, options: QuantizeOptions, metadata: Mapping[str, Value]
 ) -> Iterator[Job]:
     with BaseFile(base.path) as file:
-        yield plan_as_it_is(file, metadata, untie=options.untie or edits.unties)
+        job = plan_as_it_is(file, metadata, untie=options.untie or edits.unties)
+        yield (
+            job
+            if options.imatrix is None
+            else replace(job, sources=tuple(_weighed(source, options.imatrix) for source in job.sources))
+        )
+
+
+def _weighed(source: Source, imatrix: ImportanceMatrix) -> Source:
+    shape = source.spec.shape
+    experts = shape[-3] if len(shape) > 2 else 1
+    return replace(source, importance=imatrix.means_for(source.spec.name, shape[-1], experts))
 
 
 def _edited(job: Job, base: AdaptedBase, edits: Edits, labels: Sequence[str]) -> Job:

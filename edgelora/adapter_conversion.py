@@ -251,10 +251,13 @@ def adapter_from_folder(folder: Path, base: Path, store: Store, *, force: bool =
 
 
 def _content_hash(folder: Path, base_fingerprint: str) -> str:
+    from converters.initialisation import initial_folder
+
     digest = hashlib.sha256(f"{__version__}\0{base_fingerprint}".encode())  # another version may convert otherwise
-    for name in WEIGHTS:
-        path = folder / name
-        digest.update(f"\0{name}\0".encode())
+    initial = initial_folder(folder)
+    folders = [folder] if initial is None else [folder, initial]
+    for path in (each / name for each in folders for name in WEIGHTS):
+        digest.update(f"\0{path.relative_to(folder)}\0".encode())
         if path.is_file():
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -262,18 +265,40 @@ def _content_hash(folder: Path, base_fingerprint: str) -> str:
 
 
 def find_base(folder: Path, given: Path | None, store: Store) -> Path:
-    """The base a PEFT folder is converted against: the one given, the folder it names, or the store's."""
+    """The base a PEFT folder is converted against: the one given, the one it names (a folder, or a hub id that lies in
+    the Hugging Face cache), or the store's.
+
+    Raises:
+        BaseNotFoundError: none of them.
+    """
     if given:
         return given
-    named = _base_named_by(folder)
-    if named and (Path(named) / "config.json").is_file() and _is_base_of(Path(named), folder, store):
-        return Path(named)
+    named = _named_folder(folder)
+    if named and _is_base_of(named, folder, store):
+        return named
     try:
         return store.find_base(Contract.load(folder), folder).path
     except BaseNotFoundError as error:
+        wanted = _base_named_by(folder)
+        trained = f" It was trained on {wanted}." if wanted else ""
         raise BaseNotFoundError(
-            error.message, hint="Name it with --base: its Hugging Face folder, or a GGUF of it."
+            error.message, hint=f"Name it with --base: its Hugging Face folder, or a GGUF of it.{trained}"
         ) from None
+
+
+def _named_folder(folder: Path) -> Path | None:
+    from converters.hub import is_hub_id
+    from converters.hub_cache import cached_snapshot, missing_from
+    from converters.peft_config import read_peft_config
+
+    name = _base_named_by(folder)
+    if not name:
+        return None
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    revision = read_peft_config(folder).values.get("revision")
+    found = cached_snapshot(name, revision if isinstance(revision, str) else "main") if is_hub_id(name) else None
+    return found if found and not missing_from(found) else None
 
 
 def _is_base_of(named: Path, folder: Path, store: Store) -> bool:

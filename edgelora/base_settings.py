@@ -60,8 +60,8 @@ class BaseSettings:
     @property
     def keeps_types(self) -> bool:
         """Nothing was said about the types of tensors: a GGUF base that adapters are merged into keeps its own."""
-        named = (self.quant, self.tensor_types, self.output_type, self.embedding_type, self.pure, self.imatrix)
-        return bool(self.merge) and not any(named) and not self.calibrate
+        named = (self.quant, self.tensor_types, self.output_type, self.embedding_type, self.pure)
+        return bool(self.merge) and not any(named)
 
     @property
     def quant_name(self) -> str:

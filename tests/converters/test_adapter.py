@@ -312,3 +312,11 @@ def test_patterns_are_matched_as_peft_does(base: Path, tmp_path: Path) -> None:
     write_json(folder / "adapter_config.json", {**config, "use_rslora": True})
     report = convert_adapter(folder, base, tmp_path / "adapter.gguf", options=AdapterOptions(dtype="f32"), force=True)
     assert report.scales == (6 / 2, 8 / 2, 8 / 2**0.5)
+
+
+def test_broken_values_are_told_with_everything_else(base: Path, tmp_path: Path) -> None:
+    arrays = arrays_with(layers__0__self_attn__q_proj__lora_B__weight=ones(32, 4, value=np.nan))
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert_adapter(make_adapter(tmp_path / "a", arrays, mystery=1), base, tmp_path / "adapter.gguf")
+    assert "unknown setting mystery" in caught.value.message
+    assert "q_proj.weight: holds NaN or infinite values" in caught.value.message

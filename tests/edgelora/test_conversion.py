@@ -11,11 +11,11 @@ import pytest
 from converters.base import convert_base
 from converters.errors import ConversionError
 from converters.reader import read_header
+from edgelora.adapter_conversion import adapter_from_folder
 from edgelora.adapter_ref import AdapterRef
 from edgelora.adapter_settings import AdapterSettings
 from edgelora.base_settings import BaseSettings
 from edgelora.contract import GOLDEN_MESSAGES, Contract
-from edgelora.adapter_conversion import adapter_from_folder
 from edgelora.conversion import ConvertOptions, convert
 from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError, SettingsError
 from edgelora.resolution import contract_of, resolve_files
@@ -109,6 +109,23 @@ def test_trained_on_another_base(folder: Path, tmp_path: Path) -> None:
         convert(folder, tmp_path / "a.gguf", ConvertOptions(base=TINY_BASE))
     assert not (tmp_path / "a.gguf").exists()
     assert convert(folder, tmp_path / "a.gguf", ConvertOptions(base=TINY_BASE, force=True)).path.exists()
+
+
+def test_a_base_named_by_its_hub_id_is_found_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Store
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = write_lora(tmp_path / "peft", TINY_BASE, seed=3, base_model_name_or_path="acme/tiny")
+    with pytest.raises(BaseNotFoundError) as caught:
+        convert(folder, tmp_path / "a.gguf")
+    assert "It was trained on acme/tiny." in caught.value.hint
+    cached = tmp_path / "models--acme--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(TINY_BASE, cached / "snapshots" / ("0" * 40))
+    assert convert(folder, tmp_path / "a.gguf").base_fingerprint == store.fingerprint(TINY_BASE)
 
 
 def test_options_that_do_not_belong(folder: Path, gguf_base: Path, tmp_path: Path) -> None:

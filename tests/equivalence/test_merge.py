@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from converters.base import convert_base
-from converters.errors import UnsupportedAdapterError
+from converters.errors import UnsupportedAdapterError, UnsupportedError
+from converters.imatrix import Importance, ImportanceMatrix
 from converters.merge import Merged, merge
 from converters.options import QuantizeOptions
 from converters.reader import read_header
@@ -73,10 +74,10 @@ class Trained:
         return float(np.linalg.norm(change - self.effect) / np.linalg.norm(self.effect))
 
 
-def train(case: Case, tmp_path: Path) -> Trained:
+def train(case: Case, tmp_path: Path, **sizes: int) -> Trained:
     import peft
 
-    base, folder = tiny_models.build(case.model, tmp_path / "base"), tmp_path / "adapter"
+    base, folder = tiny_models.build(case.model, tmp_path / "base", **sizes), tmp_path / "adapter"
     ids = some_ids(base, 60)
     torch.manual_seed(1)
     model = load_model(base)
@@ -148,6 +149,26 @@ def test_a_quantized_base_keeps_its_types(tmp_path: Path) -> None:
     before, after = read_header(plain), read_header(merged)
     assert {n: t.type_name for n, t in before.tensors.items()} == {n: t.type_name for n, t in after.tensors.items()}
     assert trained.error(plain, merged) < 0.05  # Q8_0 rounds twice
+
+
+def test_types_that_need_an_importance_matrix_keep_them_with_one(tmp_path: Path) -> None:
+    trained = train(Case("LoraConfig", LORA, model="llama"), tmp_path, hidden_size=256, intermediate_size=256)
+    matrices = {
+        name: Importance(np.ones(view.shape[-1], np.float32), np.ones(1, np.int64))
+        for name, view in read_header(
+            convert_base(trained.base, tmp_path / "f32.gguf", quant="f32").path
+        ).tensors.items()
+        if name.startswith("blk.")
+    }
+    options = QuantizeOptions("iq2_xxs", imatrix=ImportanceMatrix(matrices, ("text",), 1, 512))
+    plain = convert_base(trained.base, tmp_path / "plain.gguf", options=options).path
+    with pytest.raises(UnsupportedError, match="too few bits"):
+        merge(plain, [Merged(trained.folder)], tmp_path / "merged.gguf")
+    assert not (tmp_path / "merged.gguf").exists()
+    merged = merge(plain, [Merged(trained.folder)], tmp_path / "merged.gguf", options, keep_types=True)
+    before, after = read_header(plain), read_header(merged.path)
+    assert {n: t.type_name for n, t in before.tensors.items()} == {n: t.type_name for n, t in after.tensors.items()}
+    assert merged.quant == "iq2_xxs"
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
