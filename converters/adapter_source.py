@@ -87,7 +87,7 @@ def open_adapter(
             yield source
             return
         with open_adapter(initial, base, allow_bin=allow_bin) as begun:
-            reading = initialisation.with_initial(source.reading, begun.reading)
+            reading = initialisation.with_initial(source.reading, begun.reading, source.init)
             yield replace(source, reading=reading, init="", inputs=(*source.inputs, *begun.inputs))
 
 

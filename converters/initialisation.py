@@ -3,12 +3,13 @@
 PiSSA (arXiv:2404.02948), OLoRA (arXiv:2406.01775), CorDA (arXiv:2406.05223) and LoRA-GA (arXiv:2407.05000) begin with
 factors A0 and B0 and take them out of the base: what was trained is (W - s B0 A0) + s B A. Against the base as it was
 released that is a LoRA of twice the rank, W + s (B A - B0 A0). A0 and B0 are in a folder that was saved before
-training, or follow from W where the initialisation is a plain function of it.
+training, or follow from W where the initialisation is a plain function of it. LoftQ (arXiv:2310.08659) quantizes the
+base besides, which no folder with A0 and B0 undoes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from converters.checkpoint import Floats
 from converters.low_rank import leading
-from converters.methods import Change, LowRank, Reading
+from converters.methods import LowRank, Reading, Transformed
 
 Weight = Callable[[str], Floats]
 """A transformers tensor's name to the base's values, float32 (rows, columns)."""
@@ -25,11 +26,21 @@ Weight = Callable[[str], Floats]
 # Names of folders in which A0 and B0 are kept, inside the adapter's: PEFT's examples, and LLaMA-Factory's.
 FOLDERS = ("pissa_init", "olora_init", "corda_init", "lora_ga_init", "initial")
 PLAIN = ("gaussian", "orthogonal", "eva", "mica")  # they leave the base as it was
+LOFTQ = "loftq"
 WHAT_TO_SAVE = (
     "it moved a part of the base into the adapter. Save the adapter before training too "
     '(model.save_pretrained("initial")) and give that folder with --initial, or save the result with PEFT\'s '
     "path_initial_model_for_weight_conversion"
 )
+BASE_TO_SAVE = (
+    "it was trained on a base that LoftQ had quantized. Save that base too (model.unload().save_pretrained), set "
+    "init_lora_weights to true in adapter_config.json, and convert it against that base"
+)
+
+
+def what_to_save(init: str) -> str:
+    """What would have to be there for an adapter with this initialisation."""
+    return BASE_TO_SAVE if init == LOFTQ else WHAT_TO_SAVE
 
 
 def moved_base(init: object) -> str:
@@ -45,26 +56,36 @@ def initial_folder(folder: Path) -> Path | None:
     return next((folder / name for name in FOLDERS if (folder / name / "adapter_config.json").is_file()), None)
 
 
-def with_initial(reading: Reading, initial: Reading) -> Reading:
-    """Every change less the one it began with."""
+def with_initial(reading: Reading, initial: Reading, init: str = "") -> Reading:
+    """Every change less the one it began with.
+
+    Args:
+        initial: the adapter before it was trained.
+        init: the initialisation's name; what no initial state undoes becomes a problem.
+    """
     begun = {change.tensor: change for change in initial.changes if isinstance(change, LowRank)}
-    ours = {change.tensor for change in reading.changes if isinstance(change, LowRank)}
+    ours = {change.tensor: change for change in reading.changes if isinstance(change, LowRank)}
     problems = [
-        f"{tensor}: is in one of the adapter and its initial state only" for tensor in sorted(ours ^ set(begun))
+        *([f"init_lora_weights is {init!r}: {BASE_TO_SAVE}"] if init == LOFTQ else []),
+        *(
+            f"{tensor}: is in one of the adapter and its initial state only"
+            for tensor in sorted(set(ours) ^ set(begun))
+        ),
+        *(
+            f"{tensor}: is {ours[tensor].shape}, its initial state {begun[tensor].shape}"
+            for tensor in ours
+            if tensor in begun and begun[tensor].shape != ours[tensor].shape
+        ),
+        *(f"initial state: {problem}" for problem in initial.problems),
     ]
-    changes: list[Change] = []
-    for change in reading.changes:
-        if not isinstance(change, LowRank):
-            changes.append(change)
-        elif (before := begun.get(change.tensor)) is not None:
-            if before.shape != change.shape:
-                problems.append(f"{change.tensor}: is {change.shape}, its initial state {before.shape}")
-            changes.append(_less(change, before.rank, before.load))
-    return replace(
-        reading,
-        changes=tuple(changes),
-        problems=(*reading.problems, *(f"initial state: {problem}" for problem in initial.problems), *problems),
-    )
+
+    def undone(change: LowRank) -> LowRank:
+        before = begun.get(change.tensor)
+        if before is None or before.shape != change.shape:
+            return change
+        return _less(change, before.rank, before.load)
+
+    return _undone(reading, init, undone, problems)
 
 
 def recomputed(reading: Reading, init: str, weight: Weight) -> Reading:
@@ -74,13 +95,19 @@ def recomputed(reading: Reading, init: str, weight: Weight) -> Reading:
         init: "pissa" or "olora".
     """
     begin = RECOMPUTED[init]
+    return _undone(reading, init, lambda change: _less(change, change.rank, partial(begin, change, weight)))
 
-    def undone(change: Change) -> Change:
-        if not isinstance(change, LowRank):
-            return change
-        return _less(change, change.rank, partial(begin, change, weight))
 
-    return replace(reading, changes=tuple(map(undone, reading.changes)))
+def _undone(reading: Reading, init: str, undo: Callable[[LowRank], LowRank], problems: Sequence[str] = ()) -> Reading:
+    """Low-rank changes undone; others of a matrix depend on a base that the initialisation changed."""
+    changes = tuple(undo(change) if isinstance(change, LowRank) else change for change in reading.changes)
+    others = [
+        f"{change.tensor}: init_lora_weights is {init!r}, and its change is no plain LoRA: it depends on the base that "
+        "this initialisation left; merge it with PEFT (merge_and_unload), and convert the result"
+        for change in changes
+        if isinstance(change, Transformed) and not change.tensor.endswith(".bias")
+    ]
+    return replace(reading, changes=changes, problems=(*reading.problems, *problems, *(others if init else ())))
 
 
 def _pissa(change: LowRank, weight: Weight) -> tuple[Floats, Floats]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.conftest import SHARED, TINY_BASE
 from tests.converters.folders import byte_level_tokenizer
+
+if TYPE_CHECKING:
+    from tests.equivalence.outcomes import Bases
 
 Builder = Callable[..., Path]
 REAL_MODELS = {
@@ -54,3 +57,12 @@ def build_llama(tmp_path_factory: pytest.TempPathFactory) -> Builder:
         return folder
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    """Tiny models by name, each built and converted once for all tests."""
+    pytest.importorskip("torch")
+    from tests.equivalence.outcomes import Bases
+
+    return Bases(tmp_path_factory.mktemp("bases"))
