@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 
 from converters.architectures import Family, Sizes, find_gguf_family
@@ -53,7 +54,12 @@ class AdaptedBase:
     @property
     def plain_fingerprint(self) -> str:
         """The fingerprint without what was merged into it."""
-        return self.fingerprint_with((name, self.rows(name, 0, 1).reshape(-1)) for name in self.shapes if is_norm(name))
+        return self.fingerprint_with((name, rows.reshape(-1)) for name, rows in self.norms())
+
+    def norms(self) -> Iterator[tuple[str, Floats]]:
+        """GGUF name and rows of every norm; some have a row for each head."""
+        for name in filter(is_norm, self.shapes):
+            yield name, self.rows(name, 0, prod(self.shapes[name][:-1]))
 
     @property
     def is_tied(self) -> bool:

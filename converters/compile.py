@@ -75,7 +75,7 @@ def compile_changes(
             _place(out, base, oriented(base, change))
         elif isinstance(change, Replaced) and is_base_copy(base, change):
             continue
-        elif not isinstance(change, Transformed) and not is_known(base.family, change.tensor):
+        elif not isinstance(change, Transformed) and not _has_module(base, change.tensor):
             out.problems.append(f"{change.tensor}: no tensor of a {base.family.architecture} model")
         elif not isinstance(change, Transformed):
             out.problems.append(f"{change.tensor}: {NO_PLACE[type(change)]}")
@@ -85,6 +85,11 @@ def compile_changes(
         if len(out.too_rough) < MAX_FAILURES:
             _approximate(out, base, change, rank, max_error)
     return out
+
+
+def _has_module(base: AdaptedBase, tensor: str) -> bool:
+    """Whether models of this family have such a tensor, or a layer that could have such a bias."""
+    return is_known(base.family, tensor) or is_known(base.family, f"{tensor.removesuffix('.bias')}.weight")
 
 
 def _place(out: Compiled, base: AdaptedBase, change: LowRank) -> None:
@@ -112,11 +117,17 @@ def is_base_copy(base: AdaptedBase, change: Replaced) -> bool:
     slots = [slot for slot in find_slots(base, change.tensor) if slot.gguf in base.shapes]
     if base.is_tied and is_output(base, change.tensor):
         slots = find_slots(base, embedding_name(base))
-    if not slots or source_shape(base, slots[0]) != change.shape:
+    if not slots or slots[0].place.hf_shape(base.sizes) != change.shape:
         return False
     if base.is_lossy:
         return change.is_copy
-    return np.array_equal(weight_of(base, change.tensor, slots), change.load())
+    weight, values = weight_of(base, change.tensor, slots), change.load()
+    return np.array_equal(weight, values if weight.ndim == 1 else rows_first(values, slots[0]))
+
+
+def rows_first(values: Floats, slot: Slot) -> Floats:
+    """A tensor as transformers stores it with its rows first: a transposed one is turned round."""
+    return values.swapaxes(-1, -2) if slot.place.row.transposed and not slot.place.is_bias else values
 
 
 def embedding_name(base: AdaptedBase) -> str:
@@ -144,7 +155,7 @@ def is_output(base: AdaptedBase, tensor: str) -> bool:
 
 
 def misfit(base: AdaptedBase, change: Change, slot: Slot) -> str:
-    wanted = source_shape(base, slot)
+    wanted = slot.place.hf_shape(base.sizes) if isinstance(change, Replaced) else source_shape(base, slot)
     fits = len(change.shape) == len(wanted) and all(a in (None, b) for a, b in zip(change.shape, wanted, strict=True))
     is_unsure = isinstance(change, LowRank) and change.turned is Turned.UNKNOWN and not slot.place.row.transposed
     if fits and is_unsure and wanted[-1] == wanted[-2]:
@@ -221,9 +232,11 @@ def weight_of(base: AdaptedBase, tensor: str, slots: Iterable[Slot] | None = Non
 
 
 def _vector_of(base: AdaptedBase, slot: Slot) -> Floats:
-    values = base.rows(slot.gguf, 0, 1).reshape(-1)[slot.rows]
-    whole = np.empty(len(slot.source), np.float32)
-    whole[slot.source] = values
+    if slot.is_row:
+        whole = base.rows(slot.gguf, int(slot.rows[0]), int(slot.rows[0]) + 1).reshape(-1)
+    else:
+        whole = np.empty(len(slot.source), np.float32)
+        whole[slot.source] = base.rows(slot.gguf, 0, 1).reshape(-1)[slot.rows]
     value = slot.place.row.value
     return value.back(whole) if value and not slot.place.is_bias else whole
 

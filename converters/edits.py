@@ -19,7 +19,7 @@ import numpy as np
 from converters.adapted_base import AdaptedBase
 from converters.base import can_untie
 from converters.checkpoint import Floats
-from converters.compile import embedding_name, is_base_copy, is_output, misfit, weight_of
+from converters.compile import embedding_name, is_base_copy, is_output, misfit, rows_first, weight_of
 from converters.methods import Change, LowRank, Reading, Replaced, Shifted, Transformed
 from converters.pairs import Pair, Piece, assemble
 from converters.placement import Slot, find_slots, is_known, oriented, source_shape
@@ -103,9 +103,7 @@ def _slots(edits: Edits, base: AdaptedBase, change: Change) -> list[Slot]:
     if not there:
         if isinstance(change, Transformed) and change.if_there:
             return []
-        is_absent = is_known(base.family, change.tensor)
-        what = "the base has no such tensor" if is_absent else f"no tensor of a {base.family.architecture} model"
-        edits.problems.append(f"{change.tensor}: {what}")
+        edits.problems.append(f"{change.tensor}: {_absence(base, change.tensor)}")
         return []
     if edits.unties and not can_untie(base.family):
         what = "changes the embeddings or the output alone, and llama.cpp's"
@@ -115,6 +113,15 @@ def _slots(edits: Edits, base: AdaptedBase, change: Change) -> list[Slot]:
         edits.problems.append(problem)
         return []
     return there
+
+
+def _absence(base: AdaptedBase, tensor: str) -> str:
+    architecture = base.family.architecture
+    if is_known(base.family, tensor):
+        return "the base has no such tensor"
+    if tensor.endswith(".bias") and is_known(base.family, tensor.removesuffix("bias") + "weight"):
+        return f"llama.cpp's {architecture} adds no bias there"
+    return f"no tensor of a {architecture} model"
 
 
 def _outputs(base: AdaptedBase, slot: Slot) -> int:
@@ -220,10 +227,7 @@ def _whole(base: AdaptedBase, change: Transformed) -> Floats:
 
 def _replacement(change: Replaced, slot: Slot) -> Floats:
     """A new tensor as the slot's rows."""
-    values = change.load()
-    if slot.place.row.transposed and not slot.place.is_bias:
-        values = np.swapaxes(values, -1, -2)
-    return _ordered(values, slot)
+    return _ordered(rows_first(change.load(), slot), slot)
 
 
 def _ordered(values: Floats, slot: Slot) -> Floats:
@@ -231,7 +235,7 @@ def _ordered(values: Floats, slot: Slot) -> Floats:
     value = slot.place.row.value
     if values.ndim == 1:
         changed = value.forward(values) if value and not slot.place.is_bias else values
-        return changed[slot.source][None]
+        return changed[None] if slot.is_row else changed[slot.source][None]
     rows = values.reshape(-1, values.shape[-1])[slot.source]
     rows = rows if slot.columns is None else rows[:, slot.columns]
     return value.forward(rows) if value else rows

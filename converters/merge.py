@@ -36,7 +36,6 @@ from converters.stream import Progress, Source
 from converters.writer import TensorSpec, Value
 
 FINGERPRINT = "edgelora.fingerprint"
-FINGERPRINT = "edgelora.fingerprint"
 HASHED = (".safetensors", ".bin", ".json", ".gguf")
 
 
@@ -219,7 +218,6 @@ def _new_source(name: str, shape: tuple[int, ...], edits: Edits) -> Source:
 
 def _with_norms(base: AdaptedBase, edits: Edits) -> str:
     """The fingerprint with the norms that the adapters leave."""
-    names = [name for name in base.shapes if is_norm(name)]
-    if not any(name in edits.by_tensor for name in names):
+    if not any(is_norm(name) for name in edits.by_tensor):
         return base.plain_fingerprint
-    return base.fingerprint_with((name, edits.apply(name, base.rows(name, 0, 1), 0).reshape(-1)) for name in names)
+    return base.fingerprint_with((name, edits.apply(name, rows, 0).reshape(-1)) for name, rows in base.norms())

@@ -47,6 +47,11 @@ class Slot:
     columns: Indices | None
     place: Place
 
+    @property
+    def is_row(self) -> bool:
+        """Whether it is a vector that lies as one row of a matrix: the norm of a head."""
+        return bool(self.place.row.each) and len(self.place.row.stored_shape()) == 1
+
 
 def find_slots(base: AdaptedBase, tensor: str) -> list[Slot]:
     """All places of a transformers tensor in a base; none where its family or the base has no such tensor."""
@@ -134,7 +139,7 @@ def _slots(base: AdaptedBase, place: Place, part: int) -> Iterator[Slot]:
 
 def _rows_of(shape: tuple[int, ...], place: Place) -> int:
     if len(shape) == 1:
-        return shape[0]
+        return 1 if place.row.each else shape[0]
     if place.row.transposed and not place.is_bias:
         return prod(shape[:-2]) * shape[-1]
     return prod(shape[:-1])

@@ -27,13 +27,13 @@ QKV, UP_GATE = f"{LAYER}.self_attn.qkv_proj", f"{LAYER}.mlp.up_gate_proj"
 ROWS = (
     *embeddings(),
     norm("input_layernorm", "attn_norm"),
-    *attention(bias="use_bias", output_bias="use_bias"),
+    *attention(bias="use_bias"),
     *(
         Row(QKV, f"{BLK}.attn_{name}", (size, "embedding"), rows=_qkv(part), hf_shape=("qkv_rows", "embedding"))
         for part, (name, size) in enumerate((("q", "q_rows"), ("k", "kv_rows"), ("v", "v_rows")))
     ),
     norm("post_attention_layernorm", "ffn_norm"),
-    *gated_mlp(bias="use_bias"),
+    *gated_mlp(),
     *(
         Row(UP_GATE, f"{BLK}.ffn_{name}", ("feed_forward", "embedding"), rows=_gate_up(part),
             hf_shape=("two_feed_forward", "embedding"))

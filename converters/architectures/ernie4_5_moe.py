@@ -28,9 +28,9 @@ SHARED = f"{LAYER}.mlp.shared_experts"
 ROWS = (
     *embeddings(),
     norm("input_layernorm", "attn_norm"),
-    *attention(bias="use_bias", output_bias="use_bias"),
+    *attention(bias="use_bias"),
     norm("post_attention_layernorm", "ffn_norm"),
-    *gated_mlp(bias="use_bias", when=is_dense),
+    *gated_mlp(when=is_dense),
     *experts(when=is_sparse),
     Row(f"{LAYER}.mlp.moe_statics.e_score_correction_bias", f"{BLK}.exp_probs_b", (1, "experts"), ends=("", ".bias"),
         when=is_sparse),

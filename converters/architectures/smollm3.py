@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from converters.architectures import llama
+from converters.architectures.blocks import attention, embeddings, gated_mlp, norm
 from converters.architectures.family import Config, Family
 from converters.architectures.settings import rope_type_problems, whole_rope
 from converters.tokenizer_rules import LLAMA_RULES
 
+ROWS = (
+    *embeddings(),
+    norm("input_layernorm", "attn_norm"),
+    *attention(bias="attention_bias", q_order=llama.q_order, k_order=llama.k_order),
+    norm("post_attention_layernorm", "ffn_norm"),
+    *gated_mlp(),
+)
 INTERVAL = 4  # n_no_rope_layer_step, src/models/smollm3.cpp
 
 
@@ -24,7 +32,7 @@ def _rotated(config: Config, interval: int) -> list[int]:
 
 FAMILY = Family(
     "smollm3",
-    llama.DENSE,
+    ROWS,
     llama.hyperparameters,
     defaults={
         "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 2e6, "num_key_value_heads": 4,

@@ -19,7 +19,9 @@ import torch
 
 from converters.adapter import AdapterOptions, convert_adapter
 from converters.base import convert_base
+from converters.fingerprint import fingerprint
 from converters.merge import Merged, merge
+from converters.options import QuantizeOptions
 from tests.equivalence import llamacpp, tiny_models
 from tests.equivalence.hf_logits import load_model
 from tests.equivalence.peft_methods import Case
@@ -71,11 +73,13 @@ class Adapted:
             plain, adapter=convert_adapter(self.folder, plain, out, AdapterOptions(**options), force=True).path
         )
 
-    def merged_error(self, plain: Path | None = None) -> float:
-        """Merged into a GGUF base of the same types."""
-        plain = plain or self.plain
-        out = self.base.with_name("merged.gguf")
-        return self.error(plain, merged=merge(plain, [Merged(self.folder)], out, force=True).path)
+    def merged_error(self, base: Path | None = None) -> float:
+        """Merged into a GGUF base of the same types, or into the folder."""
+        base = base or self.plain
+        out, options = self.base.with_name("merged.gguf"), QuantizeOptions("f32") if base.is_dir() else None
+        merged = merge(base, [Merged(self.folder)], out, options, force=True)
+        assert merged.fingerprint == fingerprint(out), "an adapter for what was merged would not know it"
+        return self.error(self.plain if base.is_dir() else base, merged=merged.path)
 
 
 def tokens_of(model: str, base: Path) -> list[int]:
