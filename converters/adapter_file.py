@@ -15,7 +15,7 @@ import numpy as np
 from converters.checkpoint import Floats
 from converters.dequantize import dequantize_rows
 from converters.errors import UnsupportedError
-from converters.pairs import Pair
+from converters.pairs import EMBEDDING, Pair
 from converters.quant_types import RECIPES, TYPES, BlockType
 from converters.quantize import Bytes, quantize_rows
 from converters.stream import Progress
@@ -25,6 +25,7 @@ DTYPES = ("f32", "f16", "bf16", "q8_0")
 F16_MAX = 65504.0
 LARGEST = 1e18  # beyond it the square of a float32 is infinite
 F16_ERROR = 1e-3  # rounding alone gives 2e-4; above, values are too small for f16 (below 6e-8 they become zero)
+SMALLEST_SUM = 1e-6  # of squared norms: what float32 tells from nothing
 KEPT_BYTES = 256 << 20  # of encoded tensors that are kept from the check to the writing
 SCALES = "edgelora.adapter.scales"  # float32 for each pair, in the file's order; 0 where it has several
 
@@ -41,7 +42,7 @@ class AdapterFile:
 
     Attributes:
         dtype: of its tensors; "f32" where f16 was asked for and would have lost small values.
-        rounding: the largest |stored - exact| / |exact| of an A or B.
+        rounding: the largest |stored - exact| / |exact| of a change, as rounding A and B leaves it.
         problems: values that cannot be stored.
         encoded: tensors that were encoded already, by name.
     """
@@ -153,7 +154,8 @@ class _Check:
         if not np.isfinite(found).all():
             sides = zip("AB", loaded, strict=True)
             self.problems += filter(None, (_problem(pair, letter, values, self.dtype) for letter, values in sides))
-        self.errors[pair.tensor] = max(error / norm if norm else 0.0 for norm, error in found)
+        largest = max(error / norm if norm else 0.0 for norm, error in found)
+        self.errors[pair.tensor] = largest * _amplification(pair, *loaded) if largest else 0.0
 
     def _encoded(self, spec: TensorSpec, values: Floats, reason: str) -> tuple[float, float]:
         """The norm of a tensor, and of what its type rounds away."""
@@ -176,6 +178,20 @@ class _Check:
         return [*untrained, *sorted(self._plain)]
 
 
+def _amplification(pair: Pair, first: Floats, second: Floats) -> float:
+    """How much larger the error of B @ A is than those of B and A: above 1 where its ranks cancel one another.
+
+    The squared norms of the ranks, each for itself, over that of their sum, which is the sum of (B.T @ B) * (A @ A.T).
+    """
+    b, a = (first, second.T) if pair.tensor == EMBEDDING else (second, first)
+    with np.errstate(over="ignore", invalid="ignore"):
+        products = (np.swapaxes(b, -1, -2) @ b) * (a @ np.swapaxes(a, -1, -2))
+        apart, together = float(np.trace(products, axis1=-2, axis2=-1).sum()), float(products.sum())
+    if not isfinite(apart) or apart <= together:
+        return 1.0
+    return sqrt(apart / max(together, apart * SMALLEST_SUM))
+
+
 def _norm(values: Floats) -> float:
     flat = np.ascontiguousarray(values).reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -194,7 +210,7 @@ def _problem(pair: Pair, letter: str, values: Floats, dtype: str) -> str:
 
 def _too_small(tensors: Sequence[str], error: float) -> str:
     names = ", ".join(tensors[:3]) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
-    return f"written as f32: f16 would change {names} by up to {error:.1%}, its values are too small"
+    return f"written as f32: f16 would change {names} by up to {error:.1%}, its values are too small, or cancel one another"
 
 
 def specs_of(pair: Pair, dtype: str) -> list[tuple[TensorSpec, str]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from converters.checkpoint import Floats
-from converters.low_rank import leading
+from converters.low_rank import balanced, leading
 from converters.methods import LowRank, Reading, Transformed
 
 Weight = Callable[[str], Floats]
@@ -128,8 +128,10 @@ RECOMPUTED: Mapping[str, Callable[[LowRank, Weight], tuple[Floats, Floats]]] = {
 
 
 def _less(change: LowRank, rank: int, begun: Callable[[], tuple[Floats, Floats]]) -> LowRank:
+    """Training moves A and B little: as [B, -B0] and [A, A0] the difference would drown in what F16 rounds."""
+
     def load() -> tuple[Floats, Floats]:
         (b, a), (b0, a0) = change.load(), begun()
-        return np.concatenate((b, -b0), axis=-1), np.concatenate((a, a0), axis=-2)
+        return balanced(np.concatenate((b, -b0), axis=-1), np.concatenate((a, a0), axis=-2))
 
     return replace(change, rank=change.rank + rank, load=load)

@@ -72,6 +72,16 @@ def shorten(b: Floats, a: Floats, *, rank: int | None, max_error: float) -> Appr
     return _cut(qb @ u, s, vt @ qa.T, energy, rank, max_error)
 
 
+def balanced(b: Floats, a: Floats) -> tuple[Floats, Floats]:
+    """Other factors of B @ A, of the same rank and as large as the product: rounding them is rounding it."""
+    (qb, rb), (qa, ra) = np.linalg.qr(b.astype(np.float64)), np.linalg.qr(a.astype(np.float64).T)
+    u, s, vt = np.linalg.svd(rb @ ra.T, full_matrices=False)
+    root = np.sqrt(s)
+    new_b, new_a = np.zeros_like(b), np.zeros_like(a)
+    new_b[:, : len(s)], new_a[: len(s)] = qb @ (u * root), (root[:, None] * vt) @ qa.T
+    return new_b, new_a
+
+
 def leading(matrix: Floats, rank: int) -> Approximation:
     """The `rank` largest singular values of a matrix, converged: what was taken out of it can be put back exactly.
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from converters import adapter_file
 from converters.adapter import AdapterOptions
 from converters.base import convert_base
 from converters.initialisation import FOLDERS
@@ -155,3 +156,17 @@ def _converted(found: Adapted, base: Path) -> Path:
 def _configure(folder: Path, **settings: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+@pytest.mark.parametrize("init", UNDONE_BY_PEFT)
+def test_what_cancels_is_not_lost_in_f16(init: str, tiny_bases: Bases, tmp_path: Path) -> None:
+    """B @ A - B0 @ A0 is a twentieth of either: what F16 rounds of them would be 1 % of it."""
+    found = adapted(init, tiny_bases, tmp_path)
+    assert error(found, AdapterOptions(initial=tmp_path / "initial")) < TOLERANCE
+    assert error(replace(found, folder=tmp_path / "converted"), AdapterOptions()) < TOLERANCE
+
+
+def test_a_coarse_file_would_be_seen(tiny_bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_file, "_amplification", lambda pair, first, second: 1.0)
+    found = replace(adapted("pissa", tiny_bases, tmp_path), folder=tmp_path / "converted")
+    assert error(found, AdapterOptions()) > TOLERANCE
