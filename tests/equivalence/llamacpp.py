@@ -48,9 +48,13 @@ def loaded(path: Path, *, vocab_only: bool = False) -> Iterator[Any]:
 
 
 def logits(
-    path: Path, ids: Sequence[int], adapter: Path | None = None, *, context: int = 512
+    path: Path, ids: Sequence[int], adapter: Path | None = None, *, context: int = 512, begins: int = 0
 ) -> npt.NDArray[np.float32]:
-    """Logits of every position, shape (len(ids), vocabulary); KV cache in F32, no flash attention: nothing rounds."""
+    """Logits of every position, shape (len(ids), vocabulary); KV cache in F32, no flash attention: nothing rounds.
+
+    Args:
+        begins: the token from which on the adapter is active.
+    """
     with loaded(path) as model:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = context
@@ -59,9 +63,11 @@ def logits(
         params.n_threads = params.n_threads_batch = 1
         opened = llama_cpp.llama_init_from_model(model, params)
         try:
+            before = _decode(model, opened, ids[:begins]) if begins else None
             if adapter:
                 _apply(model, opened, adapter)
-            return _decode(model, opened, ids)
+            after = _decode(model, opened, ids[begins:], begins)
+            return after if before is None else np.concatenate((before, after))
         finally:
             llama_cpp.llama_free(opened)
 
@@ -75,11 +81,11 @@ def _apply(model: Any, context: Any, path: Path) -> None:
         raise RuntimeError("llama.cpp cannot apply the adapter")
 
 
-def _decode(model: Any, context: Any, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+def _decode(model: Any, context: Any, ids: Sequence[int], first: int = 0) -> npt.NDArray[np.float32]:
     batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
     for position, token in enumerate(ids):
-        batch.token[position], batch.pos[position] = token, position
+        batch.token[position], batch.pos[position] = token, first + position
         batch.n_seq_id[position], batch.seq_id[position][0], batch.logits[position] = 1, 0, 1
     try:
         if llama_cpp.llama_decode(context, batch):
