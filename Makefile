@@ -19,7 +19,7 @@ CMAKE_vulkan := -DGGML_VULKAN=on
 REFERENCE := build/reference/convert_hf_to_gguf.py
 TAR_WILDCARDS := $(shell tar --version 2>/dev/null | grep -q GNU && echo --wildcards)
 
-.PHONY: help setup demo test test-all bench check docs reference clean
+.PHONY: help setup demo test test-all bench adapters-table check docs reference clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -72,6 +72,10 @@ bench: setup reference  ## conversion, kernels, importance and perplexity beside
 	$(BIN)/python bench/convert.py --memory
 	$(BIN)/python -m bench.quantize_kernels
 	$(BIN)/python -m bench.imatrix
+
+adapters-table: setup  ## measure again what becomes of every PEFT method, for the README's tables
+	$(BIN)/python -m bench.adapters_table
+	$(BIN)/python -m tests.contracts.generated_docs
 
 check: setup  ## ruff, mypy, generated docs
 	$(BIN)/ruff check .

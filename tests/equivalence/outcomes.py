@@ -9,6 +9,7 @@ adapter_outcome(adapted)    Outcome(kind="approximate", error=0.008, stated=0.00
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ REFUSALS = (UnsupportedAdapterError, BaseMismatchError)
 TOKENS = 40
 SIZE = (0.05, 0.5)  # of the logits: a change that proves something, and is not lost in its own amplification
 MAX_STEPS = 10
+TENSOR = re.compile(r"[\w.]+\.(weight|bias): ")
 
 
 @dataclass(frozen=True)
@@ -108,54 +110,80 @@ class Outcome:
         error: relative, of the change of the logits.
         stated: the largest error of a tensor's change that the conversion reported.
         reason: what a refusal said, and what it advises.
+        residual: the share of each tensor's energy that the conversion reported to have left out.
     """
 
     kind: str
     error: float = 0.0
     stated: float = 0.0
     reason: str = ""
-    method: str = ""
     residual: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def why(self) -> str:
+        """The reason of a refusal for its first tensor, without the tensor's name."""
+        first = self.reason.partition("\n  - ")[2].partition("\n")[0] or self.reason
+        return first.partition(": ")[2] if TENSOR.match(first) else first
 
-def logits_of(network: Any, ids: Sequence[int]) -> Floats:
+
+def logits_of(network: Any, ids: Sequence[int], **arguments: Any) -> Floats:
     with torch.no_grad():
-        found: npt.NDArray[np.float32] = network(torch.tensor([list(ids)])).logits[0].float().numpy()
+        found: npt.NDArray[np.float32] = network(torch.tensor([list(ids)]), **arguments).logits[0].float().numpy()
     return found
 
 
-def adapt(case: Case, base: Base, folder: Path) -> Adapted:
-    """Put an adapter with random weights on a copy of the base, and save it as PEFT does."""
+def adapt(case: Case, base: Base, folder: Path, **arguments: Any) -> Adapted:
+    """Put an adapter with random weights on a copy of the base, and save it as PEFT does.
+
+    Args:
+        arguments: of PEFT's forward pass.
+    """
     import peft
 
     torch.manual_seed(1)
     settings = {"task_type": "CAUSAL_LM", "target_modules": list(LINEARS), **case.settings}
     network = peft.get_peft_model(copy.deepcopy(base.network), getattr(peft, case.config)(**settings)).eval()
-    effect = randomized(network, case, base)
+    effect = randomized(network, case, base, **arguments)
     network.save_pretrained(folder)
     return Adapted(base, folder, network, effect)
 
 
-def randomized(network: Any, case: Case, base: Base) -> Floats:
+def randomized(network: Any, case: Case, base: Base, **arguments: Any) -> Floats:
     """Give the adapter random weights, nearer to its initialisation or farther until its effect is of `SIZE`.
+
+    Nearer to zero, where the initialisation itself changes much; as they are, where that does not help.
 
     Returns:
         The effect: float32 (tokens, vocabulary).
     """
+
+    def effect() -> Floats:
+        return logits_of(network, base.ids, **arguments) - base.logits
+
+    def size(of: Floats) -> float:
+        return float(np.linalg.norm(of) / np.linalg.norm(base.logits))
+
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    shrink = 0.0 if size(effect()) > SIZE[1] else 1.0
+    start = {name: parameter.detach() * shrink for name, parameter in trained.items()}
     for name, parameter in trained.items():
         case.randomize(name, parameter)
+    end = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    reach = 1.0
     for _ in range(MAX_STEPS):
-        effect = logits_of(network, base.ids) - base.logits
-        size = float(np.linalg.norm(effect) / np.linalg.norm(base.logits))
-        if SIZE[0] <= size <= SIZE[1]:
-            return effect
-        for name, parameter in trained.items():
-            distance = parameter.data - before[name]
-            parameter.data = before[name] + distance * (2.0 if size < SIZE[0] else 0.5)
-    assert size > SIZE[0], f"its effect stays at {size:.2g} of the logits"
-    return effect  # PEFT's initialisation does much already
+        found = effect()
+        if SIZE[0] <= size(found) <= SIZE[1]:
+            return found
+        reach *= 2.0 if size(found) < SIZE[0] else 0.5
+        _set(trained, {name: start[name] + reach * (end[name] - start[name]) for name in trained})
+    _set(trained, end)
+    assert size(effect()) > SIZE[0], "an adapter that does nothing would prove nothing"
+    return effect()
+
+
+def _set(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.data = values[name].clone()
 
 
 def merged_outcome(adapted: Adapted) -> Outcome:
@@ -163,7 +191,7 @@ def merged_outcome(adapted: Adapted) -> Outcome:
     try:
         report = merge(adapted.base.gguf, [Merged(adapted.folder)], adapted.beside("merged"), force=True)
     except REFUSALS as error:
-        return Outcome(REFUSED, reason=f"{error.message} {error.hint}")
+        return Outcome(REFUSED, reason=f"{error.message}\n{error.hint}")
     return Outcome(EXACT, adapted.error(merged=report.path))
 
 
@@ -173,8 +201,6 @@ def adapter_outcome(adapted: Adapted, options: AdapterOptions | None = None) -> 
     try:
         report = convert_adapter(adapted.folder, adapted.base.gguf, out, options, force=True)
     except REFUSALS as error:
-        return Outcome(REFUSED, reason=f"{error.message} {error.hint}")
+        return Outcome(REFUSED, reason=f"{error.message}\n{error.hint}")
     error_of_logits = adapted.error(adapter=report.path)
-    return Outcome(
-        report.kind, error_of_logits, report.max_residual, method=report.method, residual=report.residual_energy
-    )
+    return Outcome(report.kind, error_of_logits, report.max_residual, residual=report.residual_energy)

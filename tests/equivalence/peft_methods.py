@@ -89,18 +89,17 @@ def layers(adapted: Any) -> dict[str, Any]:
 
 def computed_weight(layer: Any) -> tuple[Floats, Floats]:
     """The weight (rows, columns) and the bias (rows,) that a linear layer computes with."""
-    columns = layer.in_features
-    with torch.no_grad():
-        zero = layer(torch.zeros(1, 1, columns))
-        weight = (layer(torch.eye(columns)[None]) - zero)[0].T.contiguous().numpy()
-    return weight, zero[0, 0].numpy()
+    return plain_weight(layer, layer.in_features)
 
 
 def base_weight(layer: Any) -> tuple[Floats, Floats]:
     """The same of the layer below."""
-    inner = layer.get_base_layer()
-    columns = layer.in_features
+    return plain_weight(layer.get_base_layer(), layer.in_features)
+
+
+def plain_weight(layer: Any, columns: int) -> tuple[Floats, Floats]:
+    """The same of a layer that is none of PEFT's."""
     with torch.no_grad():
-        zero = inner(torch.zeros(1, 1, columns))
-        weight = (inner(torch.eye(columns)[None]) - zero)[0].T.contiguous().numpy()
+        zero = layer(torch.zeros(1, 1, columns))
+        weight = (layer(torch.eye(columns)[None]) - zero)[0].T.contiguous().numpy()
     return weight, zero[0, 0].numpy()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,14 +12,11 @@ from converters.checkpoint import Tensors
 from converters.methods import METHODS, Change, LowRank, Replaced, Shifted, read_modules
 from converters.peft_config import read_peft_config
 from converters.safetensors_file import read_tensors
-from tests.equivalence import methods, tiny_models
+from tests.equivalence import tiny_models
+from tests.equivalence.methods import CASES
 from tests.equivalence.peft_methods import Case, Floats, base_weight, computed_weight, layers, make_peft
 
 pytestmark = [pytest.mark.train, pytest.mark.filterwarnings("ignore")]  # of PEFT, about its own methods
-
-CASES: dict[str, Case] = {}
-for found in pkgutil.iter_modules(methods.__path__):
-    CASES.update(importlib.import_module(f"tests.equivalence.methods.{found.name}").CASES)
 
 
 @pytest.fixture(scope="session")
