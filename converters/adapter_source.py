@@ -12,6 +12,7 @@ from typing import Any
 from converters import initialisation
 from converters.adapted_base import AdaptedBase
 from converters.checkpoint import Tensors, missing_weights
+from converters.compile import weight_of
 from converters.errors import FormatError, MissingFileError, UnsupportedAdapterError
 from converters.initialisation import Weight
 from converters.methods import METHODS, Reading, read_modules
@@ -103,7 +104,7 @@ def _read(path: Path, config: PeftConfig, tensors: Tensors, base: AdaptedBase) -
         )
     if not tensors.tensors:
         raise FormatError(f"{path}: its file of weights is empty")
-    reading = read_modules(config, method, tensors, partial(shape_in_base, base))
+    reading = read_modules(config, method, tensors, partial(shape_in_base, base), partial(weight_of, base))
     init = initialisation.moved_base(config.values.get("init_lora_weights")) if config.peft_type == "LORA" else ""
     return AdapterSource(
         path=path,

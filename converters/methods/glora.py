@@ -7,8 +7,7 @@ Each of the five is stored as one of
                                               (1,)                                            "constant"
     <module>.glora_A.zeros                    (rows, columns), whole                          "none"
 
-C is (columns, 1), and C, D and E are zeros where the layer has no bias. A trained C is refused: the bias would depend
-on the weight.
+C is (columns, 1), and C, D and E are zeros where the layer has no bias.
 """
 
 from __future__ import annotations
@@ -27,10 +26,6 @@ from converters.peft_settings import choice, rank
 STORED = {"lora": {"Xd", "Xu"}, "vector": {"X"}, "constant": {"X"}, "none": {"zeros"}}
 ENDINGS = ("Xd", "Xu", "X", "zeros")
 SETTING = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
-NEEDS_WEIGHT = (
-    'its bias depends on its weight (config_C {!r}), which cannot be computed here; train with config_C="none", or '
-    "merge it with PEFT (merge_and_unload) and convert the result"
-)
 
 
 def read(module: Module) -> Iterator[Change]:
@@ -79,18 +74,22 @@ def _check_vector(module: Module, letter: str, kind: str, rows: int | None) -> N
 
 
 def _columns(module: Module, kind: str) -> int:
-    """As C tells, which is as long as the layer's input; raises ModuleProblem where it is not zeros."""
+    """As C tells, which is as long as the layer's input."""
     if kind == "lora":
         module.check("C.Xd", None, module.setting("r"))
         module.check("C.Xu", module.setting("r"), 1)
-        c = module.load("C.Xd") @ module.load("C.Xu")
     else:
-        role = "C.X" if kind == "vector" else "C.zeros"
-        module.check(role, None, 1)
-        c = module.load(role)
-    if np.any(c):
-        raise ModuleProblem("C holds other than zeros" if kind == "none" else NEEDS_WEIGHT.format(kind))
+        module.check("C.X" if kind == "vector" else "C.zeros", None, 1)
+    c = _c(module, kind)
+    if kind == "none" and np.any(c):
+        raise ModuleProblem("C holds other than zeros")
     return len(c)
+
+
+def _c(module: Module, kind: str) -> Floats:
+    if kind == "lora":
+        return module.load("C.Xd") @ module.load("C.Xu")
+    return module.load("C.X" if kind == "vector" else "C.zeros")
 
 
 def _weight(module: Module, kinds: dict[str, str], rows: Floats, start: int) -> Floats:
@@ -109,13 +108,14 @@ def _matrix(module: Module, letter: str, kind: str, start: int, stop: int) -> Fl
 
 def _bias(module: Module, kinds: dict[str, str], rows: int | None) -> Iterator[Change]:
     d, e = (f"{letter}.{'zeros' if kinds[letter] == 'none' else 'X'}" for letter in "DE")
-    if np.any(module.load(d)) or np.any(module.load(e)):
-        yield Transformed(
-            module.bias,
-            (rows,),
-            lambda bias, start: bias + bias * module.load(d) + module.load(e),
-            if_there=kinds["D"] == "none",
-        )
+    c = _c(module, kinds["C"])
+
+    def apply(bias: Floats, start: int) -> Floats:
+        changed = bias + bias * module.load(d) + module.load(e)
+        return changed + (module.weight_in_base(module.weight) @ c).T if np.any(c) else changed
+
+    if np.any(c) or np.any(module.load(d)) or np.any(module.load(e)):
+        yield Transformed(module.bias, (rows,), apply, if_there=kinds["D"] == "none")
 
 
 METHOD = Method(

@@ -22,8 +22,21 @@ BaseShape = Callable[[str], tuple[int, ...] | None]
 """A tensor of the base, as the adapter's changes name it, to its sizes; None where the base has no such tensor."""
 
 
+BaseWeight = Callable[[str], Floats]
+"""A tensor of the base to its values, float32, rows first; of a vector (values,)."""
+
+
 def no_base(tensor: str) -> None:
     """A `BaseShape` where there is no base."""
+
+
+def no_weights(tensor: str) -> Floats:
+    """A `BaseWeight` where there is no base.
+
+    Raises:
+        ModuleProblem: always.
+    """
+    raise ModuleProblem(f"its change follows from {tensor}, which is not known")
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class Module:
         shared: likewise for tensors that all modules share.
         siblings: names of all modules that the adapter has tensors for, this one too.
         shape_in_base: sizes of the base's tensors.
+        weight_in_base: their values.
     """
 
     name: str
@@ -45,6 +59,7 @@ class Module:
     shared: Mapping[str, str] = field(default_factory=dict)
     siblings: Sequence[str] = ()
     shape_in_base: BaseShape = no_base
+    weight_in_base: BaseWeight = no_weights
 
     @property
     def weight(self) -> str:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from converters.checkpoint import Tensors
 from converters.methods.changes import Change, ModuleProblem, Reading
-from converters.methods.method import PREFIX, BaseShape, Method, Module, no_base
+from converters.methods.method import PREFIX, BaseShape, BaseWeight, Method, Module, no_base, no_weights
 from converters.methods.trained import read_trained
 from converters.peft_config import PeftConfig, with_settings
 
 MODEL_PREFIX = "base_model."
 
 
-def read_modules(config: PeftConfig, method: Method, tensors: Tensors, shape_in_base: BaseShape = no_base) -> Reading:
+def read_modules(
+    config: PeftConfig,
+    method: Method,
+    tensors: Tensors,
+    shape_in_base: BaseShape = no_base,
+    weight_in_base: BaseWeight = no_weights,
+) -> Reading:
     """The changes of a method that is told module by module.
 
     Args:
         config: as `read_peft_config` gives it.
         shape_in_base: some methods save less than the sizes of the layers they change.
+        weight_in_base: and some change biases by what weights are; called when a change is applied.
     """
     assert method.read is not None
     config = with_settings(config, method.settings, method.free, method.refused)
@@ -26,7 +33,7 @@ def read_modules(config: PeftConfig, method: Method, tensors: Tensors, shape_in_
     if shared and not parts and not config.problems:
         wrong.append(f"{', '.join(sorted(shared.values()))}: shared by all layers, and there is none that takes it")
     for name, of_module in parts.items():
-        module = Module(name, config, tensors, of_module, shared, tuple(parts), shape_in_base)
+        module = Module(name, config, tensors, of_module, shared, tuple(parts), shape_in_base, weight_in_base)
         try:
             changes += _changes(method, module)
         except ModuleProblem as problem:

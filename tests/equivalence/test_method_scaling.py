@@ -144,15 +144,6 @@ def test_beft_moves_biases(model: str, request: pytest.FixtureRequest, tmp_path:
             assert np.abs(bias + shift.load() - wanted).max() < CLOSE
 
 
-def test_a_bias_that_depends_on_the_weight_is_refused(biases: Path, tmp_path: Path) -> None:
-    make_peft(Case("GloraConfig", {"target_modules": ["q_proj"]}), biases, tmp_path)
-    with read(tmp_path) as reading:
-        assert [problem.partition(":")[0] for problem in reading.problems] == [
-            f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)
-        ]
-        assert all("(config_C 'lora')" in problem for problem in reading.problems)
-
-
 def test_embeddings_of_hira_are_refused(llama: Path, tmp_path: Path) -> None:
     make_peft(Case("HiraConfig", {"target_modules": ["embed_tokens"]}), llama, tmp_path)
     with read(tmp_path) as reading:

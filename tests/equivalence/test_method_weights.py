@@ -51,7 +51,8 @@ def errors(case: Case, base: Path, folder: Path) -> Iterator[tuple[str, float]]:
     config = read_peft_config(folder)
     with Tensors(read_tensors(folder / "adapter_model.safetensors")) as tensors:
         shapes = {f"{name}.weight": base_weight(layer)[0].shape for name, layer in layers(adapted).items()}
-        reading = read_modules(config, METHODS[config.peft_type], tensors, shapes.get)
+        values = {f"{name}.weight": base_weight(layer)[0] for name, layer in layers(adapted).items()}
+        reading = read_modules(config, METHODS[config.peft_type], tensors, shapes.get, values.__getitem__)
         assert not reading.problems
         ours = {change.tensor: change for change in reading.changes}
         for name, layer in layers(adapted).items():

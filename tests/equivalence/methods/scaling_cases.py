@@ -46,6 +46,8 @@ CASES: Mapping[str, Case] = {
     ),
     "glora without biases": Case("GloraConfig", {"r": 4}),
     "glora of vectors without biases": Case("GloraConfig", {"config_A_B": "vector"}),
+    "glora whose biases follow weights": Case("GloraConfig", {"r": 4}, "llama-biases"),
+    "glora whose biases follow weights by vectors": Case("GloraConfig", {"config_C": "vector"}, "llama-biases"),
     "glora on biases": Case("GloraConfig", NO_C, "llama-biases"),
     "glora of vectors on biases": Case(
         "GloraConfig", {**NO_C, "config_A_B": "vector", "config_D_E": "vector"}, "llama-biases"
