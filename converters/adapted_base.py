@@ -78,13 +78,14 @@ def open_base(path: Path, fingerprint: str = "") -> Iterator[AdaptedBase]:
     """
     if path.is_dir():
         with Checkpoint(path) as checkpoint:
-            yield replace(_of_folder(checkpoint), known_fingerprint=fingerprint)
+            yield replace(of_folder(checkpoint), known_fingerprint=fingerprint)
     else:
         with BaseFile(path) as file:
             yield replace(_of_file(file), known_fingerprint=fingerprint)
 
 
-def _of_folder(checkpoint: Checkpoint) -> AdaptedBase:
+def of_folder(checkpoint: Checkpoint) -> AdaptedBase:
+    """A model folder that is open, as adapters see it."""
     model = understand(checkpoint)
     shapes = {name: view.shape for name, view in model.views.items()}
     return AdaptedBase(

@@ -131,6 +131,7 @@ class Checkpoint(Tensors):
 
     Attributes:
         notices: what should be known of its weights: that they were quantized before, say.
+        tokenizer_folder: where its tokenizer is: here.
 
     Raises:
         MissingFileError: no folder, no config.json, no weights, or a shard that is not there.
@@ -139,7 +140,7 @@ class Checkpoint(Tensors):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = self.tokenizer_folder = folder
         if not is_there(folder, stat.S_ISDIR):
             raise MissingFileError(f"{folder}: no such folder")
         self.config = _config(folder)

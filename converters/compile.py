@@ -26,6 +26,7 @@ UNSURE = (
     "its matrices are square, and PEFT before 0.19.1 saved them the other way round: write the version that saved them "
     'into adapter_config.json ("peft_version": "0.17.1", say)'
 )
+RESIZED = "it has {} rows and the base {}: other tokens have no place in a GGUF adapter"
 NO_PLACE: dict[type[Change], str] = {
     Replaced: "it was trained as a whole, which has no place in a GGUF adapter",
     Shifted: "a bias, which has no place in a GGUF adapter",
@@ -78,7 +79,8 @@ def compile_changes(
         elif not isinstance(change, Transformed) and not _has_module(base, change.tensor):
             out.problems.append(f"{change.tensor}: no tensor of a {base.family.architecture} model")
         elif not isinstance(change, Transformed):
-            out.problems.append(f"{change.tensor}: {NO_PLACE[type(change)]}")
+            what = RESIZED.format(change.shape[0], base.sizes.vocab) if is_resized(base, change) else ""
+            out.problems.append(f"{change.tensor}: {what or NO_PLACE[type(change)]}")
     if out.problems or out.misfits:  # nothing long is begun for an adapter that is refused anyway
         rough = [change for change in rough if not _approximable(out, base, change)]
     for change in rough:
@@ -150,8 +152,20 @@ def _slots(out: Compiled, base: AdaptedBase, change: Change) -> list[Slot]:
     return there
 
 
+def is_embedding(base: AdaptedBase, tensor: str) -> bool:
+    return any(slot.gguf == "token_embd.weight" for slot in find_slots(base, tensor))
+
+
+def is_resized(base: AdaptedBase, change: Change) -> bool:
+    """Whether a tensor takes the place of the embeddings or of the output with another number of tokens."""
+    if not isinstance(change, Replaced) or not (is_embedding(base, change.tensor) or is_output(base, change.tensor)):
+        return False
+    wanted = find_slots(base, change.tensor)[0].place.hf_shape(base.sizes)
+    return change.shape != wanted and change.shape[1:] == wanted[1:]
+
+
 def is_output(base: AdaptedBase, tensor: str) -> bool:
-    return any(slot.gguf == "output.weight" for slot in find_slots(base, tensor))
+    return any(slot.gguf in ("output.weight", "output.bias") for slot in find_slots(base, tensor))
 
 
 def misfit(base: AdaptedBase, change: Change, slot: Slot) -> str:

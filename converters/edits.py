@@ -19,7 +19,7 @@ import numpy as np
 from converters.adapted_base import AdaptedBase
 from converters.base import can_untie
 from converters.checkpoint import Floats
-from converters.compile import embedding_name, is_base_copy, is_output, misfit, rows_first, weight_of
+from converters.compile import is_base_copy, is_embedding, is_output, misfit, rows_first, weight_of
 from converters.methods import Change, LowRank, Reading, Replaced, Shifted, Transformed
 from converters.pairs import Pair, Piece, assemble
 from converters.placement import Slot, find_slots, is_known, oriented, source_shape
@@ -36,12 +36,14 @@ class Edits:
     Attributes:
         by_tensor: GGUF name to its edits, in order.
         added: GGUF name to the shape of tensors that the base has not (biases); they begin as zeros.
+        tied: those of the embeddings that a tied output has too.
         unties: the output becomes a tensor of its own: the embeddings change, or it does, and not both alike.
         problems: what cannot be merged.
     """
 
     by_tensor: dict[str, list[Edit]] = field(default_factory=dict)
     added: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    tied: list[Edit] = field(default_factory=list)
     unties: bool = False
     problems: list[str] = field(default_factory=list)
 
@@ -65,6 +67,8 @@ def edits_of(reading: Reading, base: AdaptedBase, scale: float = 1.0) -> Edits:
         change = oriented(base, change) if isinstance(change, LowRank) else change
         for slot in _slots(edits, base, change):
             _edit(edits, base, change, slot, pieces, scale)
+    if edits.unties:  # what the two had in common before
+        edits.by_tensor[OUTPUT] = [*edits.tied, *edits.by_tensor.get(OUTPUT, ())]
     for name, of_tensor in pieces.items():
         shape = base.shapes[EMBEDDING] if name == OUTPUT and base.is_tied else base.shapes[name]
         edits.by_tensor.setdefault(name, []).append(_Sum(assemble(name, shape, of_tensor), scale))
@@ -84,13 +88,18 @@ def _edit(
         edit = _Replacement(partial(_replacement, change, slot), slot, _row_count(base, slot))
     else:
         edit = partial(_shift, change, slot)
-    edits.by_tensor.setdefault(slot.gguf, []).append(edit if scale == 1.0 else _scaled(edit, scale))
+    edit = edit if scale == 1.0 else _scaled(edit, scale)
+    edits.by_tensor.setdefault(slot.gguf, []).append(edit)
+    if base.is_tied and slot.gguf == EMBEDDING and _keeps_tie(change):
+        edits.tied.append(edit)
 
 
 def _slots(edits: Edits, base: AdaptedBase, change: Change) -> list[Slot]:
     """Where a change goes; a tied output, and biases that the base has not, are made."""
     slots = find_slots(base, change.tensor)
-    if base.is_tied and change.tensor == embedding_name(base) and not _keeps_tie(change):
+    if base.is_tied and _keeps_tie(change) and not is_embedding(base, change.tensor):
+        return []  # of the output, which follows the embeddings
+    if base.is_tied and is_embedding(base, change.tensor) and not _keeps_tie(change):
         edits.unties = True
     there = [slot for slot in slots if slot.gguf in base.shapes]
     if base.is_tied and is_output(base, change.tensor):
@@ -288,6 +297,8 @@ def joined(several: Sequence[Edits]) -> Edits:
     """The edits of several adapters, one after another."""
     out = Edits()
     for edits in several:
+        if edits.unties and not out.unties and EMBEDDING in out.by_tensor:  # the output was that until now
+            out.by_tensor[OUTPUT] = [*out.by_tensor[EMBEDDING]]
         for name, of_tensor in edits.by_tensor.items():
             out.by_tensor.setdefault(name, []).extend(of_tensor)
         out.added |= edits.added

@@ -21,7 +21,7 @@ from converters.adapter_source import open_adapter
 from converters.base import plan_base
 from converters.base_file import BaseFile
 from converters.block_types import TYPES
-from converters.checkpoint import Checkpoint, Floats
+from converters.checkpoint import Floats
 from converters.edits import Edits, edited_base, edits_of, joined, pair_edits
 from converters.errors import UnsupportedAdapterError, listed
 from converters.fingerprint import MERGED, is_norm, merged_fingerprint
@@ -32,6 +32,7 @@ from converters.options import QuantizeOptions
 from converters.quant_types import RECIPES, tensor_order
 from converters.reader import RawValue
 from converters.requantize import plan_as_it_is, plan_requantize
+from converters.resized import Resize, checkpoint_of, common_resize, find_resize, open_resized
 from converters.stream import Progress, Source
 from converters.writer import TensorSpec, Value
 
@@ -92,6 +93,8 @@ def merge(
     """
     with ExitStack() as stack:
         known = stack.enter_context(open_base(base))
+        resize = common_resize([found for adapter in adapters if (found := _resize(known, adapter))])
+        known = stack.enter_context(open_resized(base, resize)) if resize else known
         edits = Edits()
         for adapter in adapters:
             edits = joined([edits, stack.enter_context(_edits(edited_base(known, edits), adapter))])
@@ -99,7 +102,7 @@ def merge(
         keys: dict[str, Value] = {MERGED: labels, **(metadata or {})}
         keeps = (keep_types or options is None) and not known.path.is_dir()
         quantize = options or QuantizeOptions()
-        plan = _as_it_is if keeps else _job
+        plan = _as_it_is if keeps else partial(_job, resize=resize)
         job = stack.enter_context(plan(known, edits, quantize, keys))
         inputs = (*job.inputs, *(file for adapter in adapters for file in _files(adapter.path)))
         job = replace(_edited(job, known, edits, labels), inputs=inputs)
@@ -116,6 +119,13 @@ def _quantization(metadata: Mapping[str, Value]) -> str:
 
 def _files(path: Path) -> list[Path]:
     return [*path.iterdir()] if path.is_dir() else [path]
+
+
+def _resize(base: AdaptedBase, adapter: Merged) -> Resize | None:
+    if not adapter.path.is_dir():
+        return None
+    with open_adapter(adapter.path, base, allow_bin=adapter.allow_bin, initial=adapter.initial) as source:
+        return find_resize(adapter.path, source.reading, base)
 
 
 @contextmanager
@@ -147,11 +157,18 @@ def _check(path: Path, base: AdaptedBase, problems: Sequence[str], wanted: str) 
 
 
 @contextmanager
-def _job(base: AdaptedBase, edits: Edits, options: QuantizeOptions, metadata: Mapping[str, Value]) -> Iterator[Job]:
+def _job(
+    base: AdaptedBase,
+    edits: Edits,
+    options: QuantizeOptions,
+    metadata: Mapping[str, Value],
+    *,
+    resize: Resize | None,
+) -> Iterator[Job]:
     """The base's own conversion."""
     asked = replace(options, untie=options.untie or edits.unties)
     if base.path.is_dir():
-        with Checkpoint(base.path) as checkpoint:
+        with checkpoint_of(base.path, resize) as checkpoint:
             yield plan_base(checkpoint, asked, metadata)
     else:
         with BaseFile(base.path) as file:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,7 +92,7 @@ def understand(checkpoint: Checkpoint) -> Model:
     metadata = {f"{family.architecture}.{key}": value for key, value in family.hyperparameters(config).items()}
     sizes = Sizes(family.architecture, config["vocab_size"], metadata)
     views, tied_to, untied = _views(checkpoint, family, sizes, config)
-    vocabulary = partial(_vocabulary, folder, family, config)
+    vocabulary = partial(_vocabulary, checkpoint, family, config)
     notices = [*checkpoint.notices, *family.notices(config), *_left_out(left_out)]
     notices += [UNTIED] if untied else []
     if remote:
@@ -101,10 +100,15 @@ def understand(checkpoint: Checkpoint) -> Model:
     return Model(family, config, sizes, metadata, views, tied_to, tuple(notices), vocabulary)
 
 
-def _vocabulary(folder: Path, family: Family, config: Config) -> Vocabulary:
+def _vocabulary(checkpoint: Checkpoint, family: Family, config: Config) -> Vocabulary:
     from converters.tokenizer import load_vocabulary  # takes a third of an adapter's conversion, which needs none
+    from converters.tokenizer_ends import end_tokens
 
-    return load_vocabulary(folder, config["vocab_size"], family.tokenizer, config)
+    found = load_vocabulary(checkpoint.tokenizer_folder, config["vocab_size"], family.tokenizer, config)
+    if checkpoint.tokenizer_folder == checkpoint.folder:
+        return found
+    ends = end_tokens(checkpoint.folder, found.metadata, len(found.tokens))  # the model still ends its replies so
+    return replace(found, metadata={**found.metadata, **ends})
 
 
 def _remote_code(config: Config) -> str:

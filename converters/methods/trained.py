@@ -67,9 +67,15 @@ def read_trained(
             problems.append(f"{name}: {problem}")
     tied = alike(tensors, {tensor.removesuffix(".weight"): name for tensor, name in stored.items()})
     return [
-        *(replace(change, keeps_tie=change.tensor.removesuffix(".weight") in tied) for change in whole.values()),
+        *(replace(change, keeps_tie=_keeps_tie(change, tied)) for change in whole.values()),
         *rows,
     ], problems
+
+
+def _keeps_tie(change: Replaced, tied: set[str]) -> bool:
+    """Whether a tied output has the same: PEFT saves the frozen weight of embeddings for both."""
+    module = change.tensor.removesuffix(".weight")
+    return module in tied or (change.is_copy and short_name(module) in OUTPUTS)
 
 
 def _token_module(name: str) -> str:

@@ -8,17 +8,23 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file
 
 from converters import edits
 from converters.adapter import convert_adapter
 from converters.base import convert_base
 from converters.errors import BaseMismatchError, UnsupportedAdapterError
+from converters.merge import Merged, merge
+from converters.reader import read_header
 from edgelora.cli import cli
+from tests.converters.folders import safetensors_bytes
+from tests.equivalence import llamacpp
 from tests.equivalence.effects import TOLERANCE, Adapted, adapt
 from tests.equivalence.hf_logits import load_model
-from tests.equivalence.peft_methods import Case
+from tests.equivalence.peft_methods import Case, nudged
 from tests.equivalence.tiny_models import TINY, build
 
 pytestmark = [pytest.mark.train, pytest.mark.filterwarnings("ignore")]  # of PEFT, about its own methods
@@ -122,3 +128,28 @@ def test_an_untied_base_is_not_untied_twice(tmp_path: Path) -> None:
     out = convert_base(adapted.base, tmp_path / "again.gguf", quant="f32", untie=True)
     assert "this model has an output of its own" in "".join(out.notices)
     assert adapted.adapter_error(out.path) < TOLERANCE
+
+
+def test_an_adapter_that_unties_comes_after_one_that_does_not(tmp_path: Path) -> None:
+    """The output has what the first did to both."""
+    settings = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [5, 6, 100]}
+    first = adapt(Case("LoraConfig", settings, model="qwen2-tied", randomize=nudged(0.3)), tmp_path / "first")
+    second = everything("qwen2-tied", tmp_path / "second", only="input")
+    both = [Merged(first.folder), Merged(second.folder)]
+    together = merge(first.plain, both, tmp_path / "together.gguf").path
+    one = merge(first.plain, both[:1], tmp_path / "one.gguf").path
+    assert "output.weight" not in read_header(one).tensors
+    apart = merge(one, both[1:], tmp_path / "apart.gguf").path
+    difference = llamacpp.logits(together, first.ids) - llamacpp.logits(apart, first.ids)
+    assert np.abs(difference).max() < 1e-4
+
+
+def test_names_of_a_multimodal_model(tmp_path: Path) -> None:
+    """transformers loads some text models inside of others: their tied embeddings are the same."""
+    adapted = everything("qwen2-tied", tmp_path, only="input")
+    arrays = load_file(adapted.folder / "adapter_model.safetensors")
+    names = {name: name.replace("model.model.", "model.model.language_model.") for name in arrays}
+    renamed = safetensors_bytes({names[name]: values for name, values in arrays.items()})
+    (adapted.folder / "adapter_model.safetensors").write_bytes(renamed)
+    assert adapted.merged_error() < TOLERANCE
+    assert adapted.adapter_error(adapted.untied) < TOLERANCE
