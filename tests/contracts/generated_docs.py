@@ -13,6 +13,8 @@ from pathlib import Path
 
 import click
 
+from tests.contracts import adapter_tables
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -74,6 +76,8 @@ BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
     "quantizations": quantizations,
     "families": families,
     "methods": methods,
+    "adapters": adapter_tables.methods,
+    "adapters-beside": adapter_tables.others,
 }
 
 

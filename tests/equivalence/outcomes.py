@@ -33,7 +33,7 @@ REFUSALS = (UnsupportedAdapterError, BaseMismatchError)
 TOKENS = 40
 SIZE = (0.05, 0.5)  # of the logits: a change that proves something, and is not lost in its own amplification
 MAX_STEPS = 10
-TENSOR = re.compile(r"[\w.]+\.(weight|bias): ")
+PLACE = re.compile(r"([\w.]+\.(weight|bias)|init_lora_weights is '\w+'): ")  # which a refusal begins with
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ class Outcome:
 
     @property
     def why(self) -> str:
-        """The reason of a refusal for its first tensor, without the tensor's name."""
+        """The first reason of a refusal, without the tensor's name or the setting's."""
         first = self.reason.partition("\n  - ")[2].partition("\n")[0] or self.reason
-        return first.partition(": ")[2] if TENSOR.match(first) else first
+        return first.partition(": ")[2] if PLACE.match(first) else first
 
 
 def logits_of(network: Any, ids: Sequence[int], **arguments: Any) -> Floats:

@@ -73,14 +73,14 @@ BESIDE: Mapping[str, Case] = {
     "embeddings and output, untied": Case(
         "LoraConfig", {**LORA, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}
     ),
-    "embeddings, tied to the output": Case(
+    "embeddings, tied to the output (`--untie` makes a base that can)": Case(
         "LoraConfig", {**LORA, "target_modules": ["embed_tokens", "q_proj"]}, model="qwen2-tied"
     ),
     "a bias on B (`lora_bias`)": Case("LoraConfig", {**LORA, "lora_bias": True, "target_modules": ["q_proj"]}),
     "trained biases (`bias`)": Case("LoraConfig", {**LORA, "bias": "all"}, model="llama-biases"),
     "trained norms (`modules_to_save`)": Case("LoraConfig", {**LORA, "modules_to_save": ["input_layernorm", "norm"]}),
     "a trained output (`modules_to_save`)": Case("LoraConfig", {**LORA, "modules_to_save": ["lm_head"]}),
-    "trained tokens (`trainable_token_indices`)": Case(
+    "a few trained tokens (`trainable_token_indices`)": Case(
         "LoraConfig", {**LORA, "trainable_token_indices": TOKENS}, randomize=nudged(0.3)
     ),
 }

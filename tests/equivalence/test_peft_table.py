@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bench.adapters_table import MEASURED
 from converters.adapter import DEFAULT_MAX_ERROR, AdapterOptions
 from converters.methods import METHODS, lora
+from tests.contracts.adapter_tables import MEASURED
 from tests.equivalence.outcomes import (
     APPROXIMATE,
     EXACT,
