@@ -27,6 +27,7 @@ from converters.errors import BaseMismatchError, FormatError, UnsupportedAdapter
 from converters.initialisation import RECOMPUTED, WHAT_TO_SAVE, what_to_save
 from converters.methods import Change, Transformed
 from converters.pairs import Pair, shortened
+from converters.placement import shape_in_base
 from converters.quant_types import tensor_order
 from converters.writer import Value
 
@@ -312,7 +313,7 @@ def against_base(adapter: AdapterSource, base: AdaptedBase) -> AdapterSource:
                 f"{base.path} was quantized: name the base as it was released with --base. Or: {WHAT_TO_SAVE}"
             ],
         )
-    return adapter.against(lambda tensor: weight_of(base, tensor))
+    return adapter.against(lambda tensor: weight_of(base, tensor) if shape_in_base(base, tensor) else None)
 
 
 def missing_targets(adapter: AdapterSource, base: AdaptedBase) -> list[str]:

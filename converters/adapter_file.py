@@ -210,7 +210,8 @@ def _problem(pair: Pair, letter: str, values: Floats, dtype: str) -> str:
 
 def _too_small(tensors: Sequence[str], error: float) -> str:
     names = ", ".join(tensors[:3]) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
-    return f"written as f32: f16 would change {names} by up to {error:.1%}, its values are too small, or cancel one another"
+    why = "its values are too small, or cancel one another"
+    return f"written as f32: f16 would change {names} by up to {error:.1%}, {why}"
 
 
 def specs_of(pair: Pair, dtype: str) -> list[tuple[TensorSpec, str]]:

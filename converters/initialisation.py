@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from converters.checkpoint import Floats
+from converters.errors import UnsupportedAdapterError
 from converters.low_rank import balanced, leading
 from converters.methods import LowRank, Reading, Transformed
 
-Weight = Callable[[str], Floats]
-"""A transformers tensor's name to the base's values, float32 (rows, columns)."""
+Weight = Callable[[str], Floats | None]
+"""A transformers tensor's name to the base's values, float32 (rows, columns); None where the base has none."""
 
 # Names of folders in which A0 and B0 are kept, inside the adapter's: PEFT's examples, and LLaMA-Factory's.
 FOLDERS = ("pissa_init", "olora_init", "corda_init", "lora_ga_init", "initial")
@@ -93,9 +94,12 @@ def recomputed(reading: Reading, init: str, weight: Weight) -> Reading:
 
     Args:
         init: "pissa" or "olora".
+        weight: called when a change is loaded; None for a tensor that the base does not have.
+
+    Raises when a change is loaded:
+        UnsupportedAdapterError: the first state does not follow from the base.
     """
-    begin = RECOMPUTED[init]
-    return _undone(reading, init, lambda change: _less(change, change.rank, partial(begin, change, weight)))
+    return _undone(reading, init, lambda change: _less(change, change.rank, partial(_begun, init, change, weight)))
 
 
 def _undone(reading: Reading, init: str, undo: Callable[[LowRank], LowRank], problems: Sequence[str] = ()) -> Reading:
@@ -105,26 +109,40 @@ def _undone(reading: Reading, init: str, undo: Callable[[LowRank], LowRank], pro
         f"{change.tensor}: init_lora_weights is {init!r}, and its change is no plain LoRA: it depends on the base that "
         "this initialisation left; merge it with PEFT (merge_and_unload), and convert the result"
         for change in changes
-        if isinstance(change, Transformed) and not change.tensor.endswith(".bias")
+        if (isinstance(change, Transformed) and not change.tensor.endswith(".bias"))
+        or (isinstance(change, LowRank) and (len(change.shape) != 2 or change.is_embedding))
     ]
     return replace(reading, changes=changes, problems=(*reading.problems, *problems, *(others if init else ())))
 
 
-def _pissa(change: LowRank, weight: Weight) -> tuple[Floats, Floats]:
+def _begun(init: str, change: LowRank, weight: Weight) -> tuple[Floats, Floats]:
+    values = weight(change.tensor)
+    if values is None or values.shape != change.shape:  # which is refused by name where it is placed
+        rows, columns = change.shape
+        return np.zeros((rows, 0), np.float32), np.zeros((0, columns), np.float32)
+    try:
+        return RECOMPUTED[init](values, change)
+    except ValueError as error:
+        raise UnsupportedAdapterError(
+            f"{change.tensor}: init_lora_weights is {init!r}, and what that took out of the base is uncertain: {error}",
+            hint="Name the adapter's state before training with --initial.",
+        ) from None
+
+
+def _pissa(values: Floats, change: LowRank) -> tuple[Floats, Floats]:
     """The largest singular values of W; the scale cancels out (`pissa_init`, peft/tuners/lora/layer.py)."""
-    found = leading(weight(change.tensor), change.rank)
+    found = leading(values, change.rank)
     return found.b, found.a
 
 
-def _olora(change: LowRank, weight: Weight) -> tuple[Floats, Floats]:
+def _olora(values: Floats, change: LowRank) -> tuple[Floats, Floats]:
     """The first columns of Q and rows of R in W = Q R (`olora_init`, peft/tuners/lora/layer.py)."""
-    values = weight(change.tensor)
     q = np.linalg.qr(values[:, : change.rank].astype(np.float64))[0]
     r = q.T @ values
     return (change.scale * q).astype(np.float32), r.astype(np.float32)
 
 
-RECOMPUTED: Mapping[str, Callable[[LowRank, Weight], tuple[Floats, Floats]]] = {"pissa": _pissa, "olora": _olora}
+RECOMPUTED: Mapping[str, Callable[[Floats, LowRank], tuple[Floats, Floats]]] = {"pissa": _pissa, "olora": _olora}
 
 
 def _less(change: LowRank, rank: int, begun: Callable[[], tuple[Floats, Floats]]) -> LowRank:
@@ -132,6 +150,8 @@ def _less(change: LowRank, rank: int, begun: Callable[[], tuple[Floats, Floats]]
 
     def load() -> tuple[Floats, Floats]:
         (b, a), (b0, a0) = change.load(), begun()
+        missing = rank - len(a0) if a0.ndim == 2 else 0  # of a layer with fewer singular values than ranks
+        b0, a0 = (np.pad(b0, ((0, 0), (0, missing))), np.pad(a0, ((0, missing), (0, 0)))) if missing else (b0, a0)
         return balanced(np.concatenate((b, -b0), axis=-1), np.concatenate((a, a0), axis=-2))
 
     return replace(change, rank=change.rank + rank, load=load)

@@ -22,6 +22,8 @@ MAX_RANK = 512  # that is looked for in larger ones: an adapter of that rank is 
 FIRST_RANK, OVERSAMPLING, ITERATIONS = 64, 16, 4
 DEPTH, MAX_CYCLES = 6, 60  # of block Krylov iteration
 CONVERGED = 1e-11  # sum of squared sines between two subspaces
+APART = 1e-6  # of the largest singular value: nearer ones are the same in float32, and so are their vectors
+TOO_CLOSE = "its {} largest singular values do not stand apart from the others"
 CHUNK = 1 << 22  # values that are float64 at a time
 EXACT = 1e-4  # |change - B @ A| / |change| that counts as none: half of what storing A and B in F16 does
 FEW = 4  # a change has few ranks of its own, if no more than its shorter side divided by this
@@ -63,7 +65,12 @@ def approximate(change: Floats, *, rank: int | None, max_error: float) -> Approx
 
 
 def shorten(b: Floats, a: Floats, *, rank: int | None, max_error: float) -> Approximation:
-    """B @ A with fewer ranks: `rank`, or the fewest that meet `max_error`. Without building the product."""
+    """B @ A with fewer ranks: `rank`, or the fewest that meet `max_error`. Without building the product.
+
+    As it is, where it holds NaN or infinite values.
+    """
+    if not (np.isfinite(b).all() and np.isfinite(a).all()):
+        return Approximation(b, a, 0.0)
     (qb, rb), (qa, ra) = np.linalg.qr(b.astype(np.float64)), np.linalg.qr(a.astype(np.float64).T)
     u, s, vt = np.linalg.svd(rb @ ra.T)
     energy = float((s * s).sum())
@@ -73,25 +80,35 @@ def shorten(b: Floats, a: Floats, *, rank: int | None, max_error: float) -> Appr
 
 
 def balanced(b: Floats, a: Floats) -> tuple[Floats, Floats]:
-    """Other factors of B @ A, of the same rank and as large as the product: rounding them is rounding it."""
-    (qb, rb), (qa, ra) = np.linalg.qr(b.astype(np.float64)), np.linalg.qr(a.astype(np.float64).T)
-    u, s, vt = np.linalg.svd(rb @ ra.T, full_matrices=False)
-    root = np.sqrt(s)
+    """Other factors of B @ A, of the same rank and as large as the product: rounding them is rounding it.
+
+    Args:
+        b: (rows, rank), or a stack of such; as it is where it holds NaN or infinite values, and `a` likewise.
+    """
+    if not (np.isfinite(b).all() and np.isfinite(a).all()):
+        return b, a
+    (qb, rb), (qa, ra) = np.linalg.qr(b.astype(np.float64)), np.linalg.qr(_turned(a.astype(np.float64)))
+    u, s, vt = np.linalg.svd(rb @ _turned(ra), full_matrices=False)
+    root, count = np.sqrt(s), s.shape[-1]
     new_b, new_a = np.zeros_like(b), np.zeros_like(a)
-    new_b[:, : len(s)], new_a[: len(s)] = qb @ (u * root), (root[:, None] * vt) @ qa.T
+    new_b[..., :count], new_a[..., :count, :] = qb @ (u * root[..., None, :]), (root[..., None] * vt) @ _turned(qa)
     return new_b, new_a
+
+
+def _turned(matrices: Doubles) -> Doubles:
+    return np.swapaxes(matrices, -1, -2)
 
 
 def leading(matrix: Floats, rank: int) -> Approximation:
     """The `rank` largest singular values of a matrix, converged: what was taken out of it can be put back exactly.
 
     Raises:
-        ValueError: they do not converge: the value after the last is as large as it, and no part is the largest.
+        ValueError: the value after the last is as large as it, and no part is the largest.
     """
     energy = float(np.einsum("ij,ij->", matrix, matrix, dtype=np.float64))
     if min(matrix.shape) <= WHOLE:
         u, s, vt = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
-        return _factors(u, s, vt, energy, min(rank, len(s)))
+        return _largest(u, s, vt, energy, rank)
     count = min(rank + OVERSAMPLING, min(matrix.shape))
     v = np.linalg.qr(_start(matrix.shape[1], count))[0]
     before = v[:, :rank]
@@ -99,9 +116,15 @@ def leading(matrix: Floats, rank: int) -> Approximation:
         u, s, v = _krylov_cycle(matrix, v)
         now = v[:, :rank]
         if len(now.T) - float(np.square(before.T @ now).sum()) < CONVERGED:
-            return _factors(u, s, v.T, energy, len(now.T))
+            return _largest(u, s, v.T, energy, rank)
         before = now
-    raise ValueError(f"its {rank} largest singular values do not stand apart from the others")
+    raise ValueError(TOO_CLOSE.format(rank))
+
+
+def _largest(u: Doubles, s: Doubles, vt: Doubles, energy: float, rank: int) -> Approximation:
+    if rank < len(s) and s[rank - 1] - s[rank] <= APART * s[0]:
+        raise ValueError(TOO_CLOSE.format(rank))
+    return _factors(u, s, vt, energy, min(rank, len(s)))
 
 
 def _krylov_cycle(matrix: Floats, v: Doubles) -> tuple[Doubles, Doubles, Doubles]:
