@@ -76,5 +76,4 @@ METHOD = Method(
         "target_parameters": "AdaLoRA changes layers only",
         "use_dora": "AdaLoRA has no DoRA",
     },
-    is_low_rank=True,
 )  # fmt: skip

@@ -55,5 +55,4 @@ METHOD = Method(
     read=read,
     settings={"r": rank(8), "rank_pattern": rank_pattern()},
     free=("delora_lambda", "init_weights", "lambda_pattern", "module_dropout"),
-    is_low_rank=True,
 )

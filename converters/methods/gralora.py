@@ -94,5 +94,4 @@ METHOD = Method(
     needed=("a", "b"),
     settings={"r": rank(32), "hybrid_r": whole(0), "alpha": number(64), "gralora_k": rank(2)},
     free=("fan_in_fan_out", "gralora_dropout", "init_weights"),
-    is_low_rank=True,
 )

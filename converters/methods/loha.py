@@ -55,5 +55,4 @@ METHOD = Method(
         "alpha_pattern": number_pattern(),
     },
     free=("init_weights", "module_dropout", "rank_dropout", "use_effective_conv2d"),
-    is_low_rank=True,
 )

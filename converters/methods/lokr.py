@@ -91,5 +91,4 @@ METHOD = Method(
         "decompose_both", "decompose_factor", "init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale",
         "use_effective_conv2d",
     ),
-    is_low_rank=True,
 )  # fmt: skip

@@ -120,6 +120,5 @@ METHOD = Method(
         "layer_replication": "layers are repeated, which the base does not do",
         "megatron_config": "Megatron's parallel layers have weights of their own",
     },
-    is_low_rank=True,
     about=about,
 )  # fmt: skip

@@ -161,7 +161,6 @@ class Method:
         free: keys of training alone, beside `peft_settings.COMMON_FREE`.
         refused: keys that must be off, and what it means when they are on.
         about: what its settings say of the whole adapter.
-        is_low_rank: it becomes an exact adapter; otherwise an approximation.
     """
 
     title: str
@@ -174,7 +173,6 @@ class Method:
     free: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     about: Callable[[PeftConfig], About] = lambda config: About()
-    is_low_rank: bool = False
     refusal: str = ""
 
 

@@ -78,7 +78,6 @@ METHOD = Method(
     read=read,
     settings={"r": rank(64), "mini_r": rank(1), "init_weights": choice(True, True, False, "bat", "mini")},
     free=("miss_dropout",),
-    is_low_rank=True,
 )
 BONE = Method(
     "Bone",
@@ -86,5 +85,4 @@ BONE = Method(
     parts={".bone_block": "block"},
     read=read,
     settings={"r": rank(64), "mini_r": rank(1), "init_weights": choice(True, True, False, "bat")},
-    is_low_rank=True,
 )

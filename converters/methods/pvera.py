@@ -31,5 +31,4 @@ METHOD = Method(
     refused={
         "sample_at_inference": "it draws other numbers for every token; false takes their mean, as PEFT's merge does"
     },
-    is_low_rank=True,
 )

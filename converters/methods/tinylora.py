@@ -92,5 +92,4 @@ METHOD = Method(
     read=read,
     settings={"u": rank(64), "weight_tying": Setting(0.0, _share), "projection_seed": seed(42)},
     free=("fan_in_fan_out", "init_v_bound", "init_weights", "r", "save_projection", "tinylora_dropout"),
-    is_low_rank=True,
 )

@@ -59,5 +59,4 @@ METHOD = Method(
     free=(
         "fan_in_fan_out", "init_theta_d_bound", "init_weights", "proj_seed", "theta_d_length", "unilora_dropout",
     ),
-    is_low_rank=True,
 )  # fmt: skip

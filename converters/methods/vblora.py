@@ -98,5 +98,4 @@ METHOD = Method(
         "fan_in_fan_out", "init_logits_std", "init_vector_bank_bound", "num_vectors", "save_only_topk_weights",
         "vblora_dropout", "vector_length",
     ),
-    is_low_rank=True,
 )  # fmt: skip

@@ -78,5 +78,4 @@ METHOD = Method(
     read=read,
     settings=SETTINGS,
     free=("d_initial", "fan_in_fan_out", "init_weights", "vera_dropout"),
-    is_low_rank=True,
 )

@@ -255,7 +255,6 @@ def test_a_rank_of_delora_counts(tmp_path: Path) -> None:
     with read_arrays(tmp_path, "DELORA", {"r": 2}, ones(DELORA)) as reading:
         (change,) = reading.changes
         assert isinstance(change, LowRank)
-        assert METHODS["DELORA"].is_low_rank
         # lambda / rank / (|a| |b|) for each of two ranks
         assert np.allclose(applied(change) - WEIGHT, 1 / np.sqrt(ROWS * COLUMNS), atol=CLOSE)
 
