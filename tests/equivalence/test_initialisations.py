@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from converters import adapter_file
-from converters.adapter import AdapterOptions
+from converters.adapter import AdapterOptions, convert_adapter
 from converters.base import convert_base
+from converters.errors import UnsupportedAdapterError
 from converters.initialisation import FOLDERS
 from tests.equivalence.initialisations import UNDONE_BY_PEFT, initialised, loftq
 from tests.equivalence.outcomes import EXACT, REFUSED, Adapted, Bases, adapter_outcome, merged_outcome
@@ -148,8 +152,6 @@ def test_loftq_is_refused_and_converts_against_the_base_it_made(tiny_bases: Base
 
 
 def _converted(found: Adapted, base: Path) -> Path:
-    from converters.adapter import convert_adapter
-
     return convert_adapter(found.folder, base, found.beside("adapter"), F32, force=True).path
 
 
@@ -170,3 +172,60 @@ def test_a_coarse_file_would_be_seen(tiny_bases: Bases, tmp_path: Path, monkeypa
     monkeypatch.setattr(adapter_file, "_amplification", lambda pair, first, second: 1.0)
     found = replace(adapted("pissa", tiny_bases, tmp_path), folder=tmp_path / "converted")
     assert error(found, AdapterOptions()) > TOLERANCE
+
+
+def _damage(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+@pytest.mark.parametrize("init", RECOMPUTED)
+@pytest.mark.parametrize("options", [AdapterOptions(), AdapterOptions(rank=2, max_error=1.0)])
+def test_values_that_are_no_numbers_are_named(
+    init: str, options: AdapterOptions, tiny_bases: Bases, tmp_path: Path
+) -> None:
+    found = adapted(init, tiny_bases, tmp_path)
+    _damage(found.folder, lambda tensors: {name: values * float("nan") for name, values in tensors.items()})
+    outcome = adapter_outcome(found, options)
+    assert outcome.kind == REFUSED
+    assert "blk.0.attn_q.weight: A holds NaN or infinite values" in outcome.reason
+
+
+@pytest.mark.parametrize("init", RECOMPUTED)
+def test_another_base_is_refused_with_both_sides(init: str, tiny_bases: Bases, tmp_path: Path) -> None:
+    found = adapted(init, tiny_bases, tmp_path)
+    for outcome_of in (adapter_outcome, merged_outcome):
+        outcome = outcome_of(replace(found, base=tiny_bases["phi-2"]))
+        assert outcome.kind == REFUSED
+        assert "gate_proj.weight: no tensor of a phi2 model" in outcome.reason
+        outcome = outcome_of(replace(found, base=tiny_bases["qwen3"]))
+        assert outcome.kind == REFUSED
+        assert "the adapter is for 64x64, blk.0.attn_q.weight is 128x64" in outcome.reason
+
+
+@pytest.mark.parametrize("init", RECOMPUTED)
+def test_more_ranks_than_a_layer_has(init: str, tiny_bases: Bases, tmp_path: Path) -> None:
+    """k_proj has 32 rows: PEFT's A and B are padded here as a hostile file's may be."""
+    found = adapted(init, tiny_bases, tmp_path)
+
+    def padded(name: str, values: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(values, (0, 0, 0, 76) if "lora_A" in name else (0, 76))
+
+    _damage(found.folder, lambda tensors: {name: padded(name, values) for name, values in tensors.items()})
+    _configure(found.folder, r=80, lora_alpha=160)
+    outcome = adapter_outcome(found, F32)
+    assert outcome.kind == EXACT, outcome.reason
+
+
+def test_a_base_without_a_largest_part_is_refused(tiny_bases: Bases, tmp_path: Path) -> None:
+    """All singular values of a rotation are alike: which of them PEFT took, its library alone knows."""
+    found = adapted("pissa", tiny_bases, tmp_path)
+    base = tmp_path / "rotations"
+    shutil.copytree(found.base.folder, base)
+    tensors = load_file(base / "model.safetensors")
+    rotation = torch.linalg.qr(torch.randn(64, 64)).Q.contiguous()
+    square = {name: rotation.clone() for name in tensors if name.endswith(("q_proj.weight", "o_proj.weight"))}
+    save_file({**tensors, **square}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedAdapterError, match="do not stand apart") as caught:
+        convert_adapter(found.folder, base, tmp_path / "adapter.gguf")
+    assert "--initial" in caught.value.hint
