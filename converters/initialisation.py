@@ -3,15 +3,16 @@
 PiSSA (arXiv:2404.02948), OLoRA (arXiv:2406.01775), CorDA (arXiv:2406.05223) and LoRA-GA (arXiv:2407.05000) begin with
 factors A0 and B0 and take them out of the base: what was trained is (W - s B0 A0) + s B A. Against the base as it was
 released that is a LoRA of twice the rank, W + s (B A - B0 A0). A0 and B0 are in a folder that was saved before
-training, or follow from W where the initialisation is a plain function of it. LoftQ (arXiv:2310.08659) quantizes the
-base besides, which no folder with A0 and B0 undoes.
+training, or follow from W where the initialisation is a plain function of it. On a base in half precision PEFT rounds
+what is left of W once more; that is in no file, and stays out. LoftQ (arXiv:2310.08659) quantizes the base besides,
+which no folder with A0 and B0 undoes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,12 @@ def recomputed(reading: Reading, init: str, weight: Weight) -> Reading:
     Raises when a change is loaded:
         UnsupportedAdapterError: the first state does not follow from the base.
     """
-    return _undone(reading, init, lambda change: _less(change, change.rank, partial(_begun, init, change, weight)))
+
+    def undone(change: LowRank) -> LowRank:
+        begun = cache(partial(_begun, init, change, weight))  # small, and found by decomposing a layer
+        return _less(change, change.rank, begun)
+
+    return _undone(reading, init, undone)
 
 
 def _undone(reading: Reading, init: str, undo: Callable[[LowRank], LowRank], problems: Sequence[str] = ()) -> Reading:
