@@ -26,6 +26,7 @@ from converters.compile import DEFAULT_MAX_ERROR, Compiled, compile_changes, wei
 from converters.errors import BaseMismatchError, FormatError, UnsupportedAdapterError, listed
 from converters.initialisation import RECOMPUTED, WHAT_TO_SAVE, what_to_save
 from converters.methods import Change, Transformed
+from converters.model_card import readable_name
 from converters.pairs import Pair, shortened
 from converters.placement import shape_in_base
 from converters.quant_types import tensor_order
@@ -400,7 +401,7 @@ def _in_order(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
 
 def _keys(source: Path, base: AdaptedBase) -> dict[str, Value]:
     return {
-        "general.name": source.resolve().name,
+        "general.name": readable_name(source),
         "general.base_model.count": 1,
         "general.base_model.0.name": base.name,
         "edgelora.base.name": base.name,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite, sqrt
+from math import inf, isfinite, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,14 @@ from converters.writer import TensorSpec, Value, check_output, create, file_size
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 F16_MAX = 65504.0
 LARGEST = 1e18  # beyond it the square of a float32 is infinite
-F16_ERROR = 1e-3  # rounding alone gives 2e-4; above, values are too small for f16 (below 6e-8 they become zero)
+# By type, the largest value: that of F16, and what a block's F16 scale times 127 reaches.
+MAXIMA = {"F16": F16_MAX, "Q8_0": 127 * F16_MAX}
+# By type of the file, the largest error: rounding alone gives 2e-4 and up to 2e-2; above, values are too small for F16
+# (below 6e-8 they become zero), which tensors and block scales of q8_0 are too, or their ranks cancel one another.
+MAX_ERRORS = {"f16": 1e-3, "q8_0": 0.03}
 SMALLEST_SUM = 1e-6  # of squared norms: what float32 tells from nothing
 KEPT_BYTES = 256 << 20  # of encoded tensors that are kept from the check to the writing
+RESIDUAL = "edgelora.adapter.residual_energy"  # float32 for each pair, likewise, where any was approximated
 SCALES = "edgelora.adapter.scales"  # float32 for each pair, in the file's order; 0 where it has several
 
 
@@ -41,7 +46,7 @@ class AdapterFile:
     """See the module.
 
     Attributes:
-        dtype: of its tensors; "f32" where f16 was asked for and would have lost small values.
+        dtype: of its tensors; "f32" where f16 or q8_0 was asked for and would have lost small values.
         rounding: the largest |stored - exact| / |exact| of a change, as rounding A and B leaves it.
         problems: values that cannot be stored.
         encoded: tensors that were encoded already, by name.
@@ -64,9 +69,11 @@ class AdapterFile:
             check.look_at(pair)
         notices = [*check.notices]
         rounding = max(check.errors.values(), default=0.0)
-        if dtype == "f16" and rounding > F16_ERROR and not check.problems:
+        most = MAX_ERRORS.get(dtype, inf)
+        if rounding > most and not check.problems:
             again = cls.of(architecture, pairs, "f32")
-            notice = _too_small([tensor for tensor, error in check.errors.items() if error > F16_ERROR], rounding)
+            notice = _too_small([tensor for tensor, error in check.errors.items() if error > most], rounding, dtype)
+            notices = [each for each in notices if each in again.notices]
             return cls(architecture, pairs, "f32", again.rounding, (), (notice, *notices), again.encoded)
         return cls(architecture, pairs, dtype, rounding, tuple(check.problems), tuple(notices), check.encoded)
 
@@ -128,6 +135,7 @@ class AdapterFile:
             "general.file_type": RECIPES[self.dtype].file_type,
             "general.quantization_version": 2,
             SCALES: scales,
+            **({RESIDUAL: [pair.residual_energy for pair in self.pairs]} if self.residual_energy else {}),
         }
 
 
@@ -144,16 +152,16 @@ class _Check:
         self._plain: set[str] = set()
 
     def look_at(self, pair: Pair) -> None:
-        loaded = pair.stored()
+        loaded, specs = pair.stored(), specs_of(pair, self.dtype)
         found = [
             self._encoded(spec, values, reason)
-            for (spec, reason), values in zip(specs_of(pair, self.dtype), loaded, strict=True)
+            for (spec, reason), values in zip(specs, loaded, strict=True)
         ]
         self._all_zero &= any(norm == 0.0 for norm, _ in found)
         # A value that is not finite, or becomes so, makes its sum of squares so: only then is it looked for.
         if not np.isfinite(found).all():
-            sides = zip("AB", loaded, strict=True)
-            self.problems += filter(None, (_problem(pair, letter, values, self.dtype) for letter, values in sides))
+            sides = zip("AB", specs, loaded, strict=True)
+            self.problems += filter(None, (_problem(pair, side, spec, values) for side, (spec, _), values in sides))
         largest = max(error / norm if norm else 0.0 for norm, error in found)
         self.errors[pair.tensor] = largest * _amplification(pair, *loaded) if largest else 0.0
 
@@ -199,19 +207,20 @@ def _norm(values: Floats) -> float:
     return sqrt(square) if isfinite(square) else square
 
 
-def _problem(pair: Pair, letter: str, values: Floats, dtype: str) -> str:
+def _problem(pair: Pair, letter: str, spec: TensorSpec, values: Floats) -> str:
     largest = float(np.abs(values).max())  # NaN if there is one
     if not isfinite(largest):
         return f"{pair.tensor}: {letter} holds NaN or infinite values"
-    if dtype == "f16" and largest > F16_MAX:
-        return f"{pair.tensor}: {letter} reaches {largest:.3g}, too large for f16; use f32 or bf16"
+    if largest > MAXIMA.get(spec.block_type.name, inf):
+        name = spec.block_type.name.lower()
+        return f"{pair.tensor}: {letter} reaches {largest:.3g}, too large for {name}; use f32 or bf16"
     return f"{pair.tensor}: {letter} reaches {largest:.3g}, too large for any use" if largest > LARGEST else ""
 
 
-def _too_small(tensors: Sequence[str], error: float) -> str:
+def _too_small(tensors: Sequence[str], error: float, dtype: str) -> str:
     names = ", ".join(tensors[:3]) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
     why = "its values are too small, or cancel one another"
-    return f"written as f32: f16 would change {names} by up to {error:.1%}, {why}"
+    return f"written as f32: {dtype} would change {names} by up to {error:.1%}, {why}"
 
 
 def specs_of(pair: Pair, dtype: str) -> list[tuple[TensorSpec, str]]:

@@ -7,6 +7,7 @@ adapters in it (peft/tuners/lora/model.py, `_generalized_task_arithmetic_weighte
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,12 +19,18 @@ import numpy as np
 
 from converters.adapted_base import AdaptedBase, open_base
 from converters.adapter import AdapterOptions, PreparedAdapter, prepared_pairs, source_pairs
+from converters.architectures import Place
+from converters.base_file import read_base_header
 from converters.checkpoint import Floats
 from converters.errors import BaseMismatchError, UnsupportedAdapterError, listed
 from converters.gguf_adapter import open_gguf_adapter
-from converters.pairs import Pair, blended
+from converters.methods.lora import INVOCATION
+from converters.model_card import readable_name
+from converters.pairs import EMBEDDING, Pair, blended
+from converters.reader import RawValue
 from converters.writer import Value
 
+OF_A_CONTRACT = ("edgelora.", "tokenizer.")  # keys: the caller writes those of the new adapter
 WAYS = ("cat", "linear")
 
 
@@ -48,17 +55,23 @@ class _Opened:
 
 @contextmanager
 def prepare_blend(
-    parts: Sequence[Part], base: Path | None, options: AdapterOptions | None = None, *, way: str = "cat"
+    parts: Sequence[Part],
+    base: Path | None,
+    options: AdapterOptions | None = None,
+    *,
+    way: str = "cat",
+    force: bool = False,
 ) -> Iterator[PreparedAdapter]:
     """Everything about a blend but its file.
 
     Args:
-        parts: adapters of one base.
+        parts: adapters of one base; of one part alone it is a copy of another type.
         base: it; needed where one of the parts is a folder.
         way: one of `WAYS`.
+        force: take adapters that were made for other bases, where their tensors fit.
 
     Raises:
-        BaseMismatchError: adapters of different bases.
+        BaseMismatchError: adapters of different bases, or tensors that do not fit the base.
         UnsupportedAdapterError: adapters that cannot be blended that way.
         ConversionError: a part that cannot be converted or read.
     """
@@ -66,29 +79,83 @@ def prepare_blend(
     with ExitStack() as stack:
         known = stack.enter_context(open_base(base)) if base else None
         opened = [stack.enter_context(_open(part, known, options)) for part in parts]
-        _check_bases(opened, known)
-        first = opened[0]
-        pairs = _blended(opened, way)
+        _check_bases(opened, known, force=force)
+        _check_invocations(opened)
+        first, pairs = opened[0], _blended(opened, way)
+        if known is not None:
+            _check_fit(first.part.path, pairs, known)
         yield prepared_pairs(
             first.part.path,
             first.architecture,
             pairs,
             options,
-            keys={**first.keys, **({} if known is None else _base_keys(known))},
-            inputs=tuple(file for each in opened for file in _files(each.part.path)),
-            method="blend" if len(opened) > 1 else "re-typed",
+            keys={**_common_keys(opened), **({} if known is None else _base_keys(known))},
+            inputs=_files(*(part.path for part in parts), *([base] if base else [])),
+            method="blend" if len(opened) > 1 else "LoRA",
             base_name=known.name if known else first.base_name,
             base_fingerprint=known.fingerprint if known else first.fingerprint,
             is_approximate=any(each.is_approximate for each in opened),
         )
 
 
-def _files(path: Path) -> list[Path]:
-    return [*path.iterdir()] if path.is_dir() else [path]
+def _files(*paths: Path) -> tuple[Path, ...]:
+    """What is read of adapters and a base."""
+    return tuple(file for path in paths for file in (path.iterdir() if path.is_dir() else read_base_header(path).files))
+
+
+def _common_keys(opened: Sequence[_Opened]) -> dict[str, Value]:
+    """Metadata of the parts that still holds: nothing that a contract says, and of several no name of one."""
+    kept = {
+        key: value
+        for key, value in opened[0].keys.items()
+        if key.startswith("edgelora.base.") or not key.startswith(OF_A_CONTRACT)
+    }
+    if len(opened) == 1:
+        return kept
+    alone = [key for key in kept if key.startswith("general.") and key != "general.architecture"]
+    return {
+        **{key: value for key, value in kept.items() if key not in alone},
+        "general.name": " + ".join(readable_name(each.part.path) for each in opened),
+    }
 
 
 def _base_keys(base: AdaptedBase) -> dict[str, Value]:
     return {"edgelora.base.name": base.name, "edgelora.base.fingerprint": base.fingerprint}
+
+
+def _check_invocations(opened: Sequence[_Opened]) -> None:
+    """Raises:
+    UnsupportedAdapterError: activated LoRAs among others, or with another invocation.
+    """
+    tokens = {repr(_decoded(each.keys.get(INVOCATION))) for each in opened}
+    if len(tokens) > 1:
+        lines = [f"{each.part.path}: {_decoded(each.keys.get(INVOCATION)) or 'always active'}" for each in opened]
+        raise UnsupportedAdapterError(f"adapters that begin to act at different tokens do not blend:{listed(lines)}")
+
+
+def _decoded(value: object) -> object:
+    return value.decode() if isinstance(value, RawValue) else value
+
+
+def _check_fit(path: Path, pairs: Sequence[Pair], base: AdaptedBase) -> None:
+    """Raises:
+    BaseMismatchError: tensors that the base has not, or of other sizes, or that llama.cpp would not adapt there.
+    """
+    if problems := [problem for pair in pairs if (problem := _misfit(pair, base))]:
+        raise BaseMismatchError(f"{path}: does not fit the base {base.name}:{listed(problems)}")
+
+
+def _misfit(pair: Pair, base: AdaptedBase) -> str:
+    shape = base.shapes.get(pair.tensor)
+    if shape != pair.shape:
+        return f"{pair.tensor}: the adapter is for {pair.shape}, the base has {shape or 'no such tensor'}"
+    if base.is_tied and pair.tensor == EMBEDDING:
+        return f"{pair.tensor}: the base ties its embeddings to its output"
+    layer = re.match(r"blk\.(\d+)\.", pair.tensor)
+    rows = (row for row in base.family.rows if Place(row, int(layer[1]) if layer else None).gguf_name == pair.tensor)
+    if any(not row.adaptable for row in rows):
+        return f"{pair.tensor}: llama.cpp's {base.family.architecture} never applies an adapter to it"
+    return ""
 
 
 @contextmanager
@@ -115,19 +182,25 @@ def _open(part: Part, base: AdaptedBase | None, options: AdapterOptions) -> Iter
         )
 
 
-def _check_bases(opened: Sequence[_Opened], base: AdaptedBase | None) -> None:
+def _check_bases(opened: Sequence[_Opened], base: AdaptedBase | None, *, force: bool) -> None:
     """Raises:
     BaseMismatchError: they were made for different bases, or not for `base`.
     """
-    known = {each.fingerprint for each in opened} - {""}
-    if base is not None:
-        known.add(base.fingerprint)
+    known = set() if force else {each.fingerprint for each in opened} - {""}
     architectures = {each.architecture for each in opened}
-    if len(known) > 1 or len(architectures) > 1:
-        lines = [
-            f"{each.part.path}: {each.base_name or each.architecture} ({each.fingerprint[:12]})" for each in opened
-        ]
-        raise BaseMismatchError(f"adapters of different bases cannot be blended:{listed(lines)}")
+    if base is not None:
+        architectures.add(base.family.architecture)
+        known |= set() if force else {base.fingerprint}
+    if len(known) <= 1 and len(architectures) == 1:
+        return
+    lines = [
+        f"{each.part.path}: for {each.base_name or each.architecture} ({each.fingerprint[:12]})" for each in opened
+    ]
+    lines += [f"the base given: {base.name} ({base.fingerprint[:12]})"] if base else []
+    raise BaseMismatchError(
+        f"adapters of different bases have nothing in common:{listed(lines)}",
+        hint="" if force or len(architectures) > 1 else "To take them all the same, where their tensors fit: --force.",
+    )
 
 
 def _blended(opened: Sequence[_Opened], way: str) -> tuple[Pair, ...]:
@@ -143,7 +216,12 @@ def _blended(opened: Sequence[_Opened], way: str) -> tuple[Pair, ...]:
             f"cannot be blended ({way}):{listed(problems)}", hint="The exact sum is --blend-way cat, the default."
         )
     join = blended if way == "cat" else _linear
-    return tuple(join(parts) for parts in by_tensor.values())
+    return tuple(_with_known_scales(join(parts), parts) for parts in by_tensor.values())
+
+
+def _with_known_scales(pair: Pair, parts: Sequence[tuple[Pair, float]]) -> Pair:
+    """Where one of the scales is not known, that of the sum is not either."""
+    return replace(pair, scales=()) if any(not each.scales for each, _ in parts) else pair
 
 
 def _problem(name: str, parts: Sequence[tuple[Pair, float]], way: str) -> str:
@@ -153,6 +231,8 @@ def _problem(name: str, parts: Sequence[tuple[Pair, float]], way: str) -> str:
         return f"{name}: has different ranks, {' and '.join(str(pair.rank) for pair, _ in parts)}"
     if way == "linear" and any(len(pair.scales) != 1 or not pair.scales[0] for pair, _ in parts):
         return f"{name}: one of them does not say by what its B @ A was multiplied"
+    if way == "linear" and any(pair.residual_energy for pair, _ in parts):
+        return f"{name}: one of them is approximate: its factors are not those that PEFT would add up"
     return ""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.adapter_file import SCALES
+from converters.adapter_file import RESIDUAL, SCALES
 from converters.base_file import BaseFile
 from converters.checkpoint import Floats
 from converters.errors import FormatError, UnsupportedAdapterError, listed
@@ -24,7 +24,7 @@ from converters.reader import GGUFHeader, TensorInfo
 from converters.writer import Value
 
 # Keys that a new file gets of its own.
-OWN_KEYS = ("adapter.lora.alpha", "general.file_type", "general.quantization_version", SCALES)
+OWN_KEYS = ("adapter.lora.alpha", "general.file_type", "general.quantization_version", SCALES, RESIDUAL)
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,18 @@ def _pairs(file: BaseFile) -> Iterator[Pair]:
     header = file.header
     alpha = float(header.metadata.get("adapter.lora.alpha", 0.0))
     targets = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in header.tensors))
-    scales = _scales(header.metadata.get(SCALES), len(targets))
-    for target, scale in zip(targets, scales, strict=True):
+    scales, lost = (_numbers(header.metadata.get(key), len(targets)) for key in (SCALES, RESIDUAL))
+    for target, scale, residual in zip(targets, scales, lost, strict=True):
         a, b = header.tensors[f"{target}.lora_a"], header.tensors[f"{target}.lora_b"]
         rank = b.shape[-1]
         shape = (a.shape[-2], b.shape[-2]) if target == EMBEDDING else (*a.shape[:-2], b.shape[-2], a.shape[-1])
         factor = alpha / rank if alpha else 1.0
         known = (scale,) if scale else (factor,) if alpha else ()
-        yield Pair(target, shape, rank, partial(_load, file, target, factor), known)
+        yield Pair(target, shape, rank, partial(_load, file, target, factor), known, residual)
 
 
-def _scales(value: Any, count: int) -> list[float]:
-    """What PEFT multiplied each pair by, 0 where that is not known."""
+def _numbers(value: Any, count: int) -> list[float]:
+    """One for each pair, 0 where it is not known."""
     given = value if isinstance(value, list) and len(value) == count else []
     return [float(item) if isinstance(item, float) and math.isfinite(item) else 0.0 for item in given] or [0.0] * count
 

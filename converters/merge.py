@@ -7,6 +7,7 @@ quantization; in both, the rows that an adapter changes are changed as they stre
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from converters.fingerprint import MERGED, is_norm, merged_fingerprint
 from converters.gguf_adapter import open_gguf_adapter
 from converters.imatrix import ImportanceMatrix
 from converters.job import BaseReport, Job
+from converters.model_card import readable_name
 from converters.options import QuantizeOptions
 from converters.quant_types import RECIPES, tensor_order
 from converters.reader import RawValue
@@ -59,11 +61,12 @@ class Merged:
     def label(self) -> str:
         """Its name, scale and content, for the merged base's metadata."""
         digest = hashlib.sha256()
-        for file in sorted(self.path.iterdir() if self.path.is_dir() else [self.path]):
+        for file in sorted([*_files(self.path), *(_files(self.initial) if self.initial else [])]):
             if file.is_file() and file.suffix in HASHED and not file.name.startswith("edgelora"):
                 with open(file, "rb") as opened:
-                    digest.update(file.name.encode() + b"\0" + hashlib.file_digest(opened, "sha256").digest())
-        return f"{self.path.resolve().name}@{self.scale:g} sha256:{digest.hexdigest()}"
+                    digest.update(os.fsencode(file.name) + b"\0" + hashlib.file_digest(opened, "sha256").digest())
+        scale = str(float(self.scale)).removesuffix(".0")
+        return f"{readable_name(self.path)}@{scale} sha256:{digest.hexdigest()}"
 
 
 def merge(
@@ -221,7 +224,12 @@ def _edited_source(source: Source, base: AdaptedBase, edits: Edits) -> Source:
     read = source.read or partial(base.rows, name if name in base.shapes else "token_embd.weight")
 
     def edited(start: int, stop: int) -> Floats:
-        return edits.apply(name, read(start, stop), start)
+        rows = read(start, stop)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            changed = edits.apply(name, rows, start)
+        if not np.isfinite(changed).all() and np.isfinite(rows).all():
+            raise UnsupportedAdapterError(f"{name}: merged, it holds NaN or infinite values")
+        return changed
 
     return replace(source, read=edited, read_blocks=None)
 

@@ -24,6 +24,11 @@ for _logger in ("gguf", "metadata"):
 F32_MAX = 3.4e38
 
 
+def readable_name(path: Path) -> str:
+    """The name of a file or folder as text that can be written down: names need not be UTF-8."""
+    return path.resolve().name.encode("utf-8", "replace").decode("utf-8")
+
+
 def describe(folder: Path, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Value]:
     """The keys.
 

@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgelora.adapter_contract import (
+    ContractTerms,
+    Settled,
+    against,
+    check_base,
+    checked_template,
+    contract_for,
+    find_base,
+    with_template,
+)
 from edgelora.adapter_ref import AdapterRef
 from edgelora.adapter_settings import GENERAL, AdapterSettings
-from edgelora.contract import FILE_NAME, GOLDEN_MESSAGES, Contract
-from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError, SettingsError
-from edgelora.messages import Message
+from edgelora.contract import FILE_NAME, Contract
+from edgelora.errors import BaseNotFoundError, ModelFileError, SettingsError
 from edgelora.store import Store
-from edgelora.template import ChatTemplate, resolve
 from edgelora.version import __version__
 
 if TYPE_CHECKING:
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
     from converters.merge import Merged
 
 Progress = Callable[[int, int, str], None]
+FOLDERS_ONLY = ("--allow-bin", "--initial", "--certify")
 WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", FILE_NAME)
 
 
@@ -45,6 +54,10 @@ class AdapterRequest:
     chat_template: str | None = None
     force: bool = False
 
+    @property
+    def terms(self) -> ContractTerms:
+        return ContractTerms(self.chat_template, self.force)
+
 
 def convert_adapter_source(
     source: Path, target: Path, request: AdapterRequest, store: Store, *, progress: Progress | None = None
@@ -54,32 +67,32 @@ def convert_adapter_source(
     Raises:
         ConversionError, EdgeloraError: what is wrong; nothing is left behind.
     """
-    with _prepared(source, request, store) as (prepared, contract):
-        before = [contract.exactness] if source.is_file() else []
-        contract = contract.with_changes(exactness=_exactness(prepared, before))
+    with _prepared(source, request, store) as (prepared, settled):
+        before = [settled.contract.exactness] if source.is_file() else []
+        exactness = _exactness(prepared, before)
+        contract = settled.contract.with_changes(exactness=exactness)
         report = prepared.write(target, contract.to_metadata(), progress=progress, force=request.force)
-    return _registered(report, store)
+    report = replace(report, method=str(exactness["method"]), kind=str(exactness["kind"]))
+    return _registered(replace(report, notices=(*settled.notices, *report.notices)), store)
 
 
 @contextmanager
-def _prepared(source: Path, request: AdapterRequest, store: Store) -> Iterator[tuple[PreparedAdapter, Contract]]:
+def _prepared(source: Path, request: AdapterRequest, store: Store) -> Iterator[tuple[PreparedAdapter, Settled]]:
     from converters.adapter import prepare_adapter
     from converters.blend import Part, prepare_blend
 
+    settings = request.settings
     if source.is_dir():
         base = find_base(source, request.base, store)
-        contract = contract_for(source, base, store, chat_template=request.chat_template, force=request.force)
-        known = store.fingerprint(base)
-        with prepare_adapter(source, base, request.settings.options(), fingerprint=known) as prepared:
-            yield prepared, _certified(contract, base, source, request.settings)
+        settled = contract_for(source, base, store, request.terms)
+        with prepare_adapter(source, base, settings.options(), fingerprint=store.fingerprint(base)) as prepared:
+            yield prepared, replace(settled, contract=_certified(settled.contract, base, source, settings))
         return
-    if request.settings.certify:
-        raise SettingsError(
-            "--certify runs PEFT, which needs the adapter's folder", hint=f"{source} is a GGUF adapter."
-        )
-    contract = _gguf_contract(source, request, store)
-    with prepare_blend([Part(source, 1.0)], request.base, request.settings.options()) as prepared:
-        yield prepared, contract
+    if unused := [name for name in settings.given() if name in FOLDERS_ONLY]:
+        raise SettingsError(f"{', '.join(unused)}: for adapter folders, and {source} is a GGUF adapter")
+    settled = _gguf_contract(source, request, store)
+    with prepare_blend([Part(source, 1.0)], request.base, settings.options(), force=request.force) as prepared:
+        yield prepared, settled
 
 
 def _certified(contract: Contract, base: Path, source: Path, settings: AdapterSettings) -> Contract:
@@ -105,17 +118,14 @@ def _certified(contract: Contract, base: Path, source: Path, settings: AdapterSe
     return certify(contract, base, source, None if general else settings.certify)
 
 
-def _gguf_contract(source: Path, request: AdapterRequest, store: Store) -> Contract:
+def _gguf_contract(source: Path, request: AdapterRequest, store: Store) -> Settled:
     """The contract of a GGUF adapter, against the base that is named, if one is."""
     from converters.reader import read_header
 
     found = Contract.from_metadata(read_header(source).metadata, str(source)) or Contract(base_name=source.stem)
-    if request.base is None:
-        if request.chat_template:
-            template = _checked_template(request.chat_template)
-            found = found.with_changes(chat_template=template, golden_messages=(), golden_tokens=(), certificate="")
-        return found
-    return _against(found, source, request.base, store, chat_template=request.chat_template, force=request.force)
+    if request.base is not None:
+        return against(found, source, request.base, store, request.terms)
+    return Settled(with_template(found, checked_template(request.chat_template) or found.chat_template))
 
 
 def blend(
@@ -138,43 +148,45 @@ def blend(
     from converters.blend import Part, prepare_blend
     from edgelora.resolution import contract_of
 
-    folders = [adapter.path for adapter in adapters if adapter.path.is_dir()]
-    base = request.base or (find_base(folders[0], None, store) if folders else None)
-    contracts = [contract_of(adapter.path) for adapter in adapters]
-    contract = _common_contract([each for each in contracts if each], base, store, request)
+    base = request.base or _common_base(adapters, store)
+    contracts = [contract_of(adapter.path) or Contract() for adapter in adapters]
+    settled = _common_contract(adapters, contracts, base, store, request)
     parts = [Part(adapter.path, adapter.scale) for adapter in adapters]
-    with prepare_blend(parts, base, request.settings.options(), way=way) as prepared:
-        shares = {adapter.name: adapter.scale for adapter in adapters}
-        exactness = {
-            **_exactness(prepared, [each.exactness for each in contracts if each]),
-            "blend": shares,
-            "way": way,
-        }
-        contract = contract.with_changes(exactness=exactness, base_fingerprint=prepared.base_fingerprint)
+    with prepare_blend(parts, base, request.settings.options(), way=way, force=request.force) as prepared:
+        exactness = _exactness(prepared, [each.exactness for each in contracts])
+        exactness |= {"blend": [[adapter.name, adapter.scale] for adapter in adapters], "way": way}
+        contract = settled.contract.with_changes(exactness=exactness, base_fingerprint=prepared.base_fingerprint)
         report = prepared.write(target, contract.to_metadata(), progress=progress, force=request.force)
+    report = replace(report, kind=str(exactness["kind"]), notices=(*settled.notices, *report.notices))
     return _registered(report, store)
 
 
+def _common_base(adapters: Sequence[AdapterRef], store: Store) -> Path | None:
+    """The base that a folder among them names or the store knows; None where all are GGUF files.
+
+    Raises:
+        BaseNotFoundError: none of the folders leads to one.
+    """
+    folders = [adapter.path for adapter in adapters if adapter.path.is_dir()]
+    for folder in folders[:-1]:
+        with suppress(BaseNotFoundError):
+            return find_base(folder, None, store)
+    return find_base(folders[-1], None, store) if folders else None
+
+
 def _exactness(prepared: PreparedAdapter, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a contract says of a conversion; what GGUF adapters had lost before stays said.
+    """What a contract says of a conversion; what was lost before stays said.
 
     Args:
-        before: of those that were read.
+        before: of the adapters that were read, from files that anybody may have written.
     """
     now = prepared.exactness()
-    residual: dict[str, float] = dict(now.get("residual_energy", {}))
-    for each in before:
-        for tensor, share in each.get("residual_energy", {}).items():
-            residual[tensor] = max(share, residual.get(tensor, 0.0))
-    now["rounding"] = max([now["rounding"], *(each.get("rounding", 0.0) for each in before)])
+    roundings = [value for each in before if isinstance(value := each.get("rounding"), float) and isfinite(value)]
+    now["rounding"] = max([now["rounding"], *roundings])
     if any(each.get("kind") == "approximate" for each in before):
-        now |= {
-            "kind": "approximate",
-            "residual_energy": residual,
-            "max_error": sqrt(max(residual.values(), default=0.0)),
-        }
-    if len(before) == 1 and "method" in before[0]:
-        now["method"] = before[0]["method"]
+        now["kind"] = "approximate"
+    if len(before) == 1 and isinstance(method := before[0].get("method"), str):
+        now["method"] = method
     return now
 
 
@@ -190,26 +202,51 @@ def _registered(report: AdapterReport, store: Store) -> AdapterReport:
 
 
 def _common_contract(
-    contracts: Sequence[Contract], base: Path | None, store: Store, request: AdapterRequest
-) -> Contract:
-    """What all of the blended adapters agree on; nothing of one alone holds for their sum."""
-    first = contracts[0] if contracts else Contract()
+    adapters: Sequence[AdapterRef],
+    contracts: Sequence[Contract],
+    base: Path | None,
+    store: Store,
+    request: AdapterRequest,
+) -> Settled:
+    """What all of the blended adapters agree on; nothing of one alone holds for their sum.
+
+    Raises:
+        BaseMismatchError: one of them was made for another base.
+    """
+    first = contracts[0]
     changes: dict[str, Any] = {"training": {}, "exactness": {}, "certificate": ""}
     for name in ("system", "stop", "sampling", "chat_template"):
         if any(getattr(other, name) != getattr(first, name) for other in contracts):
             changes[name] = getattr(Contract(), name)
     if "chat_template" in changes:
         changes |= {"golden_messages": (), "golden_tokens": ()}
-    common = first.with_changes(**changes)
+    common = with_template(first.with_changes(**changes), checked_template(request.chat_template) or
+                           changes.get("chat_template", first.chat_template))  # fmt: skip
     if base is None:
-        return common
-    return _against(common, base, base, store, chat_template=request.chat_template, force=request.force)
+        return Settled(common)
+    fingerprint = store.fingerprint(base)
+    notices = [
+        notice
+        for adapter, contract in zip(adapters, contracts, strict=True)
+        for notice in check_base(contract, adapter.path, base, fingerprint, force=request.force)
+    ]
+    settled = against(common.with_changes(base_fingerprint=fingerprint), base, base, store, request.terms)
+    return replace(settled, notices=(*notices, *settled.notices))
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """Adapters to merge, the chat template that the last of them brings, and what should be known."""
+
+    adapters: tuple[Merged, ...] = ()
+    template: str = ""
+    notices: tuple[str, ...] = ()
 
 
 def merged_adapters(
     adapters: Sequence[AdapterRef], base: Path, settings: AdapterSettings, store: Store, *, force: bool
-) -> tuple[tuple[Merged, ...], str]:
-    """Adapters to be merged into a base that they were made for, and the chat template that the last of them brings.
+) -> MergeRequest:
+    """Adapters to be merged into a base that they were made for.
 
     Raises:
         BaseMismatchError: one was made for another base.
@@ -217,17 +254,17 @@ def merged_adapters(
     from converters.merge import Merged
     from edgelora.resolution import contract_of
 
-    template = ""
+    template, notices = "", list[str]()
     for adapter in adapters:
         contract = contract_of(adapter.path)
         if contract is not None:
-            _check_base(contract, adapter.path, base, store.fingerprint(base), force=force)
+            notices += check_base(contract, adapter.path, base, store.fingerprint(base), force=force)
             template = contract.chat_template or template
     merged = [
         Merged(adapter.path, adapter.scale, allow_bin=settings.allow_bin, initial=settings.initial)
         for adapter in adapters
     ]
-    return tuple(merged), template
+    return MergeRequest(tuple(merged), template, tuple(notices))
 
 
 def adapter_from_folder(folder: Path, base: Path, store: Store, *, force: bool = False) -> Path:
@@ -240,12 +277,14 @@ def adapter_from_folder(folder: Path, base: Path, store: Store, *, force: bool =
     """
     from converters.adapter import prepare_adapter
 
-    target = store.adapter_path(_content_hash(folder, store.fingerprint(base)))
+    fingerprint = store.fingerprint(base)
+    check_base(Contract.load(folder) or Contract(), folder, base, fingerprint, force=force)
+    target = store.adapter_path(_content_hash(folder, fingerprint))
     if not target.is_file():
-        contract = contract_for(folder, base, store, force=force)
+        settled = contract_for(folder, base, store, ContractTerms(force=force))
         store.make_adapter_folder()
-        with prepare_adapter(folder, base, fingerprint=store.fingerprint(base)) as prepared:
-            contract = contract.with_changes(exactness=prepared.exactness())
+        with prepare_adapter(folder, base, fingerprint=fingerprint) as prepared:
+            contract = settled.contract.with_changes(exactness=prepared.exactness())
             prepared.write(target, contract.to_metadata(), force=True)
     return target
 
@@ -262,144 +301,3 @@ def _content_hash(folder: Path, base_fingerprint: str) -> str:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def find_base(folder: Path, given: Path | None, store: Store) -> Path:
-    """The base a PEFT folder is converted against: the one given, the one it names (a folder, or a hub id that lies in
-    the Hugging Face cache), or the store's.
-
-    Raises:
-        BaseNotFoundError: none of them.
-    """
-    if given:
-        return given
-    named = _named_folder(folder)
-    if named and _is_base_of(named, folder, store):
-        return named
-    try:
-        return store.find_base(Contract.load(folder), folder).path
-    except BaseNotFoundError as error:
-        wanted = _base_named_by(folder)
-        trained = f" It was trained on {wanted}." if wanted else ""
-        raise BaseNotFoundError(
-            error.message, hint=f"Name it with --base: its Hugging Face folder, or a GGUF of it.{trained}"
-        ) from None
-
-
-def _named_folder(folder: Path) -> Path | None:
-    from converters.hub import is_hub_id
-    from converters.hub_cache import cached_snapshot, missing_from
-    from converters.peft_config import read_peft_config
-
-    name = _base_named_by(folder)
-    if not name:
-        return None
-    if (Path(name) / "config.json").is_file():
-        return Path(name)
-    revision = read_peft_config(folder).values.get("revision")
-    found = cached_snapshot(name, revision if isinstance(revision, str) else "main") if is_hub_id(name) else None
-    return found if found and not missing_from(found) else None
-
-
-def _is_base_of(named: Path, folder: Path, store: Store) -> bool:
-    """Whether the folder an adapter names is still what it was trained on; without a contract, it is believed."""
-    contract = Contract.load(folder)
-    return contract is None or not contract.base_fingerprint or store.fingerprint(named) == contract.base_fingerprint
-
-
-def _base_named_by(folder: Path) -> str:
-    from converters.peft_config import read_peft_config
-
-    config = read_peft_config(folder)
-    return config.base_model or str(config.values.get("model") or "")  # MLX's name for it
-
-
-def contract_for(
-    folder: Path, base: Path, store: Store, *, chat_template: str | None = None, force: bool = False
-) -> Contract:
-    """The contract of a PEFT folder: the one training wrote, or one made from what the base says of itself.
-
-    Raises:
-        BaseMismatchError: training wrote down another base than `base`.
-    """
-    found = Contract.load(folder) or Contract(base_name=_base_named_by(folder) or base.stem)
-    return _against(found, folder, base, store, chat_template=chat_template, force=force)
-
-
-def _against(
-    contract: Contract, source: Path, base: Path, store: Store, *, chat_template: str | None, force: bool
-) -> Contract:
-    """A contract for one base.
-
-    Raises:
-        BaseMismatchError: it was made for another.
-    """
-    fingerprint = store.fingerprint(base)
-    _check_base(contract, source, base, fingerprint, force=force)
-    if chat_template or not contract.chat_template:
-        template = _checked_template(chat_template) if chat_template else _template_of(base)
-        contract = contract.with_changes(
-            chat_template=template, golden_messages=(), golden_tokens=(), certificate=""
-        )  # all of them were recorded under another template
-        if template and not contract.stop and base.is_dir():
-            contract = _with_golden(contract, base)
-    return contract.with_changes(base_fingerprint=fingerprint)
-
-
-def _check_base(contract: Contract, source: Path, base: Path, fingerprint: str, *, force: bool) -> None:
-    if contract.base_fingerprint in ("", fingerprint) or force:
-        return
-    raise BaseMismatchError(
-        f"{source} was trained on {contract.base_name or 'another base'} (fingerprint "
-        f"{contract.base_fingerprint[:12]}); {base} is another (fingerprint {fingerprint[:12]})",
-        hint="Name the right base with --base, or use --force to convert it all the same.",
-    )
-
-
-def _checked_template(name_or_path: str) -> str:
-    return ChatTemplate(resolve(name_or_path)).source
-
-
-def _template_of(base: Path) -> str:
-    """The base's own chat template, empty where it has none."""
-    if base.is_dir():
-        from converters.special_tokens import chat_template_of
-
-        return chat_template_of(base)
-    from converters.base_file import read_base_header
-
-    return str(read_base_header(base).metadata.get("tokenizer.chat_template", ""))
-
-
-def _with_golden(contract: Contract, base: Path) -> Contract:
-    """Record the ids of a short conversation, by the Hugging Face tokenizer, for the device to compare with."""
-    tokens = golden_tokens(base, contract.chat_template, GOLDEN_MESSAGES)
-    return contract.with_changes(golden_messages=GOLDEN_MESSAGES, golden_tokens=tokens) if tokens else contract
-
-
-def golden_tokens(base: Path, template: str, messages: tuple[Message, ...]) -> tuple[int, ...]:
-    """The ids of `messages` under `template`, by the tokenizer in an HF folder; empty without a `tokenizer.json`."""
-    import json
-
-    from tokenizers import Tokenizer
-
-    path = base / "tokenizer.json"
-    if not path.is_file():
-        return ()
-    names: dict[str, Any] = {}
-    if (base / "tokenizer_config.json").is_file():
-        names = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
-    text = ChatTemplate(template).render(
-        messages,
-        add_generation_prompt=True,
-        bos_token=_token_text(names.get("bos_token")),
-        eos_token=_token_text(names.get("eos_token")),
-    )
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def _token_text(value: Any) -> str:
-    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")

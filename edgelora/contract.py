@@ -145,6 +145,7 @@ def _decode(cls: type[Contract], values: Mapping[str, tuple[Any, Callable[[Any],
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected text, found {type(value).__name__}")
+    value.encode("utf-8")  # half a character could not be written down again
     return value
 
 

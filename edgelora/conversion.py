@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from converters.adapter import AdapterReport
     from converters.base import BaseReport
 
+MERGE_TOO = ("--allow-bin", "--initial")  # options of adapters that hold for those that are merged
 Progress = Callable[[int, int, str], None]
 
 
@@ -91,21 +92,22 @@ def _convert_base(
     if options.base:
         raise SettingsError(f"--base goes with an adapter, and {source} is a base")
     settings = options.base_settings
-    if given := [] if settings.merge else options.adapter.given():
-        raise SettingsError(f"{', '.join(given)}: for adapters, and {source} is a base")
-    merged, template = merged_adapters(settings.merge, source, options.adapter, store, force=options.force)
-    return convert_base_source(
+    if given := [name for name in options.adapter.given() if not settings.merge or name not in MERGE_TOO]:
+        raise SettingsError(f"{', '.join(given)}: for adapters that are converted, and {source} is a base")
+    merge = merged_adapters(settings.merge, source, options.adapter, store, force=options.force)
+    report = convert_base_source(
         source,
         _target(out, _base_name(source, settings)),
         settings,
         store,
         threads=options.threads,
         chat_template=options.chat_template,
-        merged=merged,
-        template=template,
+        merged=merge.adapters,
+        template=merge.template,
         force=options.force,
         progress=progress,
     )
+    return replace(report, notices=(*merge.notices, *report.notices))
 
 
 def _base_name(source: Path, settings: BaseSettings) -> str:
@@ -122,7 +124,10 @@ def _convert_adapter(
     if given := _given(options.base_settings):
         verb = "goes" if len(given) == 1 else "go"
         raise SettingsError(f"{', '.join(given)} {verb} with a base, and {source} is an adapter")
-    target = _target(out, f"{source_name(source)}.gguf")
+    if options.threads:
+        raise SettingsError(f"--threads: for quantizing a base, and {source} is an adapter")
+    kind = f"-{options.adapter.dtype or 'f16'}" if source.is_file() else ""
+    target = _target(out, f"{source_name(source)}{kind}.gguf")
     return convert_adapter_source(source, target, options.adapter_request, store, progress=progress)
 
 
@@ -143,6 +148,9 @@ def blend_adapters(
     """
     if given := _given(options.base_settings):
         raise SettingsError(f"--blend makes an adapter: {', '.join(given)} cannot go with it")
+    others = [name for name in options.adapter.given() if name in ("--initial", "--certify")]
+    if others or options.threads:
+        raise SettingsError(f"{', '.join([*others, *(['--threads'] if options.threads else [])])}: not with --blend")
     target = _target(out, "-".join(adapter.name for adapter in adapters) + ".gguf")
     return blend(adapters, target, options.adapter_request, store or Store(), way=way, progress=progress)
 

@@ -163,6 +163,10 @@ def command(
         raise click.UsageError("--json goes with --dry-run")
     if bool(source) == bool(blend):
         raise click.UsageError("name a SOURCE, or the adapters to --blend" if not source else "--blend takes no SOURCE")
+    if blend and revision:
+        raise click.UsageError("--revision: of a hub id, and --blend takes files and folders")
+    if blend_way != "cat" and not blend:
+        raise click.UsageError("--blend-way goes with --blend")
     read_inputs(chosen)  # what is wrong with them is said before a download
     options = ConvertOptions(
         settings=chosen, base=base, chat_template=chat_template, threads=threads, force=force, adapter=for_adapter

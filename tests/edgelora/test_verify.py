@@ -14,7 +14,7 @@ import pytest
 
 from converters.base import convert_base
 from converters.fingerprint import fingerprint
-from edgelora.adapter_conversion import contract_for
+from edgelora.adapter_contract import ContractTerms, contract_for
 from edgelora.adapter_ref import AdapterRef
 from edgelora.certificate import decode
 from edgelora.contract import Contract
@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, strength: float) -> Path:
     from edgelora.train.certificate import RecordSettings, certify
 
     made = write_lora(tmp_path_factory.mktemp("peft") / "mine", TINY_BASE, seed=3, strength=strength)
-    contract = contract_for(made, TINY_BASE, Store(tmp_path_factory.mktemp("store")))
+    contract = contract_for(made, TINY_BASE, Store(tmp_path_factory.mktemp("store"))).contract
     certify(contract, TINY_BASE, made, PROMPTS, RecordSettings(new_tokens=16)).save(made)
     return made
 
@@ -319,7 +319,7 @@ def test_families_with_other_rows_pass(tmp_path: Path, family: str) -> None:
             if "lora_B" in name:
                 parameter += 0.1 * torch.randn_like(parameter)
     adapted.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
-    contract = contract_for(tmp_path / "peft", base, Store(), chat_template="plain")
+    contract = contract_for(tmp_path / "peft", base, Store(), ContractTerms("plain")).contract
     made = certify(contract, base, tmp_path / "peft", PROMPTS[:2], RecordSettings(new_tokens=8))
     made.save(tmp_path / "peft")
     gguf_base = convert_base(base, tmp_path / "base.gguf", quant="f32").path
