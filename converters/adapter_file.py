@@ -153,10 +153,7 @@ class _Check:
 
     def look_at(self, pair: Pair) -> None:
         loaded, specs = pair.stored(), specs_of(pair, self.dtype)
-        found = [
-            self._encoded(spec, values, reason)
-            for (spec, reason), values in zip(specs, loaded, strict=True)
-        ]
+        found = [self._encoded(spec, values, reason) for (spec, reason), values in zip(specs, loaded, strict=True)]
         self._all_zero &= any(norm == 0.0 for norm, _ in found)
         # A value that is not finite, or becomes so, makes its sum of squares so: only then is it looked for.
         if not np.isfinite(found).all():

@@ -95,6 +95,16 @@ def balanced(b: Floats, a: Floats) -> tuple[Floats, Floats]:
     return new_b, new_a
 
 
+def norm_of_product(b: Floats, a: Floats) -> float:
+    """The Frobenius norm of B @ A, without building it; of stacks, of all their products together.
+
+    Args:
+        b: (rows, rank), or a stack of such, and `a` (rank, columns) likewise.
+    """
+    rb, ra = (np.linalg.qr(each.astype(np.float64), mode="r") for each in (b, _turned(a)))
+    return float(np.linalg.norm(rb @ _turned(ra)))
+
+
 def _turned(matrices: Doubles) -> Doubles:
     return np.swapaxes(matrices, -1, -2)
 

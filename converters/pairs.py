@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
+from math import inf, prod, sqrt
 
 import numpy as np
 
 from converters.checkpoint import Floats
-from converters.low_rank import shorten
+from converters.low_rank import norm_of_product, shorten
 from converters.methods import LowRank
 from converters.placement import Slot
 
@@ -35,7 +35,8 @@ class Pair:
         load: B (rows, rank) and A (rank, columns), of a stack (experts, rows, rank) and (experts, rank, columns);
             float32, the scale in B.
         scales: what PEFT multiplied B @ A by, of all that went into it.
-        residual_energy: the share of the change's energy that B @ A leaves out.
+        residual_energy: the share of the change's energy that B @ A leaves out, at most:
+            |change - B @ A|^2 / |change|^2.
     """
 
     tensor: str
@@ -82,8 +83,14 @@ def assemble(tensor: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> Pa
 
 
 def _one(shape: tuple[int, ...], piece: Piece) -> tuple[Floats, Floats]:
-    b, a = piece.change.load()
+    b, a = _factors(piece.change)
     return _placed(b, shape[0], piece.slot), _columns(a, piece.slot)
+
+
+def _factors(change: LowRank) -> tuple[Floats, Floats]:
+    """B and A; values that overflow become infinite, and are refused by name where they are looked at."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        return change.load()
 
 
 def _placed(b: Floats, rows: int, slot: Slot) -> Floats:
@@ -123,7 +130,7 @@ def _many(shape: tuple[int, ...], rank: int, pieces: Sequence[Piece]) -> tuple[F
     b, a = np.zeros((count, rows, rank), np.float32), np.zeros((count, rank, columns), np.float32)
     used = [0] * count
     for piece in pieces:
-        of_b, of_a = piece.change.load()
+        of_b, of_a = _factors(piece.change)
         slot = piece.slot
         for matrix in _matrices(slot, rows):
             inside = slot.rows // rows == matrix
@@ -152,9 +159,30 @@ def blended(parts: Sequence[tuple[Pair, float]]) -> Pair:
     """The weighted sum of changes to one tensor: ranks beside one another, the weight in B."""
     first = parts[0][0]
     scales = tuple(sorted({scale * weight for pair, weight in parts for scale in pair.scales}))
-    residual = max(pair.residual_energy for pair, _ in parts)
-    rank = sum(pair.rank for pair, _ in parts)
+    rank, residual = sum(pair.rank for pair, _ in parts), _residual_of_sum(parts)
     return replace(first, rank=rank, load=partial(_blend, tuple(parts)), scales=scales, residual_energy=residual)
+
+
+def _residual_of_sum(parts: Sequence[tuple[Pair, float]]) -> float:
+    """The share of its energy that a weighted sum leaves out, at most; infinite where nothing bounds it.
+
+    What the parts leave out adds up at worst, and what they hold may cancel.
+    """
+    if len(parts) == 1:  # any multiple leaves out the same share
+        return parts[0][0].residual_energy
+    lost = sum(abs(weight) * _lost(pair) for pair, weight in parts if weight)
+    if lost == 0.0:
+        return 0.0
+    least = norm_of_product(*_blend(parts)) - lost  # of the sum without any error
+    return (lost / least) ** 2 if least > 0.0 else inf
+
+
+def _lost(pair: Pair) -> float:
+    """|change - B @ A| at most, of a pair that leaves out a share e of |change|: e / (1 - e) of |B @ A|."""
+    share = sqrt(pair.residual_energy)
+    if share == 0.0:
+        return 0.0
+    return share / (1.0 - share) * norm_of_product(*pair.load()) if share < 1.0 else inf
 
 
 def _blend(parts: Sequence[tuple[Pair, float]]) -> tuple[Floats, Floats]:
@@ -164,10 +192,15 @@ def _blend(parts: Sequence[tuple[Pair, float]]) -> tuple[Floats, Floats]:
 
 
 def shortened(pair: Pair, *, rank: int | None, max_error: float) -> Pair:
-    """A pair of fewer ranks; as it is, where it has no more than `rank`."""
+    """A pair of fewer ranks; as it is, where it has no more than `rank`.
+
+    What it leaves out comes on top of what the pair left out already, at worst.
+    """
     if rank is not None and pair.rank <= rank:
         return pair
     b, a = pair.load()
+    if not (np.isfinite(b).all() and np.isfinite(a).all()):
+        return pair  # which is refused by name
     stack = b.shape[:-2]
     found = [
         shorten(one_b, one_a, rank=rank, max_error=max_error)
@@ -176,7 +209,8 @@ def shortened(pair: Pair, *, rank: int | None, max_error: float) -> Pair:
     kept = max(each.rank for each in found)
     new_b = np.stack([_padded(each.b, kept, axis=1) for each in found]).reshape(*stack, -1, kept)
     new_a = np.stack([_padded(each.a, kept, axis=0) for each in found]).reshape(*stack, kept, -1)
-    residual = max(pair.residual_energy, max(each.residual_energy for each in found))
+    before, cut = sqrt(pair.residual_energy), sqrt(max(each.residual_energy for each in found))
+    residual = (before + cut * (1.0 + before)) ** 2  # |B @ A| is at most 1 + before of the change
     return replace(pair, rank=kept, load=lambda: (new_b, new_a), residual_energy=residual)
 
 

@@ -320,3 +320,30 @@ def test_broken_values_are_told_with_everything_else(base: Path, tmp_path: Path)
         convert_adapter(make_adapter(tmp_path / "a", arrays, mystery=1), base, tmp_path / "adapter.gguf")
     assert "unknown setting mystery" in caught.value.message
     assert "q_proj.weight: holds NaN or infinite values" in caught.value.message
+
+
+def with_b(factor: float) -> dict[str, np.ndarray[Any, Any]]:
+    """LoRA weights, the B of k_proj multiplied."""
+    return {
+        name: array * np.float32(factor if "k_proj.lora_B" in name else 1.0)
+        for name, array in lora_weights(MODULES, rank=32).items()
+    }
+
+
+@pytest.mark.parametrize("rank", [4, 32])  # B is F16, or Q8_0 with an F16 scale for each block
+@pytest.mark.parametrize("factor", [1e8, 1e-7, 1e-9])
+def test_what_f16_cannot_hold_is_not_in_a_q8_0_file_either(
+    rank: int, factor: float, base: Path, tmp_path: Path
+) -> None:
+    arrays = {name: array[..., :rank] if "lora_B" in name else array[:rank] for name, array in with_b(factor).items()}
+    folder, out = make_adapter(tmp_path / "a", arrays, r=rank), tmp_path / "adapter.gguf"
+    options = AdapterOptions(dtype="q8_0")
+    if factor > 1.0:
+        with pytest.raises(UnsupportedAdapterError, match=rf"attn_k\.weight: B .* {'q8_0' if rank == 32 else 'f16'}"):
+            convert_adapter(folder, base, out, options)
+        return
+    report = convert_adapter(folder, base, out, options)
+    assert (report.dtype, report.max_relative_error) == ("f32", 0.0)
+    assert report.notices[0].startswith("written as f32: q8_0 would change blk.1.attn_k.weight by up to")
+    assert not any("f16" in notice for notice in report.notices)
+    assert all(np.isfinite(array).all() for array in read_arrays(out).values())
