@@ -67,9 +67,10 @@ test: setup reference  ## the tests
 test-all: setup reference  ## the tests, the slow ones too
 	$(BIN)/python -m pytest -q
 
-bench: setup reference  ## conversion, kernels, importance and perplexity beside llama.cpp's own programs (an hour)
+bench: setup reference  ## conversion of bases and adapters, kernels, importance and perplexity beside llama.cpp's own programs (an hour)
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/convert.py --memory
+	$(BIN)/python -m bench.adapters
 	$(BIN)/python -m bench.quantize_kernels
 	$(BIN)/python -m bench.imatrix
 
