@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 
+import numpy as np
+
 from converters.architectures import Family, Sizes, find_gguf_family
+from converters.base import UNTIED
 from converters.base_file import BaseFile
 from converters.block_types import PLAIN
 from converters.checkpoint import Checkpoint, Floats
@@ -20,6 +24,17 @@ from converters.model_card import describe
 from converters.reader import GGUFHeader
 
 ReadRows = Callable[[str, int, int], Floats]
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+COMPARED_ROWS = 512
+NEARLY = 0.5  # |output - embeddings| / |embeddings|; of rounded copies less, of independent weights more than 1
+
+
+class Tie(Enum):
+    """Whether a model takes its embeddings for its output too, in however many tensors a file has them."""
+
+    TIED = "tied"
+    APART = "apart"
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -31,7 +46,11 @@ class AdaptedBase:
         rows: GGUF name, first and last row to float32 values (rows, row length); a stack's matrices follow one another,
             a vector is one row.
         is_lossy: its weights were quantized: changes that depend on them come out a little different.
+        is_rounded: it is a file with matrices in half precision, which the checkpoint's may not have been.
         merged: adapters that were merged into it.
+        is_untied: its output was made of its embeddings (`--untie`); None where the file does not say.
+        original: what it was before adapters changed it; None where none did.
+        edited: names of what they changed.
         fingerprint_with: what the fingerprint would be with these norms, GGUF name and values of each.
     """
 
@@ -45,6 +64,10 @@ class AdaptedBase:
     fingerprint_with: Callable[[Iterable[tuple[str, Floats]]], str]
     merged: tuple[str, ...] = ()
     known_fingerprint: str = ""
+    is_rounded: bool = False
+    is_untied: bool | None = False
+    original: AdaptedBase | None = None
+    edited: frozenset[str] = frozenset()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -63,7 +86,27 @@ class AdaptedBase:
 
     @property
     def is_tied(self) -> bool:
-        return "output.weight" not in self.shapes
+        """Whether one tensor stands for the embeddings and the output."""
+        return OUTPUT not in self.shapes
+
+    @property
+    def released(self) -> AdaptedBase:
+        """What adapters were trained on."""
+        return self.original or self
+
+    @cached_property
+    def tie(self) -> Tie:
+        """Whether the model ties its output to its embeddings; rows are read where the file does not say."""
+        base = self.released
+        if base.is_tied or base.is_untied:
+            return Tie.TIED
+        if base.is_untied is False or base.shapes[OUTPUT] != base.shapes[EMBEDDING]:
+            return Tie.APART
+        first = max(0, base.shapes[OUTPUT][0] - COMPARED_ROWS) // 2  # in the middle: those of all languages
+        output, embeddings = (base.rows(name, first, min(first + COMPARED_ROWS, base.shapes[name][0]))
+                              for name in (OUTPUT, EMBEDDING))  # fmt: skip
+        is_far = np.linalg.norm(output - embeddings) >= NEARLY * np.linalg.norm(embeddings)
+        return Tie.APART if is_far else Tie.UNKNOWN
 
 
 @contextmanager
@@ -111,7 +154,9 @@ def _of_file(file: BaseFile) -> AdaptedBase:
         fingerprint_with=partial(fingerprint_with, header),
         rows=file.rows,
         merged=tuple(header.metadata.get(MERGED, ())),
+        is_untied=True if header.metadata.get(UNTIED) is True else None,
         is_lossy=any(tensor.type_name not in PLAIN for tensor in header.tensors.values()),
+        is_rounded=any(tensor.type_name != "F32" for tensor in header.tensors.values()),
     )
 
 
@@ -129,7 +174,7 @@ def family_of(header: GGUFHeader) -> Family:
 
 def sizes_of(header: GGUFHeader) -> Sizes:
     """Raises FormatError where a key or the embeddings are missing."""
-    embedding = header.tensors.get("token_embd.weight")
+    embedding = header.tensors.get(EMBEDDING)
     if embedding is None:
         raise FormatError(f"{header.path}: has no token_embd.weight")
     return Sizes(header.architecture, embedding.shape[0], header.metadata)

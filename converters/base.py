@@ -33,6 +33,8 @@ __all__ = ["BaseReport", "Job", "Progress", "QuantizeOptions", "convert_base", "
 
 TRANSPOSED_CHUNK_BYTES = 16 << 20  # each chunk of a transposed matrix reads all of it
 OUTPUT = "output.weight"
+UNTIED = "edgelora.untied"
+"""Says of a file that its output was made of the embeddings, to which the model ties it."""
 COMPUTED = "computed"
 ReadRows = Callable[[int, int], Floats]
 
@@ -80,7 +82,8 @@ def plan_base(checkpoint: Checkpoint, options: QuantizeOptions, metadata: Mappin
         ConversionError: what cannot be converted, by name.
     """
     recipe, model = find_recipe(options.quant), understand(checkpoint)
-    tensors = {**_read(model), **_untied(model, options), **_computed(model)}
+    untied = _untied(model, options)
+    tensors = {**_read(model), **untied, **_computed(model)}
     shapes = {name: source.spec.shape for name, source in tensors.items()}
     named: dict[str, Value] = {"general.architecture": model.family.architecture, **model.metadata}
     kept = frozenset(name for name, source in tensors.items() if source.read_blocks)
@@ -99,6 +102,7 @@ def plan_base(checkpoint: Checkpoint, options: QuantizeOptions, metadata: Mappin
         "general.quantization_version": keys["general.quantization_version"],
         **model.vocabulary.metadata,
         "edgelora.fingerprint": fingerprint,
+        **({UNTIED: True} if untied else {}),
         **{key: value for key, value in keys.items() if key.startswith("quantize.")},
         **metadata,
     }

@@ -6,26 +6,29 @@ by the best low-rank one, whose error is stated; above `max_error` it is refused
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 
 import numpy as np
 
-from converters.adapted_base import AdaptedBase
+from converters.adapted_base import EMBEDDING, OUTPUT, AdaptedBase, Tie
 from converters.checkpoint import Floats
 from converters.low_rank import approximate
 from converters.methods import Change, LowRank, Reading, Replaced, Shifted, Transformed, Turned
 from converters.pairs import Pair, Piece, assemble, multiplied
-from converters.placement import Slot, find_slots, is_known, oriented, source_shape
+from converters.placement import Claims, Slot, factors_of, find_slots, is_known, oriented, source_shape
+from converters.tied_output import UNKNOWN, embedding_name, for_output, is_embedding, is_output, tie_for
 
 DEFAULT_MAX_ERROR = 0.01
 NOTHING = 1e-6  # of a weight's norm: a change below that is the rounding of float32
+ROUNDED = (2.0**-8, 2.0**-24)  # relative and absolute error of a weight that went through BF16, F16, or both
 MAX_FAILURES = 8  # of tensors above the error, before the others are not looked at any more
 UNSURE = (
     "its matrices are square, and PEFT before 0.19.1 saved them the other way round: write the version that saved them "
     'into adapter_config.json ("peft_version": "0.17.1", say)'
 )
+INFINITE = "its change holds NaN or infinite values"
 RESIZED = "it has {} rows and the base {}: other tokens have no place in a GGUF adapter"
 NO_PLACE: dict[type[Change], str] = {
     Replaced: "it was trained as a whole, which has no place in a GGUF adapter",
@@ -49,17 +52,18 @@ class Compiled:
     tied: list[str] = field(default_factory=list)
     too_rough: list[str] = field(default_factory=list)
     is_approximate: bool = False
+    claims: Claims = field(default_factory=Claims)
 
     def pairs(self, base: AdaptedBase) -> list[Pair]:
         return [self._pair(base, name, pieces) for name, pieces in self.pieces.items()]
 
     def _pair(self, base: AdaptedBase, name: str, pieces: list[Piece]) -> Pair:
-        pair = assemble(name, base.shapes[name], pieces)
-        if ending := pieces[0].slot.place.row.scaled_by:
-            pair = multiplied(pair, base.rows(name.removesuffix(".weight") + ending, 0, 1).reshape(-1))
+        pair, factors = assemble(name, base.shapes[name], pieces), factors_of(base, name)
+        pair = pair if factors is None else multiplied(pair, factors)
         return replace(pair, residual_energy=self.residual.get(name, 0.0))
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what becomes infinite is refused by name
 def compile_changes(
     reading: Reading, base: AdaptedBase, *, rank: int | None = None, max_error: float = DEFAULT_MAX_ERROR
 ) -> Compiled:
@@ -73,7 +77,8 @@ def compile_changes(
     rough = [change for change in reading.changes if isinstance(change, Transformed)]
     for change in reading.changes:
         if isinstance(change, LowRank):
-            _place(out, base, oriented(base, change))
+            for slots in _targets(out, base, change, reading):
+                _place(out, base, oriented(base, change), slots)
         elif isinstance(change, Replaced) and is_base_copy(base, change):
             continue
         elif not isinstance(change, Transformed) and not _has_module(base, change.tensor):
@@ -85,7 +90,7 @@ def compile_changes(
         rough = [change for change in rough if not _approximable(out, base, change)]
     for change in rough:
         if len(out.too_rough) < MAX_FAILURES:
-            _approximate(out, base, change, rank, max_error)
+            _approximate(out, base, change, reading, rank, max_error)
     return out
 
 
@@ -94,8 +99,8 @@ def _has_module(base: AdaptedBase, tensor: str) -> bool:
     return is_known(base.family, tensor) or is_known(base.family, f"{tensor.removesuffix('.bias')}.weight")
 
 
-def _place(out: Compiled, base: AdaptedBase, change: LowRank) -> None:
-    for slot in _slots(out, base, change):
+def _place(out: Compiled, base: AdaptedBase, change: LowRank, slots: Iterable[Slot]) -> None:
+    for slot in slots:
         if problem := misfit(base, change, slot):
             out.misfits.append(problem)
             return
@@ -104,27 +109,29 @@ def _place(out: Compiled, base: AdaptedBase, change: LowRank) -> None:
                 f"{change.tensor}: llama.cpp's {base.family.architecture} never applies an adapter to it"
             )
             return
-        if base.is_tied and slot.gguf in ("token_embd.weight", "output.weight"):
+        if base.is_tied and slot.gguf in (EMBEDDING, OUTPUT):
             out.tied.append(f"{change.tensor}: the base ties its embeddings to its output")
             return
         out.pieces.setdefault(slot.gguf, []).append(Piece(change, slot))
 
 
 def is_base_copy(base: AdaptedBase, change: Replaced) -> bool:
-    """Whether a tensor is the base's own, saved once more.
+    """Whether a tensor is the base's own, saved once more; the base's before other adapters changed it.
 
-    Of a base that was quantized that cannot be seen; then PEFT's word is taken for what it saves beside a layer that it
-    changes otherwise.
+    Where that cannot be seen, of a base that was quantized or has adapters merged in it, PEFT's word is taken for what
+    it saves beside a layer that it changes otherwise. That may also have been rounded, or the base's, to 16 bits.
     """
+    base = base.released
     slots = [slot for slot in find_slots(base, change.tensor) if slot.gguf in base.shapes]
     if base.is_tied and is_output(base, change.tensor):
         slots = find_slots(base, embedding_name(base))
     if not slots or slots[0].place.hf_shape(base.sizes) != change.shape:
         return False
-    if base.is_lossy:
+    if base.is_lossy or (base.merged and change.is_copy):
         return change.is_copy
-    weight, values = weight_of(base, change.tensor, slots), change.load()
-    return np.array_equal(weight, values if weight.ndim == 1 else rows_first(values, slots[0]))
+    weight, loaded = weight_of(base, change.tensor, slots), change.load()
+    values = loaded if weight.ndim == 1 else rows_first(loaded, slots[0])
+    return np.allclose(weight, values, *ROUNDED) if change.is_copy else np.array_equal(weight, values)
 
 
 def rows_first(values: Floats, slot: Slot) -> Floats:
@@ -132,10 +139,17 @@ def rows_first(values: Floats, slot: Slot) -> Floats:
     return values.swapaxes(-1, -2) if slot.place.row.transposed and not slot.place.is_bias else values
 
 
-def embedding_name(base: AdaptedBase) -> str:
-    """The embeddings' tensor in transformers."""
-    row = next(row for row in base.family.rows if row.gguf == "token_embd")
-    return f"{row.modules[0]}.weight"
+def _targets(out: Compiled, base: AdaptedBase, change: Change, reading: Reading) -> list[list[Slot]]:
+    """Where a change goes: once, or to the embeddings and to an output that follows them."""
+    slots = _slots(out, base, change)
+    tie = tie_for(base, change, reading.changes) if slots else Tie.APART
+    if tie is Tie.UNKNOWN:
+        out.problems.append(f"{change.tensor}: {UNKNOWN}")
+    if problem := out.claims.problem(change.tensor, slots):
+        out.problems.append(problem)
+    if not slots or tie is Tie.UNKNOWN or (tie is Tie.TIED and is_output(base, change.tensor)):
+        return []
+    return [slots, for_output(slots)] if tie is Tie.TIED and not base.is_tied else [slots]
 
 
 def _slots(out: Compiled, base: AdaptedBase, change: Change) -> list[Slot]:
@@ -152,20 +166,12 @@ def _slots(out: Compiled, base: AdaptedBase, change: Change) -> list[Slot]:
     return there
 
 
-def is_embedding(base: AdaptedBase, tensor: str) -> bool:
-    return any(slot.gguf == "token_embd.weight" for slot in find_slots(base, tensor))
-
-
 def is_resized(base: AdaptedBase, change: Change) -> bool:
     """Whether a tensor takes the place of the embeddings or of the output with another number of tokens."""
     if not isinstance(change, Replaced) or not (is_embedding(base, change.tensor) or is_output(base, change.tensor)):
         return False
     wanted = find_slots(base, change.tensor)[0].place.hf_shape(base.sizes)
     return change.shape != wanted and change.shape[1:] == wanted[1:]
-
-
-def is_output(base: AdaptedBase, tensor: str) -> bool:
-    return any(slot.gguf in ("output.weight", "output.bias") for slot in find_slots(base, tensor))
 
 
 def misfit(base: AdaptedBase, change: Change, slot: Slot) -> str:
@@ -192,32 +198,37 @@ def _approximable(out: Compiled, base: AdaptedBase, change: Transformed) -> bool
     return True
 
 
-def _approximate(out: Compiled, base: AdaptedBase, change: Transformed, rank: int | None, max_error: float) -> None:
+def _approximate(
+    out: Compiled, base: AdaptedBase, change: Transformed, reading: Reading, rank: int | None, max_error: float
+) -> None:
     if not _approximable(out, base, change):
         return
-    slots = _slots(out, base, change)
-    if not slots:
-        return
-    if problem := misfit(base, change, slots[0]):
-        out.misfits.append(problem)
-        return
+    for slots in _targets(out, base, change, reading):
+        if problem := misfit(base, change, slots[0]):
+            out.misfits.append(problem)
+            return
+        _approximate_at(out, base, change, slots, rank, max_error)
+
+
+def _approximate_at(
+    out: Compiled, base: AdaptedBase, change: Transformed, slots: Sequence[Slot], rank: int | None, max_error: float
+) -> None:
     weight = weight_of(base, change.tensor, slots)
     if weight.ndim != 2:
         out.problems.append(f"{change.tensor}: changes of vectors and stacks cannot be approximated by an adapter")
         return
     delta = change.apply(weight, 0) - weight
-    if np.linalg.norm(delta) <= NOTHING * np.linalg.norm(weight):
-        return
     if not np.isfinite(delta).all():
-        out.problems.append(f"{change.tensor}: its change holds NaN or infinite values")
+        out.problems.append(f"{change.tensor}: {INFINITE}")
+        return
+    if np.linalg.norm(delta) <= NOTHING * np.linalg.norm(weight):
         return
     found = approximate(delta, rank=rank, max_error=max_error)
     error = sqrt(found.residual_energy)
     if error > max_error:
         out.too_rough.append(f"{change.tensor}: {error:.1%} of its change is left out at rank {found.rank}")
         return
-    low_rank = LowRank(change.tensor, weight.shape, found.rank, 1.0, lambda: (found.b, found.a))
-    _place(out, base, low_rank)
+    _place(out, base, LowRank(change.tensor, weight.shape, found.rank, 1.0, lambda: (found.b, found.a)), slots)
     if not error:
         return
     out.is_approximate = True
@@ -257,7 +268,7 @@ def _vector_of(base: AdaptedBase, slot: Slot) -> Floats:
 
 def _read_rows(base: AdaptedBase, slot: Slot) -> Floats:
     first, last = int(slot.rows.min()), int(slot.rows.max()) + 1
-    rows = base.rows(slot.gguf, first, last)
+    rows = base.rows(EMBEDDING if slot.gguf == OUTPUT and base.is_tied else slot.gguf, first, last)
     return rows if len(rows) == len(slot.rows) and _ascends(slot) else rows[slot.rows - first]
 
 

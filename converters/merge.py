@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from converters.adapted_base import AdaptedBase, open_base
-from converters.adapter import against_base, missing_targets
+from converters.adapter import against_base
 from converters.adapter_source import open_adapter
+from converters.adapter_targets import missing_targets
 from converters.base import plan_base
 from converters.base_file import BaseFile
 from converters.block_types import TYPES
@@ -29,6 +30,7 @@ from converters.fingerprint import MERGED, is_norm, merged_fingerprint
 from converters.gguf_adapter import open_gguf_adapter
 from converters.imatrix import ImportanceMatrix
 from converters.job import BaseReport, Job
+from converters.methods.lora import INVOCATION
 from converters.model_card import readable_name
 from converters.options import QuantizeOptions
 from converters.quant_types import RECIPES, tensor_order
@@ -39,6 +41,7 @@ from converters.stream import Progress, Source
 from converters.writer import TensorSpec, Value
 
 FINGERPRINT = "edgelora.fingerprint"
+NOT_MERGED = "an activated LoRA leaves everything before its invocation to the base"
 HASHED = (".safetensors", ".bin", ".json", ".gguf")
 
 
@@ -136,11 +139,13 @@ def _edits(base: AdaptedBase, adapter: Merged) -> Iterator[Edits]:
     if not adapter.path.is_dir():
         with open_gguf_adapter(adapter.path) as file:
             edits = pair_edits(file.pairs, base, adapter.scale)
-            _check(adapter.path, base, [*edits.problems, *_other_architecture(file.header.architecture, base)], "")
+            problems = [*edits.problems, *_other_architecture(file.header.architecture, base)]
+            problems += [NOT_MERGED] if file.header.metadata.get(INVOCATION) else []
+            _check(adapter.path, base, problems, "")
             yield edits
         return
     with open_adapter(adapter.path, base, allow_bin=adapter.allow_bin, initial=adapter.initial) as read:
-        source = against_base(read, base)
+        source = against_base(read, base.released)
         edits = edits_of(source.reading, base, adapter.scale)
         _check(adapter.path, base, [*edits.problems, *missing_targets(source, base)], source.base_model)
         yield edits
@@ -228,7 +233,10 @@ def _edited_source(source: Source, base: AdaptedBase, edits: Edits) -> Source:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             changed = edits.apply(name, rows, start)
         if not np.isfinite(changed).all() and np.isfinite(rows).all():
-            raise UnsupportedAdapterError(f"{name}: merged, it holds NaN or infinite values")
+            raise UnsupportedAdapterError(
+                f"{base.name}: {name} holds NaN or infinite values with the adapters merged into it",
+                hint="Nothing was written. The adapter's values or its scale are broken.",
+            )
         return changed
 
     return replace(source, read=edited, read_blocks=None)

@@ -10,13 +10,14 @@ tensor, or gate and up of experts (`--fuse-qkv`, `--fuse-gate-up-exps` of conver
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
-from converters.adapted_base import AdaptedBase
+from converters.adapted_base import OUTPUT, AdaptedBase
 from converters.architectures import Family, Indices, Place
 from converters.checkpoint import Floats
 from converters.methods import LowRank, Turned
@@ -66,6 +67,30 @@ def find_slots(base: AdaptedBase, tensor: str) -> list[Slot]:
     return list(found.values())
 
 
+class Claims:
+    """Which rows of a file's tensors an adapter changes, and by which name: one tensor may not have two."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._owners: dict[str, Indices] = {}
+
+    def problem(self, tensor: str, slots: Iterable[Slot]) -> str:
+        """Take the rows of a transformers tensor. "" where no other has them."""
+        found = [other for slot in slots if (other := self._take(tensor, slot))]
+        return f"{tensor}: is {found[0]} under another name" if found else ""
+
+    def _take(self, tensor: str, slot: Slot) -> str:
+        if not self._names or self._names[-1] != tensor:
+            self._names.append(tensor)
+        owners = self._owners.get(slot.gguf, np.zeros(0, np.int64))
+        missing = int(slot.rows.max(initial=-1)) + 1 - len(owners)
+        owners = np.pad(owners, (0, missing), constant_values=-1) if missing > 0 else owners
+        self._owners[slot.gguf] = owners
+        before = {self._names[number] for number in np.unique(owners[slot.rows]) if number >= 0}
+        owners[slot.rows] = len(self._names) - 1
+        return min(before - {tensor}, default="")
+
+
 def _joined(one: Slot, other: Slot) -> Slot:
     """Both as one: gate and up of experts in one tensor here and there. The first, where they are the same rows."""
     if np.isin(other.rows, one.rows).any():
@@ -103,9 +128,23 @@ def source_shape(base: AdaptedBase, slot: Slot) -> tuple[int, ...]:
 
 
 def shape_in_base(base: AdaptedBase, tensor: str) -> tuple[int, ...] | None:
-    """Sizes of a transformers tensor, rows first; None where the base has none."""
-    there = (slot for slot in find_slots(base, tensor) if slot.gguf in base.shapes)
+    """Sizes of a transformers tensor, rows first; None where the base has none. A tied output has the embeddings'."""
+    there = (slot for slot in find_slots(base, tensor) if slot.gguf in base.shapes or slot.gguf == OUTPUT)
     return next((source_shape(base, slot) for slot in there), None)
+
+
+def factors_of(base: AdaptedBase, tensor: str) -> Floats | None:
+    """What llama.cpp multiplies each matrix of a stack by, but not what an adapter adds to it; float32 (experts,).
+
+    Args:
+        tensor: the file's.
+    """
+    module = tensor.removesuffix(".weight")
+    for row in base.family.rows:
+        pattern = re.escape(row.gguf).replace(r"\{layer\}", r"\d+")
+        if row.scaled_by and re.fullmatch(pattern, module) and module + row.scaled_by in base.shapes:
+            return base.released.rows(module + row.scaled_by, 0, 1).reshape(-1)
+    return None
 
 
 def is_known(family: Family, tensor: str) -> bool:

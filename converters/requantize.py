@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from converters.architectures import find_gguf_family
-from converters.base import OUTPUT, check_can_untie, untie_notices
+from converters.base import OUTPUT, UNTIED, check_can_untie, untie_notices
 from converters.base_file import BaseFile
 from converters.block_types import PLAIN, TYPES, BlockType
 from converters.errors import FormatError, UnsupportedArchitectureError, UnsupportedError, listed
@@ -105,7 +105,11 @@ def plan_requantize(base: BaseFile, options: QuantizeOptions, metadata: Mapping[
     return Job(
         sources=sources,
         stored={name: kind.name for name, kind in stored.items()},
-        metadata=_metadata(header, {**quantization_keys(recipe.file_type, options), **metadata}),
+        metadata=_metadata(
+            header,
+            {**quantization_keys(recipe.file_type, options), **metadata},
+            is_untied=OUTPUT in taken and OUTPUT not in header.tensors,
+        ),
         inputs=header.files,
         weights=header.files,
         name=str(metadata.get("general.name") or header.metadata.get("general.name") or header.path.stem),
@@ -138,7 +142,7 @@ def plan_as_it_is(base: BaseFile, metadata: Mapping[str, Value], *, untie: bool 
     return Job(
         sources=sources,
         stored={name: item.block_type.name for name, item in taken.items()},
-        metadata=_metadata(header, metadata),
+        metadata=_metadata(header, metadata, is_untied=OUTPUT in taken and OUTPUT not in header.tensors),
         inputs=header.files,
         weights=header.files,
         name=str(metadata.get("general.name") or header.metadata.get("general.name") or header.path.stem),
@@ -196,8 +200,9 @@ def _source(base: BaseFile, name: str, item: _Taken, choice: TypeChoice, is_chan
     return Source(spec, read_blocks=partial(base.blocks, item.source))
 
 
-def _metadata(header: GGUFHeader, new: Mapping[str, Value]) -> dict[str, Value]:
+def _metadata(header: GGUFHeader, new: Mapping[str, Value], *, is_untied: bool) -> dict[str, Value]:
     """The file's values as they lie there; what is set again goes to the end (`gguf_set_val_u32`)."""
+    new = {UNTIED: True, **new} if is_untied else new
     kept = {key: header.metadata.raw(key) for key in header.metadata if key not in new and key not in SPLIT_KEYS}
     return {**kept, **new}
 

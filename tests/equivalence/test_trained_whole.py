@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from converters import edits
+from converters import row_edits
 from converters.adapter import convert_adapter
 from converters.errors import UnsupportedAdapterError
 from tests.equivalence.effects import TOLERANCE, Adapted, adapt
@@ -93,7 +93,7 @@ def test_tuned_norms(name: str, tmp_path: Path) -> None:
 def test_norms_without_their_one_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' Gemma adds 1 to its norms, and the file holds the sum."""
     adapted = trained("gemma-2", tmp_path, "LNTuningConfig", target_modules=["input_layernorm"])
-    monkeypatch.setattr(edits, "_ordered", lambda values, slot: values[slot.source][None])
+    monkeypatch.setattr(row_edits, "_ordered", lambda values, slot: values[slot.source][None])
     assert adapted.merged_error() > SEEN
 
 
