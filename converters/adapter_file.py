@@ -186,12 +186,16 @@ class _Check:
 def _amplification(pair: Pair, first: Floats, second: Floats) -> float:
     """How much larger the error of B @ A is than those of B and A: above 1 where its ranks cancel one another.
 
-    The squared norms of the ranks, each for itself, over that of their sum, which is the sum of (B.T @ B) * (A @ A.T).
+    The squared norms of the ranks, each for itself, over that of their sum: of B @ A, or the sum of (B.T @ B) *
+    (A @ A.T), whichever is smaller to build.
     """
     b, a = (first, second.T) if pair.tensor == EMBEDDING else (second, first)
     with np.errstate(over="ignore", invalid="ignore"):
-        products = (np.swapaxes(b, -1, -2) @ b) * (a @ np.swapaxes(a, -1, -2))
-        apart, together = float(np.trace(products, axis1=-2, axis2=-1).sum()), float(products.sum())
+        apart = float((np.square(b).sum(axis=-2) * np.square(a).sum(axis=-1)).sum())
+        if pair.rank > max(b.shape[-2], a.shape[-1]):
+            together = float(np.square(b @ a).sum())
+        else:
+            together = float(((np.swapaxes(b, -1, -2) @ b) * (a @ np.swapaxes(a, -1, -2))).sum())
     if not isfinite(apart) or apart <= together:
         return 1.0
     return sqrt(apart / max(together, apart * SMALLEST_SUM))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from converters.checkpoint import read_json
-from converters.peft_settings import COMMON_FREE, OFF, Setting, pattern_key, short
+from converters.peft_patterns import Patterns
+from converters.peft_settings import COMMON_FREE, OFF, Setting, short
 
 FILE_NAME = "adapter_config.json"
 
@@ -43,8 +45,12 @@ class PeftConfig:
         """A setting as a pattern ("rank_pattern") overrides it for one module."""
         if not pattern:
             return self.settings[key]
-        patterns = self.settings[pattern]
-        return patterns.get(pattern_key(patterns, module), self.settings[key])
+        patterns = self._patterns.get(pattern) or self._patterns.setdefault(pattern, Patterns(self.settings[pattern]))
+        return self.settings[pattern].get(patterns.key(module), self.settings[key])
+
+    @cached_property
+    def _patterns(self) -> dict[str, Patterns]:
+        return {}
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
@@ -77,7 +83,9 @@ def with_settings(
 
 def _unknown(values: Mapping[str, Any], known: set[str], refused: Mapping[str, str]) -> list[str]:
     return [
-        f"{key} is {short(value)}: {refused[key]}" if key in refused else f"unknown setting {key} = {short(value)}"
+        f"{key} is {short(value)}: {refused[key]}"
+        if key in refused
+        else f"unknown setting {key if key.isprintable() else ascii(key)} = {short(value)}"
         for key, value in sorted(values.items())
         if key not in known and value not in OFF
     ]

@@ -8,11 +8,13 @@ by name, unless its value says "off": a newer PEFT may mean anything by it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-MATCH = r"(.*\.)?({})$"  # as PEFT wraps a pattern
+from converters.peft_patterns import MATCH, is_name, too_many
+
 MAX_QUANTIFIERS = 3
 F32_MAX = 3.4e38
 OFF: tuple[Any, ...] = (None, False, [], {}, "", "none")
@@ -84,16 +86,17 @@ def number_pattern() -> Setting:
     return Setting({}, lambda value: _pattern_problem(value, _is_number, "numbers"))
 
 
-def pattern_key(patterns: Mapping[str, Any], module: str) -> str:
-    """The first pattern that matches a module's name, else the name, as `get_pattern_key` (peft/utils/other.py)."""
-    return next((key for key in patterns if re.match(MATCH.format(key), module)), module)
-
-
 def is_target(names: str | list[str] | tuple[str, ...], module: str) -> bool:
     """Whether a module is one of `names`, as `check_target_module_exists` (peft/tuners/tuners_utils.py) sees it."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith("." + name) for name in names)
+
+
+@cache
+def is_safe_expression(pattern: str) -> bool:
+    """Whether a pattern for whole names is a regular expression that takes no exponential time."""
+    return not _expression_problem(pattern, pattern)
 
 
 def _is_rank(value: Any) -> bool:
@@ -119,8 +122,12 @@ def _names_problem(value: Any) -> str:
 def _pattern_problem(value: Any, is_valid: Callable[[Any], bool], what: str) -> str:
     if not isinstance(value, dict) or not all(is_valid(item) for item in value.values()):
         return f"expected regular expressions to {what}"
+    if problem := too_many(value):
+        return problem
     wrong = (
-        (pattern, problem) for pattern in value if (problem := _expression_problem(pattern, MATCH.format(pattern)))
+        (pattern, problem)
+        for pattern in value
+        if not is_name(pattern) and (problem := _expression_problem(pattern, MATCH.format(pattern)))
     )
     return "; ".join(f"{short(pattern)}: {problem}" for pattern, problem in wrong)
 

@@ -44,7 +44,7 @@ def read(module: Module) -> Iterator[Change]:
     yield _embedding(module) if is_embedding else low_rank(module)
     if "bias" in module:
         scale = scale_of(module)
-        yield Shifted(module.bias, module.shape("bias"), lambda: module.load("bias") * np.float32(scale))
+        yield Shifted(module.bias, module.shape("bias"), lambda: scaled(module.load("bias"), scale))
 
 
 def check_pair(module: Module, a: str = "a", b: str = "b") -> None:

@@ -29,11 +29,13 @@ def read_modules(
     config = with_settings(config, method.settings, method.free, method.refused)
     parts, shared, others = _grouped(method, tensors)
     trained, problems = read_trained(config, tensors, others, frozenset(parts), shape_in_base)
-    changes, wrong = list(trained), [*config.problems, *problems]
+    strange = [f"{name!r}: no tensor of an adapter" for name in tensors.tensors if not name.isprintable()]
+    changes, wrong = list(trained), [*config.problems, *strange, *problems]
     if shared and not parts and not config.problems:
         wrong.append(f"{', '.join(sorted(shared.values()))}: shared by all layers, and there is none that takes it")
+    siblings = tuple(parts)
     for name, of_module in parts.items():
-        module = Module(name, config, tensors, of_module, shared, tuple(parts), shape_in_base, weight_in_base)
+        module = Module(name, config, tensors, of_module, shared, siblings, shape_in_base, weight_in_base)
         try:
             changes += _changes(method, module)
         except ModuleProblem as problem:
@@ -55,7 +57,7 @@ def _grouped(method: Method, tensors: Tensors) -> tuple[dict[str, dict[str, str]
     modules: dict[str, dict[str, str]] = {}
     shared: dict[str, str] = {}
     others = []
-    for name in tensors.tensors:
+    for name in filter(str.isprintable, tensors.tensors):
         ending = next((ending for ending in method.parts if name.endswith(ending)), None)
         role = _shared_role(method, name)
         if role:

@@ -29,6 +29,7 @@ from converters.peft_settings import short
 
 WRAPPED, TOKEN_ADAPTER, TOKENS = ".base_layer", ".token_adapter", ".trainable_tokens_delta"
 COPIES = (".modules_to_save", ".original_module")
+MAX_EMBEDDINGS = 16
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 
 
@@ -47,20 +48,22 @@ def read_trained(
         shape_in_base: sizes of the base's tensors.
     """
     tokens = {_token_module(name): name for name in names if name.startswith(PREFIX) and name.endswith(TOKENS)}
-    trained = _Trained(config, tensors, modules, tokens, shape_in_base)
+    trained, of_tokens = _Trained(config, tensors, modules, tokens, shape_in_base), frozenset(tokens.values())
     whole: dict[str, Replaced] = {}
     stored: dict[str, str] = {}
     rows: list[Change] = []
     problems = []
     for name in names:
         try:
-            change = None if name in tokens.values() else trained.whole(name)
+            change = None if name in of_tokens else trained.whole(name)
             if change and stored.setdefault(change.tensor, name) != name:
                 raise ModuleProblem(f"is {change.tensor}, as {stored[change.tensor]}")
             whole |= {change.tensor: change} if change else {}
         except ModuleProblem as problem:
             problems.append(f"{name}: {problem}")
-    for module, name in tokens.items():
+    if len(tokens) > MAX_EMBEDDINGS:
+        problems.append(f"rows of {len(tokens)} modules are trained, and no model has {MAX_EMBEDDINGS} embeddings")
+    for module, name in tokens.items() if len(tokens) <= MAX_EMBEDDINGS else ():
         try:
             rows.append(trained.rows(module, whole))
         except ModuleProblem as problem:
