@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ import numpy as np
 from converters.adapted_base import AdaptedBase, open_base
 from converters.adapter_file import AdapterFile, check_dtype
 from converters.adapter_source import AdapterSource, open_adapter
+from converters.adapter_targets import missing_targets, unused_targets
 from converters.base import Progress, can_untie
 from converters.compile import DEFAULT_MAX_ERROR, Compiled, compile_changes, weight_of
-from converters.errors import BaseMismatchError, FormatError, UnsupportedAdapterError, listed
+from converters.errors import BaseMismatchError, FormatError, UnsupportedAdapterError, UnsupportedError, listed
 from converters.initialisation import RECOMPUTED, WHAT_TO_SAVE, what_to_save
 from converters.methods import Change, Transformed
 from converters.model_card import readable_name
@@ -33,6 +34,11 @@ from converters.quant_types import tensor_order
 from converters.writer import Value
 
 LARGE_SHARE = 0.25
+UNBOUNDED = "{}: what was left out of its approximations may be more than what they have left of one another"
+FROM_QUANTIZED = (
+    "computed from weights that were quantized, which the stated error leaves out: against the base as it was released "
+    "(--base FOLDER) it is another change"
+)
 NEVER_UNTIED = "llama.cpp's {} always takes the embeddings for the output too: train without adapting either of them."
 UNTIE_HINT = "Make a base whose output is a tensor of its own, and name it with --base: edgelora convert {} --untie"
 
@@ -42,9 +48,11 @@ class AdapterOptions:
     """What to make of an adapter.
 
     Attributes:
-        dtype: of its tensors: "f32", "f16", "bf16" or "q8_0"; f16 becomes f32 where it would lose small values.
-        rank: at most so many ranks for each tensor; None keeps a LoRA's, and takes the fewest for an approximation.
-        max_error: of what is approximated or cut, |change - B @ A| / |change| for each tensor.
+        dtype: of its tensors: "f32", "f16", "bf16" or "q8_0"; f16 and q8_0 become f32 where they would lose small
+            values.
+        rank: at most so many ranks for each tensor, 1 or more; None keeps a LoRA's, and takes the fewest for an
+            approximation.
+        max_error: of what is approximated or cut, |change - B @ A| / |change| for each tensor; above 0.
         allow_bin: read weights that were saved as a pickle; nothing in it is executed.
         initial: the adapter before it was trained, where its initialisation moved a part of the base into it.
     """
@@ -55,6 +63,17 @@ class AdapterOptions:
     allow_bin: bool = False
     initial: Path | None = None
 
+    def check(self) -> None:
+        """Raises UnsupportedError for values that say nothing."""
+        check_dtype(self.dtype)
+        problems = []
+        if not isfinite(self.max_error) or self.max_error <= 0.0:
+            problems.append(f"max_error is {self.max_error}, expected a number above 0 (0.01 is 1%)")
+        if self.rank is not None and self.rank < 1:
+            problems.append(f"rank is {self.rank}, expected 1 or more")
+        if problems:
+            raise UnsupportedError("; ".join(problems), hint="Without them a LoRA keeps its rank, and 1% is allowed.")
+
 
 @dataclass(frozen=True)
 class AdapterReport:
@@ -62,12 +81,13 @@ class AdapterReport:
 
     Attributes:
         method: what people call it ("DoRA").
-        kind: "exact", or "approximate": within `max_residual` of what was trained.
+        kind: "exact", or "approximate": within `max_residual` of what was trained on this base.
         ranks: the ranks that occur; likewise `scales`, what PEFT multiplies B @ A by.
         targets: the kinds of modules it changes ("q_proj", "up_proj").
-        dtype: of its tensors; "f32" where f16 was asked for and would have lost small values.
+        dtype: of its tensors; "f32" where f16 or q8_0 was asked for and would have lost small values.
         max_relative_error: of the stored A and B of any module, |stored - exact| / |exact|; measured.
-        residual_energy: of approximated tensors, by GGUF name: the share of the change's energy that is left out.
+        residual_energy: of approximated tensors, by GGUF name: at most this share of the change's energy is left out.
+        from_quantized: computed from weights that were quantized; what that costs is in no number here.
     """
 
     path: Path
@@ -85,6 +105,7 @@ class AdapterReport:
     max_relative_error: float = 0.0
     residual_energy: Mapping[str, float] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    from_quantized: bool = False
 
     @property
     def max_residual(self) -> float:
@@ -99,6 +120,7 @@ class PreparedAdapter:
     Attributes:
         keys: metadata for it.
         inputs: files that are read, which it must not replace.
+        from_quantized: see `AdapterReport`.
     """
 
     file: AdapterFile
@@ -110,6 +132,7 @@ class PreparedAdapter:
     is_approximate: bool
     targets: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
+    from_quantized: bool = False
 
     def exactness(self) -> dict[str, Any]:
         """What a contract says of the conversion."""
@@ -123,11 +146,12 @@ class PreparedAdapter:
             "rounding": file.rounding,
             "scales": file.module_scales,
             **(lossy if file.residual_energy else {}),
+            **({"from_quantized": True} if self.from_quantized else {}),
         }
 
     @property
     def kind(self) -> str:
-        return "approximate" if self.is_approximate else "exact"
+        return "approximate" if self.is_approximate or self.from_quantized else "exact"
 
     def write(
         self,
@@ -163,6 +187,7 @@ class PreparedAdapter:
             max_relative_error=file.rounding,
             residual_energy=file.residual_energy,
             notices=(*self.notices, *file.notices),
+            from_quantized=self.from_quantized,
         )
 
 
@@ -209,7 +234,6 @@ def prepare_adapter(
         ConversionError: files that are missing or broken.
     """
     options, source, base = options or AdapterOptions(), Path(source), Path(base)
-    check_dtype(options.dtype)
     with (
         open_base(base, fingerprint) as known,
         source_pairs(source, known, options) as (adapter, pairs, is_approximate),
@@ -226,7 +250,8 @@ def prepare_adapter(
             base_fingerprint=known.fingerprint,
             is_approximate=is_approximate,
             targets=tuple(sorted({_kind(change) for change in adapter.reading.changes})),
-            notices=(*adapter.notices, *_size_notices(pairs, is_approximate)),
+            notices=(*adapter.notices, *_size_notices(pairs, is_approximate and not adapter.from_quantized)),
+            from_quantized=adapter.from_quantized,
         )
 
 
@@ -239,12 +264,24 @@ def source_pairs(
     Raises:
         ConversionError: see `prepare_adapter`.
     """
+    options.check()
     with open_adapter(source, base, allow_bin=options.allow_bin, initial=options.initial) as read:
-        adapter = against_base(read, base)
+        adapter = _with_notices(against_base(read, base), base)
         compiled = compile_changes(adapter.reading, base, rank=options.rank, max_error=options.max_error)
         problems = [*compiled.problems, *missing_targets(adapter, base)]
         _check(adapter, replace(compiled, problems=problems), base, options)
-        yield adapter, tuple(compiled.pairs(base)), compiled.is_approximate
+        yield adapter, tuple(compiled.pairs(base)), compiled.is_approximate or adapter.from_quantized
+
+
+def _with_notices(adapter: AdapterSource, base: AdaptedBase) -> AdapterSource:
+    """With what should be known of it on this base."""
+    from_quantized = base.is_lossy and any(map(_depends_on_weights, adapter.reading.changes))
+    notices = [*unused_targets(adapter, base), *([FROM_QUANTIZED] if from_quantized else [])]
+    return replace(adapter, notices=(*adapter.notices, *notices), from_quantized=from_quantized)
+
+
+def _depends_on_weights(change: Change) -> bool:
+    return isinstance(change, Transformed) and change.uses_weight and not change.tensor.endswith(".bias")
 
 
 def prepared_pairs(
@@ -261,18 +298,24 @@ def prepared_pairs(
     is_approximate: bool,
     targets: tuple[str, ...] = (),
     notices: tuple[str, ...] = (),
+    from_quantized: bool = False,
 ) -> PreparedAdapter:
     """Pairs cut to the rank that was asked for, and looked at in the type that they will have.
 
     Raises:
-        UnsupportedAdapterError: values that cannot be stored, or a rank that is too low for the error.
+        UnsupportedAdapterError: values that cannot be stored, a rank that is too low for the error, or approximations
+            that cancel one another.
     """
-    check_dtype(options.dtype)
+    options.check()
     file = AdapterFile.of(architecture, _shortened(source, pairs, options), options.dtype)
     if file.problems:
         raise refused(source, file.problems)
+    if unknown := [UNBOUNDED.format(pair.tensor) for pair in file.pairs if pair.residual_energy >= 1.0]:
+        raise refused(source, unknown)
     is_lossy = is_approximate or bool(file.residual_energy)
-    return PreparedAdapter(file, keys, inputs, method, base_name, base_fingerprint, is_lossy, targets, notices)
+    return PreparedAdapter(
+        file, keys, inputs, method, base_name, base_fingerprint, is_lossy, targets, notices, from_quantized
+    )
 
 
 def _size_notices(pairs: Sequence[Pair], is_approximate: bool) -> list[str]:
@@ -306,26 +349,16 @@ def against_base(adapter: AdapterSource, base: AdaptedBase) -> AdapterSource:
         return adapter
     if adapter.init not in RECOMPUTED:
         raise refused(adapter.path, [f"init_lora_weights is {adapter.init!r}: {what_to_save(adapter.init)}"])
-    if base.is_lossy:
+    if base.is_lossy or base.is_rounded:
+        what = "was quantized" if base.is_lossy else "is in half precision, which what was released may not be"
         raise refused(
             adapter.path,
             [
                 f"init_lora_weights is {adapter.init!r}, whose first state follows from the base's weights, and "
-                f"{base.path} was quantized: name the base as it was released with --base. Or: {WHAT_TO_SAVE}"
+                f"{base.path} {what}: name the folder of the base as it was released with --base. Or: {WHAT_TO_SAVE}"
             ],
         )
     return adapter.against(lambda tensor: weight_of(base, tensor) if shape_in_base(base, tensor) else None)
-
-
-def missing_targets(adapter: AdapterSource, base: AdaptedBase) -> list[str]:
-    """Target modules that this family has and the file has nothing of: a part of the adapter is missing."""
-    known = {module.rpartition(".")[2] for row in base.family.rows for module in row.modules}
-    changed = [base.family.module_name(change.tensor) for change in adapter.reading.changes]
-    return [
-        f"{key} has {name!r}, and no tensor belongs to it"
-        for key, name in adapter.targets
-        if name.rpartition(".")[2] in known and not any(f".{name}." in f".{tensor}" for tensor in changed)
-    ]
 
 
 def _check(adapter: AdapterSource, compiled: Compiled, base: AdaptedBase, options: AdapterOptions) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ from converters.compile import weight_of
 from converters.errors import FormatError, MissingFileError, UnsupportedAdapterError
 from converters.initialisation import Weight
 from converters.methods import METHODS, Reading, read_modules
+from converters.methods.trained import TOKENS
 from converters.mlx_adapter import open_mlx
 from converters.mlx_config import detect_mlx
 from converters.mlx_reading import read_mlx
 from converters.peft_config import PeftConfig, read_peft_config
+from converters.peft_settings import short
 from converters.placement import shape_in_base
 from converters.safetensors_file import read_tensors
 
+NO_TOKENS = "trainable_token_indices names tokens, and the file has no tensor of them"
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 
 
@@ -35,8 +38,9 @@ class AdapterSource:
         base_model: the base that it names; "" where it names none.
         inputs: files that are read.
         notices: what should be known of it.
-        targets: (key, module) of the modules that its configuration lists by name.
+        config: `adapter_config.json`; empty where there is none.
         init: the initialisation that moved a part of the base into it; "" where the base was left alone.
+        from_quantized: its changes follow from weights of the base that were quantized.
     """
 
     path: Path
@@ -45,8 +49,9 @@ class AdapterSource:
     base_model: str
     inputs: tuple[Path, ...]
     notices: tuple[str, ...] = ()
-    targets: tuple[tuple[str, str], ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
     init: str = ""
+    from_quantized: bool = False
 
     def against(self, weight: Weight) -> AdapterSource:
         """The same, against the base as it was released.
@@ -71,10 +76,12 @@ def open_adapter(
         initial: the same adapter before it was trained, for initialisations that moved a part of the base into it.
 
     Raises:
-        UnsupportedAdapterError: of a method that is no change of weights, or unknown.
+        UnsupportedAdapterError: of a method that is no change of weights, or unknown; or `initial` is not its own.
         ConversionError: files that are missing or broken.
     """
     if detect_mlx(path):
+        if initial is not None:
+            raise unused_initial(path, "MLX's never do")
         with open_mlx(path) as adapter:
             inputs = tuple(file for file in path.iterdir() if file.is_file())
             reading = read_mlx(adapter, base)
@@ -83,6 +90,9 @@ def open_adapter(
     config = read_peft_config(path)
     with _open(path, allow_bin=allow_bin) as tensors:
         source = _read(path, config, tensors, base)
+        if initial is not None and not source.init:
+            given = short(config.values.get("init_lora_weights"))
+            raise unused_initial(path, f"its own, {given}, did not")
         initial = initial or (initialisation.initial_folder(path) if source.init else None)
         if initial is None:
             yield source
@@ -90,6 +100,15 @@ def open_adapter(
         with open_adapter(initial, base, allow_bin=allow_bin) as begun:
             reading = initialisation.with_initial(source.reading, begun.reading, source.init)
             yield replace(source, reading=reading, init="", inputs=(*source.inputs, *begun.inputs))
+
+
+def unused_initial(path: Path, why: str) -> UnsupportedAdapterError:
+    """What to raise where a state before training is given for an adapter that needs none."""
+    return UnsupportedAdapterError(
+        f"{path}: --initial is for adapters whose initialisation moved a part of the base into them, and {why}",
+        hint="Leave out --initial; or, if it did, write into adapter_config.json which it was "
+        '("init_lora_weights": "pissa", say). Of several adapters, convert the one that needs it by itself.',
+    )
 
 
 def _read(path: Path, config: PeftConfig, tensors: Tensors, base: AdaptedBase) -> AdapterSource:
@@ -105,6 +124,8 @@ def _read(path: Path, config: PeftConfig, tensors: Tensors, base: AdaptedBase) -
     if not tensors.tensors:
         raise FormatError(f"{path}: its file of weights is empty")
     reading = read_modules(config, method, tensors, partial(shape_in_base, base), partial(weight_of, base))
+    if config.values.get("trainable_token_indices") and not any(name.endswith(TOKENS) for name in tensors.tensors):
+        reading = replace(reading, problems=(*reading.problems, NO_TOKENS))
     init = initialisation.moved_base(config.values.get("init_lora_weights")) if config.peft_type == "LORA" else ""
     return AdapterSource(
         path=path,
@@ -112,15 +133,9 @@ def _read(path: Path, config: PeftConfig, tensors: Tensors, base: AdaptedBase) -
         reading=reading,
         base_model=config.base_model,
         inputs=tuple(file for file in path.iterdir() if file.is_file()),
-        targets=tuple(
-            (key, name) for key in ("target_modules", "modules_to_save") for name in _names(config.values.get(key))
-        ),
+        config=config.values,
         init=init,
     )
-
-
-def _names(value: Any) -> list[str]:
-    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
 def _title(config: PeftConfig, title: str) -> str:

@@ -101,7 +101,8 @@ def norm_of_product(b: Floats, a: Floats) -> float:
     Args:
         b: (rows, rank), or a stack of such, and `a` (rank, columns) likewise.
     """
-    rb, ra = (np.linalg.qr(each.astype(np.float64), mode="r") for each in (b, _turned(a)))
+    rb = np.linalg.qr(b.astype(np.float64))[1]
+    ra = np.linalg.qr(_turned(a.astype(np.float64)))[1]
     return float(np.linalg.norm(rb @ _turned(ra)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from converters.adapter import AdapterOptions, convert_adapter
+from converters.adapter import AdapterOptions, PreparedAdapter, convert_adapter, prepare_adapter, prepared_pairs
 from converters.base import convert_base
 from converters.errors import (
     BaseMismatchError,
@@ -23,7 +24,9 @@ from converters.errors import (
     UnsupportedError,
 )
 from converters.fingerprint import fingerprint
+from converters.merge import Merged, merge
 from converters.methods import METHODS
+from converters.pairs import Pair
 from converters.peft_settings import COMMON_FREE, OFF
 from converters.reader import read_header
 from tests.converters.folders import MODULES, lora_weights, make_adapter, make_model, safetensors_bytes, write_json
@@ -116,6 +119,21 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "NaN or infinite",
     ),
     "a module without tensors": ({"target_modules": ["q_proj", "up_proj"]}, {}, "target_modules has 'up_proj'"),
+    "a layer without tensors": (
+        {"target_modules": ["q_proj"]},
+        {},
+        "layers.1.self_attn.q_proj.weight: no tensor belongs to it, as to other layers",
+    ),
+    "a layer that an expression names": (
+        {"target_modules": r"model\.layers\.[01]\..*(q|down)_proj"},
+        {},
+        "layers.0.mlp.down_proj.weight: no tensor belongs to it",
+    ),
+    "trained tokens that are not there": (
+        {"trainable_token_indices": [1, 2]},
+        {},
+        "trainable_token_indices names tokens, and the file has no tensor of them",
+    ),
     "a copy of a linear layer": (
         {},
         {"layers__0__self_attn__q_proj__base_layer__weight": ones(32, 32)},
@@ -168,7 +186,7 @@ def test_a_bad_number_has_no_false_consequences(base: Path, tmp_path: Path) -> N
     "pattern", [r"^model\.layers\.1\.mlp\.down_proj", "layers.[01].mlp.down_proj", r"\d+\.mlp\..*"]
 )
 def test_plain_patterns_are_taken(pattern: str, base: Path, tmp_path: Path) -> None:
-    folder = make_adapter(tmp_path / "a", alpha_pattern={pattern: 6}, target_modules=["q_proj", "query"])
+    folder = make_adapter(tmp_path / "a", alpha_pattern={pattern: 6})
     assert convert_adapter(folder, base, tmp_path / "adapter.gguf").scales == (1.5, 2.0)
 
 
@@ -347,3 +365,90 @@ def test_what_f16_cannot_hold_is_not_in_a_q8_0_file_either(
     assert report.notices[0].startswith("written as f32: q8_0 would change blk.1.attn_k.weight by up to")
     assert not any("f16" in notice for notice in report.notices)
     assert all(np.isfinite(array).all() for array in read_arrays(out).values())
+
+
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "excluded": {
+        "target_modules": ["q_proj", "up_proj", "query"],
+        "exclude_modules": ["up_proj", "layers.1.self_attn.q_proj"],
+    },
+    "excluded by an expression": {"target_modules": ["q_proj"], "exclude_modules": r"model\.layers\.1\..*"},
+    "other layers": {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+    "one layer": {"target_modules": ["down_proj", "k_proj"], "layers_to_transform": 1},
+    "an expression": {"target_modules": r"model\.layers\.(0\.self_attn\.q|1\.self_attn\.k|1\.mlp\.down)_proj"},
+    "an expression that is not tried": {"target_modules": r"(.*)+(.*)+_proj"},
+    "a whole module instead": {"target_modules": ["k_proj"], "layers_to_transform": [1], "modules_to_save": []},
+    "no names": {"target_modules": [None, 3, {}]},
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_what_was_left_out_is_not_missing(what: str, base: Path, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", **LEFT_OUT[what])
+    assert convert_adapter(folder, base, tmp_path / "adapter.gguf").notices == ()
+
+
+@pytest.mark.parametrize("max_error", [float("nan"), float("inf"), -float("inf"), 0.0, -0.1])
+@pytest.mark.parametrize("rank", [0, -3])
+def test_options_that_say_nothing(max_error: float, rank: int, base: Path, tmp_path: Path) -> None:
+    options = AdapterOptions(rank=rank, max_error=max_error)
+    with pytest.raises(UnsupportedError, match=rf"max_error is {max_error}.*; rank is {rank}"):
+        convert_adapter(make_adapter(tmp_path / "a"), base, tmp_path / "adapter.gguf", options)
+    pair = Pair("blk.0.attn_q.weight", (2, 2), 1, lambda: (ones(2, 1), ones(1, 2)))
+    for wrong in (AdapterOptions(rank=rank), AdapterOptions(max_error=max_error)):
+        with pytest.raises(UnsupportedError, match="expected"):
+            prepared([pair], wrong)
+
+
+def prepared(pairs: list[Pair], options: AdapterOptions | None = None) -> PreparedAdapter:
+    return prepared_pairs(
+        Path("a"), "llama", pairs, options or AdapterOptions(), keys={}, inputs=(), method="blend",
+        base_name="", base_fingerprint="", is_approximate=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("residual", [1.0, float("inf")])
+def test_approximations_that_may_be_nothing_but_error_are_refused(residual: float) -> None:
+    pair = Pair("blk.0.attn_q.weight", (2, 2), 1, lambda: (ones(2, 1), ones(1, 2)), residual_energy=residual)
+    with pytest.raises(UnsupportedAdapterError, match=r"attn_q\.weight: what was left out of its approximations"):
+        prepared([pair])
+    assert prepared([replace(pair, residual_energy=0.9)]).kind == "approximate"
+
+
+def test_a_state_before_training_is_only_for_what_moved_the_base(base: Path, tmp_path: Path) -> None:
+    folder, initial = make_adapter(tmp_path / "a"), make_adapter(tmp_path / "initial")
+    for path in (initial, tmp_path / "nonexistent"):
+        with pytest.raises(UnsupportedAdapterError, match=r"--initial is for adapters .*, and its own, None, did not"):
+            convert_adapter(folder, base, tmp_path / "adapter.gguf", AdapterOptions(initial=path))
+        with pytest.raises(UnsupportedAdapterError, match="--initial"):
+            merge(base, [Merged(folder, initial=path)], tmp_path / "merged.gguf")
+
+
+@pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "q8_0"])
+def test_what_follows_from_rounded_weights_is_not_recomputed(quant: str, base: Path, tmp_path: Path) -> None:
+    """A change that is small beside its weight: F16's rounding of the weight is 1 to 10 % of it."""
+    rounded = convert_base(base, tmp_path / "base.gguf", quant=quant).path
+    folder, out = make_adapter(tmp_path / "a", init_lora_weights="olora"), tmp_path / "adapter.gguf"
+    if quant == "f32":
+        assert convert_adapter(folder, rounded, out).kind == "exact"
+        return
+    why = "was quantized" if quant == "q8_0" else "is in half precision"
+    with pytest.raises(UnsupportedAdapterError, match=rf"base\.gguf {why}.*: name the folder of the base"):
+        convert_adapter(folder, rounded, out)
+
+
+@pytest.mark.parametrize("quant", ["f32", "q8_0"])
+def test_what_was_computed_from_quantized_weights_is_not_exact(quant: str, base: Path, tmp_path: Path) -> None:
+    known = convert_base(base, tmp_path / "base.gguf", quant=quant).path
+    rows = np.random.default_rng(0).standard_normal((32, 2)).astype(np.float32)
+    folder = make_adapter(tmp_path / "a", {f"{Q_PROJ}.hra_u": rows}, peft_type="HRA", r=2, apply_GS=False)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    write_json(folder / "adapter_config.json", {key: config[key] for key in config if key != "lora_alpha"})
+    with prepare_adapter(folder, known) as found:
+        report = found.write(tmp_path / "adapter.gguf")
+        assert found.exactness().get("from_quantized", False) == report.from_quantized == (quant == "q8_0")
+        assert found.exactness()["kind"] == report.kind == ("approximate" if report.from_quantized else "exact")
+    assert report.max_residual == 0.0
+    assert any("weights that were quantized" in notice for notice in report.notices) == report.from_quantized
+    lora = convert_adapter(make_adapter(tmp_path / "lora"), known, tmp_path / "lora.gguf")
+    assert (lora.kind, lora.from_quantized, lora.notices) == ("exact", False, ())

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from converters.adapter import AdapterOptions, convert_adapter
 from converters.architectures import Place, llama
 from converters.base import convert_base
 from converters.errors import BaseMismatchError, UnsupportedAdapterError
+from converters.merge import Merged, merge
 from converters.methods import lora
 from tests.equivalence import llamacpp, tiny_models
 from tests.equivalence.conftest import Builder
@@ -28,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
     pytest.mark.filterwarnings("ignore:Adapter 'default'. 6 LoRA tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
 ]
 
 # Relative error of the change in logits. F16 adapters measure 4e-4 to 6e-4, F32 ones 1e-6 to 2e-5.
@@ -205,8 +208,12 @@ def test_what_the_graph_never_adapts_is_refused(tmp_path: Path) -> None:
         delta_error("gemma-4", tmp_path)
 
 
-def delta_error(name: str, tmp_path: Path) -> float:
-    """How far llama.cpp's change of the logits is from PEFT's, relative to it, with LoRA on every linear layer."""
+def delta_error(name: str, tmp_path: Path, **targets: Any) -> float:
+    """How far llama.cpp's change of the logits is from PEFT's, relative to it, with LoRA on every linear layer.
+
+    Args:
+        targets: settings of PEFT's that say where else it is.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -222,8 +229,12 @@ def delta_error(name: str, tmp_path: Path) -> float:
 
     plain = hf()
     torch.manual_seed(0)
-    settings = {"init_lora_weights": False, "fan_in_fan_out": name == "gpt2"}  # whose layers are stored transposed
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=ALL_LINEAR, task_type="CAUSAL_LM", **settings)
+    settings: dict[str, Any] = {
+        "init_lora_weights": False,
+        "fan_in_fan_out": name == "gpt2",
+    }  # whose layers are stored transposed
+    settings |= {"target_modules": ALL_LINEAR, **targets}
+    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
     model = get_peft_model(model, config).eval()
     expected = hf() - plain
     assert np.abs(expected).max() > 0.1
@@ -232,3 +243,40 @@ def delta_error(name: str, tmp_path: Path) -> float:
     adapter = convert_adapter(tmp_path / "lora", base, tmp_path / "lora.gguf", options=AdapterOptions(dtype="f32")).path
     change = llamacpp.logits(base, ids, adapter) - llamacpp.logits(base, ids)
     return float(np.linalg.norm(change - expected) / np.linalg.norm(expected))
+
+
+USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "excluded": ("llama", {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]}),
+    "excluded in a layer": ("llama", {"target_modules": USUAL, "exclude_modules": r".*layers\.1\..*_proj"}),
+    "an expression": ("llama", {"target_modules": r".*\.(0|2)\..*(q|down)_proj"}),
+    "experts that are no modules": ("mixtral", {"target_modules": USUAL}),
+    "experts of the usual names": ("qwen3-moe", {"target_modules": USUAL}),
+    "two kinds of layers": ("qwen3-next", {"target_modules": ["q_proj", "in_proj_qkvz", "out_proj"]}),
+    "layers of one kind": (
+        "qwen3-next",
+        {"target_modules": ["q_proj", "in_proj_qkvz"], "layers_to_transform": [0, 1]},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TARGETS)
+def test_modules_that_were_left_out_are_not_missing(what: str, tmp_path: Path) -> None:
+    name, targets = TARGETS[what]
+    assert delta_error(name, tmp_path, **targets) < TOLERANCE
+    report = convert_adapter(tmp_path / "lora", tmp_path / "base.gguf", tmp_path / "again.gguf")
+    assert all("no tensor belongs to it; the model" in notice for notice in report.notices)
+    assert bool(report.notices) == (what == "experts that are no modules")
+    assert merge(tmp_path / "base.gguf", [Merged(tmp_path / "lora")], tmp_path / "merged.gguf").n_tensors
+
+
+@pytest.mark.parametrize("what", TARGETS)
+def test_a_layer_that_is_missing_is_seen(what: str, tmp_path: Path) -> None:
+    name, targets = TARGETS[what]
+    delta_error(name, tmp_path, **targets)
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    first = next(iter(sorted(tensors))).rpartition(".lora_")[0]
+    save_file({name: values for name, values in tensors.items() if not name.startswith(first)}, weights)
+    with pytest.raises(UnsupportedAdapterError, match="no tensor belongs to it"):
+        convert_adapter(tmp_path / "lora", tmp_path / "base.gguf", tmp_path / "again.gguf")

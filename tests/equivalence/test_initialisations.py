@@ -48,7 +48,7 @@ def error(found: Adapted, options: AdapterOptions = F32) -> float:
     return outcome.error
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", [init for init in INITS if init not in PLAIN])
 def test_with_the_initial_state(init: Any, tiny_bases: Bases, tmp_path: Path) -> None:
     assert error(adapted(init, tiny_bases, tmp_path), AdapterOptions("f32", initial=tmp_path / "initial")) < TOLERANCE
 
@@ -108,14 +108,26 @@ def test_without_what_is_needed_it_is_refused(init: str, tiny_bases: Bases, tmp_
 @pytest.mark.parametrize("init", RECOMPUTED)
 def test_nothing_is_recomputed_from_a_quantized_base(init: str, tiny_bases: Bases, tmp_path: Path) -> None:
     found = adapted(init, tiny_bases, tmp_path)
+    halved = convert_base(found.base.folder, tmp_path / "f16.gguf", quant="f16").path
     quantized = convert_base(found.base.folder, tmp_path / "q8_0.gguf", quant="q8_0").path
-    outcome = adapter_outcome(replace(found, base=replace(found.base, gguf=quantized)))
-    assert outcome.kind == REFUSED
-    assert f"{quantized} was quantized" in outcome.reason
+    for base, why in ((halved, "is in half precision"), (quantized, "was quantized")):
+        outcome = adapter_outcome(replace(found, base=replace(found.base, gguf=base)))
+        assert outcome.kind == REFUSED
+        assert f"{base} {why}" in outcome.reason
     with_initial = adapter_outcome(
         replace(found, base=replace(found.base, gguf=quantized)), AdapterOptions(initial=tmp_path / "initial")
     )
     assert with_initial.kind == EXACT
+
+
+@pytest.mark.parametrize("init", PLAIN)
+def test_an_initial_state_that_moved_nothing_is_refused(init: Any, tiny_bases: Bases, tmp_path: Path) -> None:
+    """B @ A of it is zero, or was never taken out of the base: taken off, it would leave another adapter."""
+    found = adapted(init, tiny_bases, tmp_path)
+    assert error(found) < TOLERANCE
+    outcome = adapter_outcome(found, AdapterOptions(initial=tmp_path / "initial"))
+    assert outcome.kind == REFUSED
+    assert f"and its own, {init!r}, did not" in outcome.reason
 
 
 def test_another_adapters_initial_state_is_refused(tiny_bases: Bases, tmp_path: Path) -> None:
