@@ -178,11 +178,15 @@ def _residual_of_sum(parts: Sequence[tuple[Pair, float]]) -> float:
 
 
 def _lost(pair: Pair) -> float:
-    """|change - B @ A| at most, of a pair that leaves out a share e of |change|: e / (1 - e) of |B @ A|."""
-    share = sqrt(pair.residual_energy)
-    if share == 0.0:
+    """|change - B @ A| at most, of a pair that leaves out a share e of |change|: e / sqrt(1 - e^2) of |B @ A|.
+
+    Of the best approximation exactly that, for it is orthogonal to what it leaves out; sums and cuts state an e for
+    which that holds, too.
+    """
+    energy = pair.residual_energy
+    if energy == 0.0:
         return 0.0
-    return share / (1.0 - share) * norm_of_product(*pair.load()) if share < 1.0 else inf
+    return sqrt(energy / (1.0 - energy)) * norm_of_product(*pair.load()) if energy < 1.0 else inf
 
 
 def _blend(parts: Sequence[tuple[Pair, float]]) -> tuple[Floats, Floats]:

@@ -49,6 +49,14 @@ def test_a_sum_is_bounded_and_not_by_much_more() -> None:
     assert true <= stated(both) < 3 * true
 
 
+def test_a_sum_of_sums_and_cuts_is_bounded() -> None:
+    """What a sum says of itself is enough for the next one."""
+    first = shortened(blended([(pair_of(change(0), 18), 1.0), (pair_of(change(1), 18), 0.5)]), rank=19, max_error=1.0)
+    both = blended([(first, 1.0), (pair_of(change(2), 17), 1.0)])
+    true = left_out(change(0) + np.float32(0.5) * change(1) + change(2), both)
+    assert true <= stated(both) < 1.0
+
+
 def test_one_part_and_exact_ones_say_what_they_said() -> None:
     pair = pair_of(change(0), 12)
     assert blended([(pair, -3.0)]).residual_energy == pair.residual_energy > 0.0

@@ -173,7 +173,7 @@ def test_a_wrong_scale_is_seen(
 
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3", "oft"])
 @pytest.mark.parametrize("outcome_of", [adapter_outcome, merged_outcome])
-def test_a_dropped_module_is_seen(
+def test_a_dropped_module_is_refused(
     name: str, outcome_of: Callable[[Adapted], Outcome], adapted: Callable[[str], Adapted], tmp_path: Path
 ) -> None:
     trained = adapted(name)
@@ -184,7 +184,9 @@ def test_a_dropped_module_is_seen(
     damaged.folder.mkdir()
     (damaged.folder / "adapter_config.json").write_bytes((trained.folder / "adapter_config.json").read_bytes())
     save_file(kept, damaged.folder / "adapter_model.safetensors")
-    assert outcome_of(damaged).error > 2 * AMPLIFIED * DEFAULT_MAX_ERROR
+    outcome = outcome_of(damaged)
+    assert outcome.kind == REFUSED
+    assert "layers.1.self_attn.v_proj.weight: no tensor belongs to it, as to other layers" in outcome.reason
 
 
 def misreported(trained: Adapted, outcome: Outcome) -> dict[str, tuple[float, float]]:
