@@ -47,7 +47,6 @@ class AdaptedBase:
             a vector is one row.
         is_lossy: its weights were quantized: changes that depend on them come out a little different.
         is_rounded: it is a file with matrices in half precision, which the checkpoint's may not have been.
-        is_rounded: it is a file with matrices in half precision, which the checkpoint's may not have been.
         merged: adapters that were merged into it.
         is_untied: its output was made of its embeddings (`--untie`); None where the file does not say.
         original: what it was before adapters changed it; None where none did.
@@ -65,7 +64,6 @@ class AdaptedBase:
     fingerprint_with: Callable[[Iterable[tuple[str, Floats]]], str]
     merged: tuple[str, ...] = ()
     known_fingerprint: str = ""
-    is_rounded: bool = False
     is_rounded: bool = False
     is_untied: bool | None = False
     original: AdaptedBase | None = None
@@ -158,7 +156,6 @@ def _of_file(file: BaseFile) -> AdaptedBase:
         merged=tuple(header.metadata.get(MERGED, ())),
         is_untied=True if header.metadata.get(UNTIED) is True else None,
         is_lossy=any(tensor.type_name not in PLAIN for tensor in header.tensors.values()),
-        is_rounded=any(tensor.type_name != "F32" for tensor in header.tensors.values()),
         is_rounded=any(tensor.type_name != "F32" for tensor in header.tensors.values()),
     )
 

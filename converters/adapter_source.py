@@ -15,12 +15,12 @@ from converters.checkpoint import Tensors, missing_weights
 from converters.compile import weight_of
 from converters.errors import FormatError, MissingFileError, UnsupportedAdapterError
 from converters.initialisation import Weight
-from converters.methods import METHODS, Reading, read_modules
+from converters.methods import METHODS, LowRank, Reading, read_modules
 from converters.methods.trained import TOKENS
 from converters.mlx_adapter import open_mlx
 from converters.mlx_config import detect_mlx
 from converters.mlx_reading import read_mlx
-from converters.peft_config import PeftConfig, read_peft_config
+from converters.peft_config import PeftConfig, read_peft_config, with_settings
 from converters.peft_settings import short
 from converters.placement import shape_in_base
 from converters.safetensors_file import read_tensors
@@ -133,6 +133,7 @@ def _read(path: Path, config: PeftConfig, tensors: Tensors, base: AdaptedBase) -
         reading=reading,
         base_model=config.base_model,
         inputs=tuple(file for file in path.iterdir() if file.is_file()),
+        notices=tuple(_rivals(with_settings(config, method.settings, method.free, method.refused), reading)),
         config=config.values,
         init=init,
     )
@@ -144,6 +145,20 @@ def _title(config: PeftConfig, title: str) -> str:
         return title
     flags = {"use_dora": "DoRA", "use_rslora": "rsLoRA", "alora_invocation_tokens": "aLoRA", "use_qalora": "QALoRA"}
     return next((name for key, name in flags.items() if config.values.get(key)), "LoRA")
+
+
+def _rivals(config: PeftConfig, reading: Reading) -> Iterator[str]:
+    """A word where it depends on the order of patterns what a module is multiplied by."""
+    if "alpha_pattern" not in config.settings or reading.problems:
+        return
+    modules = [change.tensor.removesuffix(".weight") for change in reading.changes if isinstance(change, LowRank)]
+    found = [(module, rivals) for module in modules if (rivals := config.rivals("alpha_pattern", module))]
+    if found:
+        (module, rivals), more = found[0], f" and {len(found) - 1} more" if len(found) > 1 else ""
+        yield (
+            f"alpha_pattern has {rivals} for {module}{more}: the first is taken, as PEFT does, but PEFT saves patterns "
+            "sorted: if it was trained with them in another order, its scale was another"
+        )
 
 
 @contextmanager

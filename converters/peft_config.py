@@ -45,8 +45,21 @@ class PeftConfig:
         """A setting as a pattern ("rank_pattern") overrides it for one module."""
         if not pattern:
             return self.settings[key]
-        patterns = self._patterns.get(pattern) or self._patterns.setdefault(pattern, Patterns(self.settings[pattern]))
-        return self.settings[pattern].get(patterns.key(module), self.settings[key])
+        return self.settings[pattern].get(self._patterns_of(pattern).key(module), self.settings[key])
+
+    def rivals(self, pattern: str, module: str) -> str:
+        """Patterns that would give a module different values; "" where there are none.
+
+        PEFT takes the first that matches, and saves them sorted: in training it may have been another one.
+        """
+        values = self.settings[pattern]
+        found = self._patterns_of(pattern).keys(module)
+        if len({values[key] for key in found}) < 2:
+            return ""
+        return " and ".join(f"{short(key)} ({values[key]})" for key in found)
+
+    def _patterns_of(self, pattern: str) -> Patterns:
+        return self._patterns.get(pattern) or self._patterns.setdefault(pattern, Patterns(self.settings[pattern]))
 
     @cached_property
     def _patterns(self) -> dict[str, Patterns]:

@@ -40,6 +40,12 @@ class Patterns:
                 return pattern
         return first[1] if first else module
 
+    def keys(self, module: str) -> list[str]:
+        """All patterns that match a module's name, in their order."""
+        found = [entry for shape in self._names if (entry := self._named(shape, module))]
+        found += [(number, pattern) for number, pattern, expression in self._expressions if expression.match(module)]
+        return [pattern for _, pattern in sorted(found)]
+
     def _named(self, shape: Shape, module: str) -> tuple[int, str] | None:
         length, dots = shape
         start = len(module) - length

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from functools import cache
 from typing import Any
 
 from converters.peft_patterns import MATCH, is_name, too_many
@@ -92,12 +91,6 @@ def is_target(names: str | list[str] | tuple[str, ...], module: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith("." + name) for name in names)
-
-
-@cache
-def is_safe_expression(pattern: str) -> bool:
-    """Whether a pattern for whole names is a regular expression that takes no exponential time."""
-    return not _expression_problem(pattern, pattern)
 
 
 @cache

@@ -56,7 +56,13 @@ def check_pair(module: Module, a: str = "a", b: str = "b") -> None:
         raise ModuleProblem(f"A {first} and B {second} do not fit together")
     expected = module.setting("r", "rank_pattern")
     if module.config.is_valid and first[0] != expected:
-        raise ModuleProblem(f"has rank {first[0]}, {module.config.path.name} says {expected}")
+        raise ModuleProblem(f"has rank {first[0]}, {module.config.path.name} says {expected}{_of_rivals(module)}")
+
+
+def _of_rivals(module: Module) -> str:
+    """Why a rank may be another than the configuration says."""
+    rivals = module.config.rivals("rank_pattern", module.name)
+    return f": rank_pattern has {rivals}, which PEFT saved in another order than it was trained with" if rivals else ""
 
 
 def scale_of(module: Module) -> float:

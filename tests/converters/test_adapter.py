@@ -452,3 +452,33 @@ def test_what_was_computed_from_quantized_weights_is_not_exact(quant: str, base:
     assert any("weights that were quantized" in notice for notice in report.notices) == report.from_quantized
     lora = convert_adapter(make_adapter(tmp_path / "lora"), known, tmp_path / "lora.gguf")
     assert (lora.kind, lora.from_quantized, lora.notices) == ("exact", False, ())
+
+
+RIVALS = {r"layers\.1\..*": 6, "down_proj": 9}  # as PEFT saves them: sorted
+
+
+def test_patterns_whose_order_is_lost_are_noticed(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter.gguf"
+    report = convert_adapter(make_adapter(tmp_path / "a", alpha_pattern=dict(sorted(RIVALS.items()))), base, out)
+    (notice,) = report.notices
+    assert notice.startswith(
+        "alpha_pattern has 'down_proj' (9) and 'layers\\\\.1\\\\..*' (6) for model.layers.1.mlp.down_proj:"
+    )
+    assert report.scales == (6 / 4, 8 / 4, 9 / 4)
+    for patterns in ({**RIVALS, "down_proj": 6}, {r"layers\.0\..*": 6, "down_proj": 9}):
+        assert (
+            convert_adapter(make_adapter(tmp_path / "a", alpha_pattern=patterns), base, out, force=True).notices == ()
+        )
+
+
+def test_a_rank_of_another_pattern_is_explained(base: Path, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", r=9, rank_pattern={"down_proj": 2, "q_proj": 4, r"layers\.1\..*": 4})
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        convert_adapter(folder, base, tmp_path / "adapter.gguf")
+    why = (
+        r"down_proj: has rank 4, adapter_config.json says 2: rank_pattern has 'down_proj' (2) and 'layers\\.1\\..*' (4)"
+    )
+    assert why in caught.value.message
+    folder = make_adapter(tmp_path / "a", r=9, rank_pattern={"down_proj": 2, "q_proj": 4, "k_proj": 4})
+    with pytest.raises(UnsupportedAdapterError, match=r"has rank 4, adapter_config.json says 2$"):
+        convert_adapter(folder, base, tmp_path / "adapter.gguf")
