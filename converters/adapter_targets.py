@@ -18,17 +18,22 @@ from converters.adapter_source import AdapterSource
 from converters.architectures import Row
 from converters.peft_config import FILE_NAME
 from converters.peft_settings import is_safe_expression, is_target
-from converters.placement import places_of
+from converters.placement import find_slots
 
 WHOLE = "modules_to_save"
 KEYS = ("target_modules", "target_parameters", WHOLE)
 LAYER = re.compile(r"(.*?\.[^.]*\.)(\d+)(\..*)")  # the first number, which is the layer's
+PERHAPS = "the model that was trained may have had no such module"
 LEFT_OUT = f"if it was trained without, say so in {FILE_NAME}: exclude_modules"
 
 
 def missing_targets(adapter: AdapterSource, base: AdaptedBase) -> list[str]:
     """Modules that the configuration names, that are there for certain, and that the file has nothing of."""
-    return [*_absent(adapter, base, certain=True), *_absent_in_layers(adapter, base)]
+    return [
+        *_absent(adapter, base, certain=True),
+        *_absent_of_expression(adapter, base),
+        *_absent_in_layers(adapter, base),
+    ]
 
 
 def unused_targets(adapter: AdapterSource, base: AdaptedBase) -> list[str]:
@@ -79,9 +84,31 @@ def _absent(adapter: AdapterSource, base: AdaptedBase, *, certain: bool) -> list
             rows = [row for row, module in _modules(base) if is_adapted({**adapter.config, key: [own]}, key, module)]
             is_certain = key == WHOLE or any(row.is_linear for row in rows)
             if rows and is_certain == certain and not any(f".{own}." in tensor for tensor in changed):
-                ending = LEFT_OUT if certain else "the model that was trained may have had no such module"
-                found.append(f"{key} has {name!r}, and no tensor belongs to it; {ending}")
+                ending = {True: "" if key == WHOLE else f"; {LEFT_OUT}", False: f"; {PERHAPS}"}[certain]
+                found.append(f"{key} has {name!r}, and no tensor belongs to it{ending}")
     return found
+
+
+def _absent_of_expression(adapter: AdapterSource, base: AdaptedBase) -> list[str]:
+    """Kinds of modules that a regular expression names, without a tensor in any layer."""
+    if not isinstance(adapter.config.get("target_modules"), str):
+        return []
+    changed = {_kind(_plain(base, change.tensor).removesuffix(".weight")) for change in adapter.reading.changes}
+    wanted = {
+        _kind(module): module
+        for row, module in _modules(base)
+        if row.is_linear and is_adapted(adapter.config, "target_modules", module)
+    }
+    return [
+        f"target_modules matches {module}, and no tensor belongs to it or its like in other layers; {LEFT_OUT}"
+        for kind, module in wanted.items()
+        if kind not in changed
+    ]
+
+
+def _kind(module: str) -> str:
+    """A module's name without the number of its layer."""
+    return LAYER.sub(r"\1\3", module)
 
 
 def _plain(base: AdaptedBase, name: str) -> str:
@@ -114,6 +141,7 @@ def _absent_in_layers(adapter: AdapterSource, base: AdaptedBase) -> list[str]:
 
 
 def _is_expected(adapter: AdapterSource, base: AdaptedBase, tensor: str) -> bool:
-    module = tensor.removesuffix(".weight")
-    is_there = any(place.gguf_name in base.shapes for place, _ in places_of(base.family, tensor))
-    return is_there and any(is_adapted(adapter.config, key, module) for key in KEYS)
+    """Whether the model has it for certain, and PEFT would have changed it; a layer of another kind has only tensors
+    that could be taken for it."""
+    is_there = any(slot.gguf == slot.place.gguf_name in base.shapes for slot in find_slots(base, tensor))
+    return is_there and any(is_adapted(adapter.config, key, tensor.removesuffix(".weight")) for key in KEYS)

@@ -103,7 +103,7 @@ def _pairs(file: BaseFile) -> Iterator[Pair]:
         shape = (a.shape[-2], b.shape[-2]) if target == EMBEDDING else (*a.shape[:-2], b.shape[-2], a.shape[-1])
         factor = alpha / rank if alpha else 1.0
         known = (scale,) if scale else (factor,) if alpha else ()
-        yield Pair(target, shape, rank, partial(_load, file, target, factor), known, residual)
+        yield Pair(target, shape, rank, partial(_load, file, target, factor), known, max(residual, 0.0))
 
 
 def _numbers(value: Any, count: int) -> list[float]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from converters.adapted_base import AdaptedBase, open_base
 from converters.adapter import against_base
-from converters.adapter_source import open_adapter
+from converters.adapter_source import open_adapter, unused_initial
 from converters.adapter_targets import missing_targets
 from converters.base import plan_base
 from converters.base_file import BaseFile
@@ -140,6 +140,8 @@ def _edits(base: AdaptedBase, adapter: Merged) -> Iterator[Edits]:
         with open_gguf_adapter(adapter.path) as file:
             edits = pair_edits(file.pairs, base, adapter.scale)
             problems = [*edits.problems, *_other_architecture(file.header.architecture, base)]
+            if adapter.initial is not None:
+                raise unused_initial(adapter.path, "a GGUF adapter never did")
             problems += [NOT_MERGED] if file.header.metadata.get(INVOCATION) else []
             _check(adapter.path, base, problems, "")
             yield edits

@@ -129,6 +129,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "layers.0.mlp.down_proj.weight: no tensor belongs to it",
     ),
+    "modules that an expression names": (
+        {"target_modules": r".*\.(0\.self_attn\.q|1\.self_attn\.k|1\.mlp\.down|1\.mlp\.up)_proj"},
+        {},
+        "target_modules matches model.layers.1.mlp.up_proj, and no tensor belongs to it",
+    ),
     "trained tokens that are not there": (
         {"trainable_token_indices": [1, 2]},
         {},
@@ -422,6 +427,9 @@ def test_a_state_before_training_is_only_for_what_moved_the_base(base: Path, tmp
             convert_adapter(folder, base, tmp_path / "adapter.gguf", AdapterOptions(initial=path))
         with pytest.raises(UnsupportedAdapterError, match="--initial"):
             merge(base, [Merged(folder, initial=path)], tmp_path / "merged.gguf")
+    adapter = convert_adapter(folder, base, tmp_path / "adapter.gguf").path
+    with pytest.raises(UnsupportedAdapterError, match=r"--initial is for adapters .*, and a GGUF adapter never did"):
+        merge(base, [Merged(adapter, initial=initial)], tmp_path / "merged.gguf")
 
 
 @pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "q8_0"])
