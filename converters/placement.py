@@ -188,6 +188,7 @@ def _files_own(base: AdaptedBase, place: Place, rows: Indices) -> Iterator[tuple
     """Tensors of the file for rows of a tensor of the table: (name, rows of it, which of `rows` those are).
 
     A fused weight has a fused bias, also where it has none yet: llama.cpp leaves out a bias of q without ones of k, v.
+    Layers of linear attention have an `attn_qkv` that is no such thing: it is told by its size.
     """
     everything = np.arange(len(rows), dtype=np.int64)
     prefix, _, module = place.gguf_module.rpartition(".")
@@ -196,13 +197,18 @@ def _files_own(base: AdaptedBase, place: Place, rows: Indices) -> Iterator[tuple
         for fused, parts in FUSED.items():
             if module in parts and f"{prefix}.{fused}.weight" in base.shapes:
                 sizes = [_matrix_rows(base, f"{prefix}.{name}", place) for name in parts]
+                if sum(sizes) != base.shapes[f"{prefix}.{fused}.weight"][-2]:
+                    return
                 start, own = sum(sizes[: parts.index(module)]), sizes[parts.index(module)]
                 yield f"{prefix}.{fused}{ending}", rows // own * sum(sizes) + start + rows % own, everything
                 return
             if module == fused and all(f"{prefix}.{name}{ending}" in base.shapes for name in parts):
-                yield from _split(base, prefix, ending, parts, rows)
+                if sum(base.shapes[f"{prefix}.{name}{ending}"][-2] for name in parts) == place.shape(base.sizes)[-2]:
+                    yield from _split(base, prefix, ending, parts, rows)
                 return
-    if place.gguf_name in base.shapes or place.is_bias or place.gguf_module == "output":
+    known = base.shapes.get(place.gguf_name)
+    is_made = known is None and (place.is_bias or place.gguf_module == "output")
+    if is_made or (known and prod(known) == prod(place.shape(base.sizes))):
         yield place.gguf_name, rows, everything
 
 

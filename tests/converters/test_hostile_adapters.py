@@ -72,7 +72,7 @@ def saved_by_peft(root: Path, step: int) -> Iterator[tuple[Folder, Path, Path]]:
 @pytest.mark.train
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, about its own methods
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(("step", "seed"), [(5, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("step", "seed"), [(8, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_mutated_adapters(step: int, seed: int, tmp_path: Path) -> None:
     random, said = Random(seed), []
     options = AdapterOptions(max_error=1.0, rank=4)
@@ -208,7 +208,7 @@ def many(count: int) -> Mapping[str, tuple[Arrays, dict[str, Any]]]:
 
 @pytest.mark.parametrize("what", many(1))
 def test_time_does_not_grow_with_the_square(what: str, base: Path, tmp_path: Path) -> None:
-    arrays, config = many(20_000)[what]
+    arrays, config = many(10_000)[what]
     started = time.process_time()
     outcomes(make_adapter(tmp_path / "a", arrays, **config), base, tmp_path / "out")
     assert time.process_time() - started < SECONDS
@@ -242,7 +242,7 @@ def test_patterns_of_every_expert_are_found_as_peft_finds_them() -> None:
     """The first that matches; a dot of a name stands for any character."""
     random, parts = Random(0), ["model", "layers", "1", "11", "mlp", "experts", "q_proj", "gate_proj", "x.y"]
     expressions = [".*proj", "^model.*", r"layers\.1\..*", "(a|q_proj)", "[a-z]_proj"]
-    for _ in range(2000):
+    for _ in range(1000):
         names = [".".join(random.choices(parts, k=random.randint(1, 3))) for _ in range(4)]
         patterns = dict.fromkeys(random.sample([*names, *random.choices(expressions, k=2)], 5))
         module = "".join(part + random.choice("..._") for part in random.choices(parts, k=5))[:-1]

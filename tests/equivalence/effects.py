@@ -7,7 +7,7 @@ adapted.error(plain, merged=path)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 
 from converters.adapter import AdapterOptions, convert_adapter
@@ -31,6 +32,12 @@ Floats = npt.NDArray[np.float32]
 TOLERANCE = 0.005  # relative error of the change in logits; measured 1e-6 to 2e-4, the larger where GELU's table is
 TOKENS = 40
 STRONG = 0.1  # an adapter that does nothing would prove nothing
+
+
+def mostly_slow(names: Iterable[str], quick: Iterable[str]) -> list[Any]:
+    """Parameters of a test: all of them, `make test` takes the quick ones."""
+    chosen = {*quick}
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from converters import placement
 from converters.adapted_base import sizes_of
 from converters.base_file import BaseFile
 from converters.block_types import TYPES
-from converters.errors import BaseMismatchError
+from converters.errors import BaseMismatchError, UnsupportedAdapterError
 from converters.methods import parameters
 from converters.reader import read_header
 from converters.writer import TensorSpec, create, header_bytes
 from tests.converters.folders import safetensors_bytes, write_json
 from tests.equivalence import reference, tiny_models
-from tests.equivalence.effects import TOKENS, TOLERANCE, Adapted, adapt, logits_of, strong
+from tests.equivalence.effects import TOKENS, TOLERANCE, Adapted, adapt, logits_of, mostly_slow, strong
 from tests.equivalence.hf_logits import load_model
 from tests.equivalence.peft_methods import Case
 from tests.equivalence.tiny_models import some_ids
@@ -94,7 +94,7 @@ def one_by_one(name: str, folder: Path, *, experts: tuple[int, ...] = (0, 1, 3),
     return Adapted(name, base, folder / "adapter", ids, strong(logits_of(model, ids) - plain))
 
 
-@pytest.mark.parametrize("name", ONE_BY_ONE)
+@pytest.mark.parametrize("name", mostly_slow(ONE_BY_ONE, ("mixtral", "qwen3-moe", "ernie-4.5-moe")))
 def test_experts_one_by_one(name: str, tmp_path: Path) -> None:
     adapted = one_by_one(name, tmp_path)
     assert adapted.adapter_error() < TOLERANCE
@@ -159,7 +159,7 @@ def with_parameters(model: str, folder: Path, **settings: Any) -> Adapted:
     return adapt(Case("LoraConfig", {**LORA, "target_modules": [], **settings}, model=model), folder)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", mostly_slow(ROUTERS, ("mixtral", "granite-moe", "gpt-oss", "gemma-4-moe")))
 def test_stacked_experts(name: str, tmp_path: Path) -> None:
     adapted = with_parameters(name, tmp_path, target_parameters=[FUSED, DOWN, ROUTERS[name]])
     assert adapted.adapter_error() < TOLERANCE
@@ -263,6 +263,7 @@ FUSABLE = (
     "gemma-2", "gemma-4-moe", "phi-2", "smollm3", "granite-moe", "olmo2", "stablelm", "starcoder2", "command-r",
     "glm-4", "exaone-4-1.2b", "ernie-4.5", "gpt-oss", "ministral-3",
 )  # fmt: skip
+QUICK = ("llama", "qwen2", "qwen3-next", "gemma-4-moe", "stablelm", "gpt-oss")
 WITH_DORA = ("llama", "qwen2", "qwen3.5-moe", "gemma-2", "starcoder2")
 BIASES: Mapping[str, Case] = {
     "trained": Case("LoraConfig", {**LORA, "bias": "all", "target_modules": ["q_proj", "v_proj"]}, model="qwen2"),
@@ -286,7 +287,7 @@ def linear_and_experts(name: str, folder: Path) -> Adapted:
     return adapt(Case("LoraConfig", {**LORA, "target_modules": "all-linear", **experts}, model=name), folder)
 
 
-@pytest.mark.parametrize("name", FUSABLE)
+@pytest.mark.parametrize("name", mostly_slow(FUSABLE, QUICK))
 def test_fused_bases(name: str, fused_bases: Mapping[str, Path], tmp_path: Path) -> None:
     assert any("attn_qkv" in tensor for tensor in read_header(fused_bases[name]).tensors)
     adapted = linear_and_experts(name, tmp_path)
@@ -294,7 +295,7 @@ def test_fused_bases(name: str, fused_bases: Mapping[str, Path], tmp_path: Path)
     assert adapted.merged_error(fused_bases[name]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", WITH_DORA)
+@pytest.mark.parametrize("name", mostly_slow(WITH_DORA, QUICK))
 def test_dora_of_fused_bases(name: str, fused_bases: Mapping[str, Path], tmp_path: Path) -> None:
     """The norm of a row is that of the weight there, which lies among others."""
     case = Case("LoraConfig", {**LORA, "target_modules": "all-linear", "use_dora": True}, model=name)
@@ -314,6 +315,18 @@ def test_one_adapter_for_fused_and_split_experts(fused_bases: Mapping[str, Path]
     adapted = with_parameters("qwen3-next", tmp_path, target_parameters=[FUSED])
     assert adapted.adapter_error(fused_bases["qwen3-next"]) < TOLERANCE
     assert adapted.adapter_error() < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["fused", "split"])
+def test_an_attention_that_a_layer_has_not_is_refused(
+    kind: str, fused_bases: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Linear attention has a tensor of the same name, which is no q, k and v."""
+    adapted = adapt(Case("LoraConfig", {**LORA, "target_modules": ["v_proj", "o_proj"]}, model="qwen3-next"), tmp_path)
+    for file in adapted.folder.iterdir():
+        file.write_bytes(file.read_bytes().replace(b"layers.3.self_attn.v_proj", b"layers.0.self_attn.v_proj"))
+    with pytest.raises((BaseMismatchError, UnsupportedAdapterError), match=r"layers\.0\.self_attn\.v_proj"):
+        adapted.adapter_error(fused_bases["qwen3-next"] if kind == "fused" else adapted.plain)
 
 
 def test_half_of_a_fused_tensor_is_seen(

@@ -22,7 +22,7 @@ from converters.reader import read_header
 from edgelora.cli import cli
 from tests.converters.folders import safetensors_bytes
 from tests.equivalence import llamacpp
-from tests.equivalence.effects import TOLERANCE, Adapted, adapt
+from tests.equivalence.effects import TOLERANCE, Adapted, adapt, mostly_slow
 from tests.equivalence.hf_logits import load_model
 from tests.equivalence.peft_methods import Case, nudged
 from tests.equivalence.tiny_models import TINY, build
@@ -32,6 +32,7 @@ pytestmark = [pytest.mark.train, pytest.mark.filterwarnings("ignore")]  # of PEF
 SEEN = 20 * TOLERANCE
 NEVER_UNTIED = ("gemma", "gemma-2", "command-r", "command-r7b")
 SAME = ("llama-2", "mistral", "exaone-4", "command-r-plus")  # as others here, or of 64 layers
+QUICK = ("llama", "qwen2-tied", "phi-3", "phi-4-mini", "gemma-3", "gpt2", "falcon", "qwen3.5", "mixtral")
 SOMETIMES_TIED = ("llama-3", "qwen2-tied", "qwen3", "phi-4-mini", "gemma-3", "gemma-4-dense", "gpt2", "falcon")
 
 
@@ -60,13 +61,13 @@ def is_of(module: object, kinds: tuple[str, ...]) -> bool:
     return type(module).__name__ in kinds
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name not in (*NEVER_UNTIED, *SAME)])
+@pytest.mark.parametrize("name", mostly_slow([name for name in TINY if name not in (*NEVER_UNTIED, *SAME)], QUICK))
 def test_embeddings_output_and_all_between(name: str, tmp_path: Path) -> None:
     adapted = everything(name, tmp_path)
     assert adapted.adapter_error(adapted.untied) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", SOMETIMES_TIED)
+@pytest.mark.parametrize("name", mostly_slow(SOMETIMES_TIED, QUICK))
 @pytest.mark.parametrize("only", ["input", "output"])
 def test_one_of_two_that_were_one(only: str, name: str, tmp_path: Path) -> None:
     """Merged, the base is untied without being asked."""

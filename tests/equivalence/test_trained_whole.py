@@ -11,7 +11,7 @@ import pytest
 from converters import row_edits
 from converters.adapter import convert_adapter
 from converters.errors import UnsupportedAdapterError
-from tests.equivalence.effects import TOLERANCE, Adapted, adapt
+from tests.equivalence.effects import TOLERANCE, Adapted, adapt, mostly_slow
 from tests.equivalence.hf_logits import load_model
 from tests.equivalence.peft_methods import Case, nudged
 from tests.equivalence.tiny_models import TINY, build
@@ -23,6 +23,7 @@ AS_OTHERS = ("llama-2", "llama-3", "mistral", "qwen2-tied", "phi-3.5", "phi-4-mi
 # PEFT cannot wrap norms in a list of modules
 HEADWISE = "stablelm-12b"
 WITH_NORMS = [name for name in TINY if name not in (*AS_OTHERS, HEADWISE)]
+QUICK = ("gemma-2", "gpt2", "falcon-40b", "olmo2", "qwen3", "gemma-4", "gemma-4-moe", "stablelm")
 LINEAR: Mapping[str, Any] = {"r": 2, "target_modules": "all-linear"}
 # Biases that llama.cpp adds although the base has none, and modules where it adds none
 BIASES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -75,14 +76,14 @@ def trained(name: str, folder: Path, config: str = "LoraConfig", **settings: Any
     return adapt(Case(config, {**turned, **settings}, name, nudged(0.2)), folder)
 
 
-@pytest.mark.parametrize("name", WITH_NORMS)
+@pytest.mark.parametrize("name", mostly_slow(WITH_NORMS, QUICK))
 def test_norms_beside_an_adapter(name: str, tmp_path: Path) -> None:
     adapted = trained(name, tmp_path, **LINEAR, modules_to_save=norms(name, tmp_path / "seen"))
     assert adapted.merged_error() < TOLERANCE
 
 
 # PEFT gives up on norms whose names begin with another's
-@pytest.mark.parametrize("name", [name for name in WITH_NORMS if name != "gemma-4-moe"])
+@pytest.mark.parametrize("name", mostly_slow([name for name in WITH_NORMS if name != "gemma-4-moe"], QUICK[:3]))
 def test_tuned_norms(name: str, tmp_path: Path) -> None:
     adapted = trained(name, tmp_path, "LNTuningConfig", target_modules=norms(name, tmp_path / "seen"))
     assert adapted.merged_error() < TOLERANCE
