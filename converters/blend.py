@@ -50,7 +50,9 @@ class _Opened:
     fingerprint: str
     base_name: str
     keys: dict[str, Value]
-    is_approximate: bool
+    is_approximate: bool = False
+    from_quantized: bool = False
+    notices: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -95,6 +97,8 @@ def prepare_blend(
             base_name=known.name if known else first.base_name,
             base_fingerprint=known.fingerprint if known else first.fingerprint,
             is_approximate=any(each.is_approximate for each in opened),
+            notices=tuple(f"{each.part.path}: {notice}" for each in opened for notice in each.notices),
+            from_quantized=any(each.from_quantized for each in opened),
         )
 
 
@@ -170,7 +174,6 @@ def _open(part: Part, base: AdaptedBase | None, options: AdapterOptions) -> Iter
                 adapter.base_fingerprint,
                 str(metadata.get("edgelora.base.name") or ""),
                 adapter.keys,
-                False,
             )
         return
     if base is None:
@@ -178,8 +181,9 @@ def _open(part: Part, base: AdaptedBase | None, options: AdapterOptions) -> Iter
     with source_pairs(part.path, base, replace(options, rank=None)) as (source, pairs, is_approximate):
         architecture = base.family.architecture
         yield _Opened(
-            part, pairs, architecture, base.fingerprint, base.name, dict(source.reading.metadata), is_approximate
-        )
+            part, pairs, architecture, base.fingerprint, base.name, dict(source.reading.metadata), is_approximate,
+            source.from_quantized, source.notices,
+        )  # fmt: skip
 
 
 def _check_bases(opened: Sequence[_Opened], base: AdaptedBase | None, *, force: bool) -> None:

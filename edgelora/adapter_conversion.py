@@ -185,6 +185,8 @@ def _exactness(prepared: PreparedAdapter, before: Sequence[Mapping[str, Any]]) -
     now["rounding"] = max([now["rounding"], *roundings])
     if any(each.get("kind") == "approximate" for each in before):
         now["kind"] = "approximate"
+    if any(each.get("from_quantized") is True for each in before):
+        now["from_quantized"] = True
     if len(before) == 1 and isinstance(method := before[0].get("method"), str):
         now["method"] = method
     return now

@@ -225,11 +225,12 @@ def _print(report: BaseReport | AdapterReport) -> None:
 
 def _exactness(report: AdapterReport) -> str:
     """How near the file is to what was trained."""
-    rounding = (
-        f"{report.dtype}, which rounds by {report.max_relative_error:.2g}" if report.max_relative_error else "f32"
-    )
+    error = report.max_relative_error
+    rounding = f"{report.dtype}, which rounds by {error:.2g}" if error else report.dtype
     if report.kind == "exact":
         return f"exact ({rounding})"
+    if report.from_quantized and not report.max_residual:
+        return f"approximate: computed from a base that was quantized ({rounding})"
     return f"approximate: up to {report.max_residual:.1%} of a tensor's change is left out ({rounding})"
 
 
