@@ -164,6 +164,7 @@ class _Check:
 
     def _encoded(self, spec: TensorSpec, values: Floats, reason: str) -> tuple[float, float]:
         """The norm of a tensor, and of what its type rounds away."""
+        assert values.shape == spec.shape, f"{spec.name}: placed as {values.shape}, and {spec.shape} were announced"
         if reason:
             self._plain.add(reason)
         data = _encode(values, spec.block_type)

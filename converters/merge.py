@@ -33,9 +33,8 @@ from converters.job import BaseReport, Job
 from converters.methods.lora import INVOCATION
 from converters.model_card import readable_name
 from converters.options import QuantizeOptions
-from converters.quant_types import RECIPES, tensor_order
-from converters.reader import RawValue
-from converters.requantize import plan_as_it_is, plan_requantize
+from converters.quant_types import tensor_order
+from converters.requantize import plan_as_it_is, plan_requantize, recipe_of
 from converters.resized import Resize, checkpoint_of, common_resize, find_resize, open_resized
 from converters.stream import Progress, Source
 from converters.writer import TensorSpec, Value
@@ -113,14 +112,7 @@ def merge(
         inputs = (*job.inputs, *(file for adapter in adapters for file in _files(adapter.path)))
         job = replace(_edited(job, known, edits, labels), inputs=inputs)
         report = job.run(Path(out), quantize, progress=progress, force=force, dry_run=dry_run)
-        return replace(report, quant=_quantization(job.metadata)) if keeps else report
-
-
-def _quantization(metadata: Mapping[str, Value]) -> str:
-    """The name of a file's recipe; "mixed" where it has none."""
-    value = metadata.get("general.file_type")
-    number = value.decode() if isinstance(value, RawValue) else value
-    return next((name for name, recipe in RECIPES.items() if recipe.file_type == number), "mixed")
+        return replace(report, quant=recipe_of(job.metadata)) if keeps else report
 
 
 def _files(path: Path) -> list[Path]:

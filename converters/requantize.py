@@ -8,7 +8,7 @@ Nothing but the file is looked at, so architectures that no table here knows con
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from converters.fingerprint import TOKENS, fingerprint_of_header
 from converters.job import BaseReport, Job, quantization_keys
 from converters.model_shape import ModelShape
 from converters.options import QuantizeOptions
-from converters.quant_types import find_recipe, tensor_order
-from converters.reader import GGUFHeader
+from converters.quant_types import RECIPES, find_recipe, tensor_order
+from converters.reader import GGUFHeader, RawValue
 from converters.split import KEYS as SPLIT_KEYS
 from converters.stream import Progress, Source
 from converters.type_choice import TypeChoice, choose
@@ -62,6 +62,40 @@ def requantize(
     with BaseFile(source) as base:
         job = plan_requantize(base, options, metadata or {})
         return job.run(Path(out), options, progress=progress, force=force, dry_run=dry_run)
+
+
+def untie(
+    source: Path,
+    out: Path,
+    options: QuantizeOptions | None = None,
+    *,
+    metadata: Mapping[str, Value] | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> BaseReport:
+    """Write a GGUF base once more with its output as a tensor of its own, every tensor of the type that it has.
+
+    Args:
+        options: how to write it; the quantization that they name is not made.
+
+    Raises:
+        UnsupportedError: llama.cpp's graph of this family always takes the embeddings.
+        ConversionError: another child of it that says what is wrong; nothing is left behind.
+    """
+    options = options or QuantizeOptions()
+    with BaseFile(source) as base:
+        job = plan_as_it_is(base, metadata or {}, untie=True)
+        job = replace(job, notices=(*job.notices, *untie_notices(options, is_untied=OUTPUT in base.header.tensors)))
+        report = job.run(Path(out), options, progress=progress, force=force, dry_run=dry_run)
+        return replace(report, quant=recipe_of(job.metadata))
+
+
+def recipe_of(metadata: Mapping[str, Value]) -> str:
+    """The name of a file's recipe; "mixed" where it has none."""
+    value = metadata.get("general.file_type")
+    number = value.decode() if isinstance(value, RawValue) else value
+    return next((name for name, recipe in RECIPES.items() if recipe.file_type == number), "mixed")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class BaseSettings:
         calibrate: text or conversations to measure one on; `calibrate_adapter` (a GGUF file or a PEFT folder) is active
             then, and `calibrate_chunks` limits the windows of 512 tokens. `save_imatrix` keeps it.
         allow_requantize: quantize from types that have lost something already.
-        untie: write the output as a tensor of its own.
+        untie: write the output as a tensor of its own; a GGUF base then keeps its types where `quant` is None.
         strict: refuse values that are NaN or infinite.
         split_max_size: of each file ("2G"), `split_max_tensors` in each.
         check: text to compare the perplexity before and after on (`base_conversion.check_perplexity`); `check_chunks`
@@ -59,9 +59,9 @@ class BaseSettings:
 
     @property
     def keeps_types(self) -> bool:
-        """Nothing was said about the types of tensors: a GGUF base that adapters are merged into keeps its own."""
+        """Nothing was said about the types of tensors: a GGUF base that is only untied or merged into keeps its own."""
         named = (self.quant, self.tensor_types, self.output_type, self.embedding_type, self.pure)
-        return bool(self.merge) and not any(named)
+        return bool(self.merge or self.untie) and not any(named)
 
     @property
     def quant_name(self) -> str:

@@ -114,7 +114,8 @@ def _base_name(source: Path, settings: BaseSettings) -> str:
     """NAME-QUANT.gguf; with what was merged into it, and without the quantization where it stays what it was."""
     names = [source_name(source), *(adapter.name for adapter in settings.merge)]
     if settings.keeps_types and not source.is_dir():
-        return "-".join([names[0], *names[1:], source.stem.removeprefix(names[0]).lstrip("-.")]).rstrip("-") + ".gguf"
+        untied = ["untied"] if settings.untie and not settings.merge else []
+        return "-".join(filter(None, [*names, *untied, source.stem.removeprefix(names[0]).lstrip("-.")])) + ".gguf"
     return "-".join([*names, settings.quant_name]) + ".gguf"
 
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from edgelora.train.trainer import AdapterTrainer, RunCallback
 
 
-
 def train(
     data: Path,
     base: str,

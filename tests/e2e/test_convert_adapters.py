@@ -112,6 +112,25 @@ def test_merging_into_a_base(folder: Path, base: Path, tmp_path: Path) -> None:
     assert "--merge goes with a base" in wrong.stderr
 
 
+@pytest.mark.train
+@pytest.mark.filterwarnings("ignore")  # of PEFT, about tied embeddings
+def test_the_command_that_unties_a_quantized_base_is_the_one_that_is_printed(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(TINY_BASE, dtype=torch.float32)
+    get_peft_model(model, config).save_pretrained(tmp_path / "words")
+    refused = run("convert", tmp_path / "words", "--base", base, cwd=tmp_path, code=3)
+    command = next(line for line in refused.stderr.splitlines() if "--untie" in line).partition("edgelora ")[2].split()
+    untied = tmp_path / run(*command, cwd=tmp_path).stdout.split()[0]
+    assert untied.name == "base-untied-q8_0.gguf"
+    assert {t.type_name for t in read_header(untied).tensors.values()} == {"Q8_0", "F32"}
+    run("convert", tmp_path / "words", "--base", untied, cwd=tmp_path)
+
+
 def test_a_merged_base_is_another_base(folder: Path, base: Path, tmp_path: Path) -> None:
     run("convert", folder, "--base", base, "-o", tmp_path / "a.gguf")
     run("convert", base, "--merge", tmp_path / "a.gguf", "-o", tmp_path / "merged.gguf")
