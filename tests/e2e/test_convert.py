@@ -119,8 +119,7 @@ def test_what_has_lost_precision_is_not_quantized_unasked(tiny_q8: Path, tmp_pat
     assert set(types(out).values()) == {"F32", "Q4_K", "Q6_K"}
 
 
-def test_files_that_are_no_source(adapter: Path, made: Path, tmp_path: Path) -> None:
-    refused(run("convert", adapter, cwd=tmp_path), 3, "is a GGUF adapter already")
+def test_files_that_are_no_source(made: Path, tmp_path: Path) -> None:
     refused(run("convert", made / "imatrix.gguf", cwd=tmp_path), 3, "is an importance matrix", "--imatrix")
 
 
