@@ -61,7 +61,13 @@ class AdapterSource:
         """
         if self.init not in initialisation.RECOMPUTED:
             return self
-        return replace(self, reading=initialisation.recomputed(self.reading, self.init, weight), init="")
+        return self.undone(initialisation.recomputed(self.reading, self.init, weight))
+
+    def undone(self, reading: Reading) -> AdapterSource:
+        """With changes that begin at the base as it was released."""
+        return replace(
+            self, reading=reading, init="", notices=(*self.notices, initialisation.ROUNDED.format(self.init))
+        )
 
 
 @contextmanager
@@ -99,7 +105,7 @@ def open_adapter(
             return
         with open_adapter(initial, base, allow_bin=allow_bin) as begun:
             reading = initialisation.with_initial(source.reading, begun.reading, source.init)
-            yield replace(source, reading=reading, init="", inputs=(*source.inputs, *begun.inputs))
+            yield replace(source.undone(reading), inputs=(*source.inputs, *begun.inputs))
 
 
 def unused_initial(path: Path, why: str) -> UnsupportedAdapterError:

@@ -27,6 +27,10 @@ Weight = Callable[[str], Floats | None]
 
 # Names of folders in which A0 and B0 are kept, inside the adapter's: PEFT's examples, and LLaMA-Factory's.
 FOLDERS = ("pissa_init", "olora_init", "corda_init", "lora_ga_init", "initial")
+ROUNDED = (
+    "what {} took out of the base at its beginning is put back: exact where that base was float32; one in half "
+    "precision was rounded once more then, which no file of the adapter's holds (`verify` shows what it comes to)"
+)
 PLAIN = ("gaussian", "orthogonal", "eva", "mica")  # they leave the base as it was
 LOFTQ = "loftq"
 WHAT_TO_SAVE = (
