@@ -8,6 +8,7 @@ it in one message.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ class AdapterReport:
         ranks: the ranks that occur; likewise `scales`, what PEFT multiplies B @ A by.
         targets: the kinds of modules it changes ("q_proj", "up_proj").
         dtype: of its tensors; "f32" where f16 or q8_0 was asked for and would have lost small values.
-        max_relative_error: of the stored A and B of any module, |stored - exact| / |exact|; measured.
+        max_relative_error: of the change that the stored A and B of any module make, |stored - exact| / |exact|.
         residual_energy: of approximated tensors, by GGUF name: at most this share of the change's energy is left out.
         from_quantized: computed from weights that were quantized; what that costs is in no number here.
     """
@@ -348,17 +349,19 @@ def against_base(adapter: AdapterSource, base: AdaptedBase) -> AdapterSource:
     if not adapter.init:
         return adapter
     if adapter.init not in RECOMPUTED:
-        raise refused(adapter.path, [f"init_lora_weights is {adapter.init!r}: {what_to_save(adapter.init)}"])
+        raise _not_released(adapter.path, f"init_lora_weights is {adapter.init!r}: {what_to_save(adapter.init)}")
     if base.is_lossy or base.is_rounded:
         what = "was quantized" if base.is_lossy else "is in half precision, which what was released may not be"
-        raise refused(
+        raise _not_released(
             adapter.path,
-            [
-                f"init_lora_weights is {adapter.init!r}, whose first state follows from the base's weights, and "
-                f"{base.path} {what}: name the folder of the base as it was released with --base. Or: {WHAT_TO_SAVE}"
-            ],
+            f"init_lora_weights is {adapter.init!r}, whose first state follows from the base's weights, and "
+            f"{base.path} {what}: name the folder of the base as it was released. Or: {WHAT_TO_SAVE}",
         )
     return adapter.against(lambda tensor: weight_of(base, tensor) if shape_in_base(base, tensor) else None)
+
+
+def _not_released(path: Path, problem: str) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(f"{path}: does not say what it changes of its base: {problem}")
 
 
 def _check(adapter: AdapterSource, compiled: Compiled, base: AdaptedBase, options: AdapterOptions) -> None:
@@ -377,7 +380,7 @@ def _check(adapter: AdapterSource, compiled: Compiled, base: AdaptedBase, option
     if compiled.tied:
         raise BaseMismatchError(
             f"{adapter.path}: llama.cpp cannot adapt one tensor in two places:{listed(compiled.tied)}",
-            hint=UNTIE_HINT.format(base.path)
+            hint=UNTIE_HINT.format(shlex.quote(str(base.path)))
             if can_untie(base.family)
             else NEVER_UNTIED.format(base.family.architecture),
         )
