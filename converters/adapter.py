@@ -361,7 +361,7 @@ def against_base(adapter: AdapterSource, base: AdaptedBase) -> AdapterSource:
 
 
 def _not_released(path: Path, problem: str) -> UnsupportedAdapterError:
-    return UnsupportedAdapterError(f"{path}: does not say what it changes of its base: {problem}")
+    return UnsupportedAdapterError(f"{path}: does not say what it changes of its base:{listed([problem])}")
 
 
 def _check(adapter: AdapterSource, compiled: Compiled, base: AdaptedBase, options: AdapterOptions) -> None:
