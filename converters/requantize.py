@@ -7,7 +7,7 @@ Nothing but the file is looked at, so architectures that no table here knows con
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -134,24 +134,12 @@ def plan_requantize(base: BaseFile, options: QuantizeOptions, metadata: Mapping[
     _check_sources(header, stored, choice, options)
     changed = frozenset(choice.changed)
     sources = tuple(_source(base, name, taken[name], choice, name in changed) for name in choice.types)
-    fingerprint, notices = _fingerprint(header)
-    template = metadata.get("tokenizer.chat_template", header.metadata.get("tokenizer.chat_template"))
-    return Job(
-        sources=sources,
-        stored={name: kind.name for name, kind in stored.items()},
-        metadata=_metadata(
-            header,
-            {**quantization_keys(recipe.file_type, options), **metadata},
-            is_untied=OUTPUT in taken and OUTPUT not in header.tensors,
-        ),
-        inputs=header.files,
-        weights=header.files,
-        name=str(metadata.get("general.name") or header.metadata.get("general.name") or header.path.stem),
-        architecture=header.architecture,
-        fingerprint=fingerprint,
-        chat_template=template if isinstance(template, str) else None,
-        notices=(*choice.notices, *untie_notices(options, is_untied=OUTPUT in header.tensors), *notices),
-        alignment=header.alignment,
+    return _job(
+        header,
+        sources,
+        stored,
+        {**quantization_keys(recipe.file_type, options), **metadata},
+        [*choice.notices, *untie_notices(options, is_untied=OUTPUT in header.tensors)],
     )
 
 
@@ -171,19 +159,29 @@ def plan_as_it_is(base: BaseFile, metadata: Mapping[str, Value], *, untie: bool 
         Source(TensorSpec(name, item.shape, item.block_type), read_blocks=partial(base.blocks, item.source))
         for name, item in sorted(taken.items(), key=lambda pair: tensor_order(pair[0]))
     )
-    fingerprint, notices = _fingerprint(header)
+    return _job(header, sources, {name: item.block_type for name, item in taken.items()}, metadata)
+
+
+def _job(
+    header: GGUFHeader,
+    sources: tuple[Source, ...],
+    stored: Mapping[str, BlockType],
+    metadata: Mapping[str, Value],
+    notices: Sequence[str] = (),
+) -> Job:
+    fingerprint, doubts = _fingerprint(header)
     template = metadata.get("tokenizer.chat_template", header.metadata.get("tokenizer.chat_template"))
     return Job(
         sources=sources,
-        stored={name: item.block_type.name for name, item in taken.items()},
-        metadata=_metadata(header, metadata, is_untied=OUTPUT in taken and OUTPUT not in header.tensors),
+        stored={name: kind.name for name, kind in stored.items()},
+        metadata=_metadata(header, metadata, is_untied=OUTPUT in stored and OUTPUT not in header.tensors),
         inputs=header.files,
         weights=header.files,
         name=str(metadata.get("general.name") or header.metadata.get("general.name") or header.path.stem),
         architecture=header.architecture,
         fingerprint=fingerprint,
         chat_template=template if isinstance(template, str) else None,
-        notices=tuple(notices),
+        notices=(*notices, *doubts),
         alignment=header.alignment,
     )
 
