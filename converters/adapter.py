@@ -17,14 +17,12 @@ from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from converters.adapted_base import AdaptedBase, open_base
 from converters.adapter_file import AdapterFile, check_dtype
 from converters.adapter_source import AdapterSource, open_adapter
 from converters.adapter_targets import missing_targets, unused_targets
 from converters.base import Progress, can_untie
-from converters.compile import DEFAULT_MAX_ERROR, Compiled, compile_changes, weight_of
+from converters.compile import DEFAULT_MAX_ERROR, Compiled, compile_changes, is_finite, weight_of
 from converters.errors import BaseMismatchError, FormatError, UnsupportedAdapterError, UnsupportedError, listed
 from converters.initialisation import RECOMPUTED, WHAT_TO_SAVE, what_to_save
 from converters.methods import Change, Transformed
@@ -369,7 +367,11 @@ def _check(adapter: AdapterSource, compiled: Compiled, base: AdaptedBase, option
     UnsupportedAdapterError, BaseMismatchError: everything that is wrong with it, in one message.
     """
     if compiled.problems:
-        broken = [problem for change in adapter.reading.changes if (problem := _broken(change))]
+        broken = [
+            f"{change.tensor}: holds NaN or infinite values"
+            for change in adapter.reading.changes
+            if not is_finite(change)
+        ]
         raise refused(adapter.path, [*compiled.problems, *compiled.misfits, *compiled.tied, *broken])
     if compiled.misfits:
         raise BaseMismatchError(
@@ -393,13 +395,6 @@ def _check(adapter: AdapterSource, compiled: Compiled, base: AdaptedBase, option
         )
     if not compiled.pieces:
         raise FormatError(f"{adapter.path}: holds no tensors that change its base")
-
-
-def _broken(change: Change) -> str:
-    """What is wrong with the values of a change that is there as it is."""
-    values = change.load() if not isinstance(change, Transformed) else ()
-    parts = values if isinstance(values, tuple) else (values,)
-    return "" if all(np.isfinite(part).all() for part in parts) else f"{change.tensor}: holds NaN or infinite values"
 
 
 def refused(path: Path, problems: Sequence[str]) -> UnsupportedAdapterError:

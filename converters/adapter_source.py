@@ -54,13 +54,11 @@ class AdapterSource:
     from_quantized: bool = False
 
     def against(self, weight: Weight) -> AdapterSource:
-        """The same, against the base as it was released.
+        """The same, whose `init` is one of `initialisation.RECOMPUTED`, against the base as it was released.
 
         Args:
             weight: the base's; called when a change is loaded.
         """
-        if self.init not in initialisation.RECOMPUTED:
-            return self
         return self.undone(initialisation.recomputed(self.reading, self.init, weight))
 
     def undone(self, reading: Reading) -> AdapterSource:

@@ -210,6 +210,14 @@ def _approximate(
         _approximate_at(out, base, change, slots, rank, max_error)
 
 
+def is_finite(change: Change) -> bool:
+    """Whether what an adapter stores of a change is; of a function of the weight, that is seen as it is applied."""
+    if isinstance(change, Transformed):
+        return True
+    loaded = change.load()
+    return all(np.isfinite(values).all() for values in (loaded if isinstance(loaded, tuple) else (loaded,)))
+
+
 def _approximate_at(
     out: Compiled, base: AdaptedBase, change: Transformed, slots: Sequence[Slot], rank: int | None, max_error: float
 ) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from converters.adapted_base import EMBEDDING, OUTPUT, AdaptedBase, Tie
 from converters.base import can_untie
 from converters.checkpoint import Floats
-from converters.compile import INFINITE, is_base_copy, misfit
+from converters.compile import INFINITE, is_base_copy, is_finite, misfit
 from converters.methods import Change, LowRank, Reading, Replaced, Transformed
 from converters.pairs import Pair, Piece, assemble, multiplied
 from converters.placement import Claims, Slot, factors_of, find_slots, is_known, oriented
@@ -78,7 +78,7 @@ def edits_of(reading: Reading, base: AdaptedBase, scale: float = 1.0) -> Edits:
         if isinstance(change, Replaced) and is_base_copy(base, change):
             continue
         change = oriented(base, change) if isinstance(change, LowRank) else change
-        if not _is_finite(change):
+        if not is_finite(change):
             edits.problems.append(f"{change.tensor}: {INFINITE}")
             continue
         for slots in _targets(growing, change):
@@ -90,14 +90,6 @@ def edits_of(reading: Reading, base: AdaptedBase, scale: float = 1.0) -> Edits:
         shape = base.shapes[EMBEDDING] if name == OUTPUT and base.is_tied else base.shapes[name]
         edits.by_tensor.setdefault(name, []).append(sum_of(assemble(name, shape, pieces), scale))
     return edits
-
-
-def _is_finite(change: Change) -> bool:
-    """Whether what an adapter stores of a change is; of a function of the weight, that is seen as it is applied."""
-    if isinstance(change, Transformed):
-        return True
-    loaded = change.load()
-    return all(np.isfinite(values).all() for values in (loaded if isinstance(loaded, tuple) else (loaded,)))
 
 
 def _edit(growing: _Growing, change: Change, slots: Sequence[Slot]) -> None:
