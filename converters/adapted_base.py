@@ -13,18 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from converters.architectures import Family, Sizes, find_gguf_family
-from converters.base import UNTIED
 from converters.base_file import BaseFile
 from converters.block_types import PLAIN
 from converters.checkpoint import Checkpoint, Floats
 from converters.errors import FormatError
-from converters.fingerprint import MERGED, fingerprint_of, fingerprint_with, is_norm, merged_fingerprint
+from converters.fingerprint import MERGED, UNTIED, fingerprint_of, fingerprint_with, is_norm, merged_fingerprint
 from converters.model import understand
 from converters.model_card import describe
 from converters.reader import GGUFHeader
+from converters.tensor_kinds import EMBEDDING, OUTPUT
 
 ReadRows = Callable[[str, int, int], Floats]
-EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 COMPARED_ROWS = 512
 NEARLY = 0.5  # |output - embeddings| / |embeddings|; of rounded copies less, of independent weights more than 1
 
@@ -35,6 +34,18 @@ class Tie(Enum):
     TIED = "tied"
     APART = "apart"
     UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Known:
+    """What takes a moment to find out about a base, where somebody knows it already: what it calls itself, and its
+    fingerprint."""
+
+    name: str = ""
+    fingerprint: str = ""
+
+
+NOTHING_KNOWN = Known()
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,13 @@ class AdaptedBase:
         is_untied: its output was made of its embeddings (`--untie`); None where the file does not say.
         original: what it was before adapters changed it; None where none did.
         edited: names of what they changed.
+        read_name: what it calls itself.
+        known: of that and of its fingerprint, what need not be found out.
         fingerprint_with: what the fingerprint would be with these norms, GGUF name and values of each.
     """
 
     path: Path
-    name: str
+    read_name: Callable[[], str]
     family: Family
     sizes: Sizes
     shapes: Mapping[str, tuple[int, ...]]
@@ -63,16 +76,21 @@ class AdaptedBase:
     is_lossy: bool
     fingerprint_with: Callable[[Iterable[tuple[str, Floats]]], str]
     merged: tuple[str, ...] = ()
-    known_fingerprint: str = ""
+    known: Known = NOTHING_KNOWN
     is_rounded: bool = False
     is_untied: bool | None = False
     original: AdaptedBase | None = None
     edited: frozenset[str] = frozenset()
 
     @cached_property
+    def name(self) -> str:
+        """`general.name` of its GGUF files."""
+        return self.known.name or self.read_name()
+
+    @cached_property
     def fingerprint(self) -> str:
         """See `converters.fingerprint`; computed where it was not known."""
-        return self.known_fingerprint or merged_fingerprint(self.plain_fingerprint, self.merged)
+        return self.known.fingerprint or merged_fingerprint(self.plain_fingerprint, self.merged)
 
     @property
     def plain_fingerprint(self) -> str:
@@ -110,21 +128,21 @@ class AdaptedBase:
 
 
 @contextmanager
-def open_base(path: Path, fingerprint: str = "") -> Iterator[AdaptedBase]:
+def open_base(path: Path, known: Known = NOTHING_KNOWN) -> Iterator[AdaptedBase]:
     """Open a base: a Hugging Face folder, or a GGUF file of any quantization. No weights are read yet.
 
     Args:
-        fingerprint: its, where that is known: it takes its vocabulary and its norms to compute.
+        known: about it.
 
     Raises:
         ConversionError: it is not a base, is broken, or of an unknown family.
     """
     if path.is_dir():
         with Checkpoint(path) as checkpoint:
-            yield replace(of_folder(checkpoint), known_fingerprint=fingerprint)
+            yield replace(of_folder(checkpoint), known=known)
     else:
         with BaseFile(path) as file:
-            yield replace(_of_file(file), known_fingerprint=fingerprint)
+            yield replace(_of_file(file), known=known)
 
 
 def of_folder(checkpoint: Checkpoint) -> AdaptedBase:
@@ -133,7 +151,7 @@ def of_folder(checkpoint: Checkpoint) -> AdaptedBase:
     shapes = {name: view.shape for name, view in model.views.items()}
     return AdaptedBase(
         path=checkpoint.folder,
-        name=str(describe(checkpoint.folder, model.family.architecture, shapes)["general.name"]),
+        read_name=lambda: str(describe(checkpoint.folder, model.family.architecture, shapes)["general.name"]),
         family=model.family,
         sizes=model.sizes,
         shapes=shapes,
@@ -147,7 +165,7 @@ def _of_file(file: BaseFile) -> AdaptedBase:
     header = file.header
     return AdaptedBase(
         path=header.path,
-        name=str(header.metadata.get("general.name") or header.path.stem),
+        read_name=lambda: str(header.metadata.get("general.name") or header.path.stem),
         family=family_of(header),
         sizes=sizes_of(header),
         shapes={name: tensor.shape for name, tensor in header.tensors.items()},
@@ -176,5 +194,5 @@ def sizes_of(header: GGUFHeader) -> Sizes:
     """Raises FormatError where a key or the embeddings are missing."""
     embedding = header.tensors.get(EMBEDDING)
     if embedding is None:
-        raise FormatError(f"{header.path}: has no token_embd.weight")
+        raise FormatError(f"{header.path}: has no {EMBEDDING}")
     return Sizes(header.architecture, embedding.shape[0], header.metadata)

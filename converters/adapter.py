@@ -17,11 +17,10 @@ from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
-from converters.adapted_base import AdaptedBase, open_base
+from converters.adapted_base import NOTHING_KNOWN, AdaptedBase, Known, open_base
 from converters.adapter_file import AdapterFile, check_dtype
 from converters.adapter_source import AdapterSource, open_adapter
 from converters.adapter_targets import missing_targets, unused_targets
-from converters.base import Progress, can_untie
 from converters.compile import DEFAULT_MAX_ERROR, Compiled, compile_changes, is_finite, weight_of
 from converters.errors import BaseMismatchError, FormatError, UnsupportedAdapterError, UnsupportedError, listed
 from converters.initialisation import RECOMPUTED, WHAT_TO_SAVE, what_to_save
@@ -30,6 +29,7 @@ from converters.model_card import readable_name
 from converters.pairs import Pair, shortened
 from converters.placement import shape_in_base
 from converters.quant_types import tensor_order
+from converters.stream import Progress
 from converters.writer import Value
 
 LARGE_SHARE = 0.25
@@ -218,14 +218,14 @@ def convert_adapter(
 
 @contextmanager
 def prepare_adapter(
-    source: Path, base: Path, options: AdapterOptions | None = None, *, fingerprint: str = ""
+    source: Path, base: Path, options: AdapterOptions | None = None, *, known: Known = NOTHING_KNOWN
 ) -> Iterator[PreparedAdapter]:
     """Read an adapter folder, and everything that can be refused about it.
 
     Args:
         source: what PEFT (adapter_config.json and adapter_model.safetensors) or MLX saved.
         base: the base it was trained on: a Hugging Face folder, or a GGUF file of any quantization.
-        fingerprint: the base's, where it is known.
+        known: about the base.
 
     Raises:
         UnsupportedAdapterError: what a GGUF adapter cannot hold; every reason in one message.
@@ -234,19 +234,19 @@ def prepare_adapter(
     """
     options, source, base = options or AdapterOptions(), Path(source), Path(base)
     with (
-        open_base(base, fingerprint) as known,
-        source_pairs(source, known, options) as (adapter, pairs, is_approximate),
+        open_base(base, known) as opened,
+        source_pairs(source, opened, options) as (adapter, pairs, is_approximate),
     ):
         yield prepared_pairs(
             source,
-            known.family.architecture,
+            opened.family.architecture,
             pairs,
             options,
-            keys={**_keys(source, known), **adapter.reading.metadata},
+            keys={**_keys(source, opened), **adapter.reading.metadata},
             inputs=(*adapter.inputs, *(base.iterdir() if base.is_dir() else [base])),
             method=adapter.method,
-            base_name=known.name,
-            base_fingerprint=known.fingerprint,
+            base_name=opened.name,
+            base_fingerprint=opened.fingerprint,
             is_approximate=is_approximate,
             targets=tuple(sorted({_kind(change) for change in adapter.reading.changes})),
             notices=(*adapter.notices, *_size_notices(pairs, is_approximate and not adapter.from_quantized)),
@@ -383,7 +383,7 @@ def _check(adapter: AdapterSource, compiled: Compiled, base: AdaptedBase, option
         raise BaseMismatchError(
             f"{adapter.path}: llama.cpp cannot adapt one tensor in two places:{listed(compiled.tied)}",
             hint=UNTIE_HINT.format(shlex.quote(str(base.path)))
-            if can_untie(base.family)
+            if base.family.can_untie
             else NEVER_UNTIED.format(base.family.architecture),
         )
     if compiled.too_rough:

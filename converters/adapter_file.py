@@ -6,7 +6,9 @@ Format: `llama_adapter_lora_init_impl`, src/llama-adapter.cpp in llama.cpp.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf, isfinite, sqrt
 from pathlib import Path
 
@@ -15,10 +17,11 @@ import numpy as np
 from converters.checkpoint import Floats
 from converters.dequantize import dequantize_rows
 from converters.errors import UnsupportedError
-from converters.pairs import EMBEDDING, Pair
+from converters.pairs import Pair
 from converters.quant_types import RECIPES, TYPES, BlockType
 from converters.quantize import Bytes, quantize_rows
-from converters.stream import Progress
+from converters.stream import Progress, default_threads, in_order
+from converters.tensor_kinds import EMBEDDING
 from converters.writer import TensorSpec, Value, check_output, create, file_size, header_bytes
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
@@ -30,6 +33,7 @@ MAXIMA = {"F16": F16_MAX, "Q8_0": 127 * F16_MAX}
 # (below 6e-8 they become zero), which tensors and block scales of q8_0 are too, or their ranks cancel one another.
 MAX_ERRORS = {"f16": 1e-3, "q8_0": 0.03}
 SMALLEST_SUM = 1e-6  # of squared norms: what float32 tells from nothing
+MOST_THREADS = 4  # each holds a pair
 KEPT_BYTES = 256 << 20  # of encoded tensors that are kept from the check to the writing
 RESIDUAL = "edgelora.adapter.residual_energy"  # float32 for each pair, likewise, where any was approximated
 SCALES = "edgelora.adapter.scales"  # float32 for each pair, in the file's order; 0 where it has several
@@ -65,8 +69,10 @@ class AdapterFile:
         """Look at every value: none may be NaN, infinite, or beyond the type."""
         pairs, dtype = tuple(pairs), dtype.lower()
         check = _Check(dtype)
-        for pair in pairs:
-            check.look_at(pair)
+        threads = min(default_threads(), MOST_THREADS)
+        with ThreadPoolExecutor(threads) as pool:
+            for look in in_order(pool, (partial(_looked_at, pair, dtype) for pair in pairs), ahead=threads + 1):
+                check.add(look)
         notices = [*check.notices]
         rounding = max(check.errors.values(), default=0.0)
         most = MAX_ERRORS.get(dtype, inf)
@@ -139,6 +145,24 @@ class AdapterFile:
         }
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What one type does to the values of one pair.
+
+    Attributes:
+        error: of the change, see `AdapterFile.rounding`.
+        encoded: both tensors, by name.
+        plain: why tensors are of a plain type instead.
+    """
+
+    pair: Pair
+    error: float
+    is_zero: bool
+    problems: tuple[str, ...]
+    encoded: Mapping[str, Bytes]
+    plain: tuple[str, ...]
+
+
 class _Check:
     """What one type does to the values of all pairs."""
 
@@ -151,32 +175,15 @@ class _Check:
         self._all_zero = True
         self._plain: set[str] = set()
 
-    def look_at(self, pair: Pair) -> None:
-        loaded, specs = pair.stored(), specs_of(pair, self.dtype)
-        found = [self._encoded(spec, values, reason) for (spec, reason), values in zip(specs, loaded, strict=True)]
-        self._all_zero &= any(norm == 0.0 for norm, _ in found)
-        # A value that is not finite, or becomes so, makes its sum of squares so: only then is it looked for.
-        if not np.isfinite(found).all():
-            sides = zip("AB", specs, loaded, strict=True)
-            self.problems += filter(None, (_problem(pair, side, spec, values) for side, (spec, _), values in sides))
-        largest = max(error / norm if norm else 0.0 for norm, error in found)
-        self.errors[pair.tensor] = largest * _amplification(pair, *loaded) if largest else 0.0
-
-    def _encoded(self, spec: TensorSpec, values: Floats, reason: str) -> tuple[float, float]:
-        """The norm of a tensor, and of what its type rounds away."""
-        assert values.shape == spec.shape, f"{spec.name}: placed as {values.shape}, and {spec.shape} were announced"
-        if reason:
-            self._plain.add(reason)
-        data = _encode(values, spec.block_type)
-        if self._kept + data.nbytes <= KEPT_BYTES:
-            self.encoded[spec.name] = data
-            self._kept += data.nbytes
-        if spec.block_type.name == "F32":
-            return _norm(values), 0.0
-        rounded = dequantize_rows(data, spec.block_type, values.shape[-1]).reshape(values.shape)
-        with np.errstate(invalid="ignore"):
-            rounded -= values
-        return _norm(values), _norm(rounded)
+    def add(self, look: _Look) -> None:
+        self.errors[look.pair.tensor] = look.error
+        self.problems += look.problems
+        self._all_zero &= look.is_zero
+        self._plain.update(look.plain)
+        n_bytes = sum(data.nbytes for data in look.encoded.values())
+        if self._kept + n_bytes <= KEPT_BYTES:
+            self.encoded.update(look.encoded)
+            self._kept += n_bytes
 
     @property
     def notices(self) -> list[str]:
@@ -184,19 +191,52 @@ class _Check:
         return [*untrained, *sorted(self._plain)]
 
 
+def _looked_at(pair: Pair, dtype: str) -> _Look:
+    """Load a pair and encode it; runs in a thread."""
+    loaded, specs = pair.stored(), specs_of(pair, dtype)
+    encoded = [_encoded(spec, values) for (spec, _), values in zip(specs, loaded, strict=True)]
+    sizes = [(norm, error) for _, norm, error in encoded]
+    largest, problems = max(error / norm if norm else 0.0 for norm, error in sizes), []
+    # A value that is not finite, or becomes so, makes its sum of squares so: only then is it looked for.
+    if not np.isfinite(sizes).all():
+        sides = zip("AB", specs, loaded, strict=True)
+        problems = [*filter(None, (_problem(pair, side, spec, values) for side, (spec, _), values in sides))]
+    return _Look(
+        pair,
+        error=largest * _amplification(pair, *loaded) if largest else 0.0,
+        is_zero=any(norm == 0.0 for norm, _ in sizes),
+        problems=tuple(problems),
+        encoded={spec.name: data for (spec, _), (data, _, _) in zip(specs, encoded, strict=True)},
+        plain=tuple(reason for _, reason in specs if reason),
+    )
+
+
+def _encoded(spec: TensorSpec, values: Floats) -> tuple[Bytes, float, float]:
+    """A tensor, its norm, and that of what its type rounds away."""
+    assert values.shape == spec.shape, f"{spec.name}: placed as {values.shape}, and {spec.shape} were announced"
+    data = _encode(values, spec.block_type)
+    if spec.block_type.name == "F32":
+        return data, _norm(values), 0.0
+    rounded = dequantize_rows(data, spec.block_type, values.shape[-1]).reshape(values.shape)
+    with np.errstate(invalid="ignore"):
+        rounded -= values
+    return data, _norm(values), _norm(rounded)
+
+
 def _amplification(pair: Pair, first: Floats, second: Floats) -> float:
     """How much larger the error of B @ A is than those of B and A: above 1 where its ranks cancel one another.
 
     The squared norms of the ranks, each for itself, over that of their sum: of B @ A, or the sum of (B.T @ B) *
-    (A @ A.T), whichever is smaller to build.
+    (A @ A.T), whichever is smaller to build. Those two hold the squared norms of the ranks on their diagonals.
     """
     b, a = (first, second.T) if pair.tensor == EMBEDDING else (second, first)
     with np.errstate(over="ignore", invalid="ignore"):
-        apart = float((np.square(b).sum(axis=-2) * np.square(a).sum(axis=-1)).sum())
         if pair.rank > max(b.shape[-2], a.shape[-1]):
+            apart = float((np.square(b).sum(axis=-2) * np.square(a).sum(axis=-1)).sum())
             together = float(np.square(b @ a).sum())
         else:
-            together = float(((np.swapaxes(b, -1, -2) @ b) * (a @ np.swapaxes(a, -1, -2))).sum())
+            products = (np.swapaxes(b, -1, -2) @ b) * (a @ np.swapaxes(a, -1, -2))
+            apart, together = float(np.trace(products, axis1=-2, axis2=-1).sum()), float(products.sum())
     if not isfinite(apart) or apart <= together:
         return 1.0
     return sqrt(apart / max(together, apart * SMALLEST_SUM))

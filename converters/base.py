@@ -17,7 +17,7 @@ from converters.architectures import Family
 from converters.block_types import TYPES
 from converters.checkpoint import Checkpoint, Floats
 from converters.errors import UnsupportedError
-from converters.fingerprint import fingerprint_of
+from converters.fingerprint import UNTIED, fingerprint_of
 from converters.job import BaseReport, Job, quantization_keys
 from converters.model import Model, norms, understand
 from converters.model_card import describe
@@ -25,6 +25,7 @@ from converters.model_shape import ModelShape
 from converters.options import QuantizeOptions
 from converters.quant_types import find_recipe
 from converters.stream import CHUNK_BYTES, Progress, Source
+from converters.tensor_kinds import EMBEDDING, OUTPUT
 from converters.type_choice import choose
 from converters.view import View
 from converters.writer import TensorSpec, Value
@@ -32,8 +33,6 @@ from converters.writer import TensorSpec, Value
 __all__ = ["BaseReport", "Job", "Progress", "QuantizeOptions", "convert_base", "plan_base"]
 
 TRANSPOSED_CHUNK_BYTES = 16 << 20  # each chunk of a transposed matrix reads all of it
-OUTPUT = "output.weight"
-UNTIED = "edgelora.untied"
 """Says of a file that its output was made of the embeddings, to which the model ties it."""
 COMPUTED = "computed"
 ReadRows = Callable[[int, int], Floats]
@@ -148,7 +147,7 @@ def _stored(model: Model, tensors: Mapping[str, Source]) -> dict[str, str]:
     for name, view in model.views.items():
         found[name] = "MXFP4" if view.place.row.mxfp4 else view.tensors.tensors[view.names[0]].dtype
     if OUTPUT in found and OUTPUT not in model.views:
-        found[OUTPUT] = found["token_embd.weight"]
+        found[OUTPUT] = found[EMBEDDING]
     return found
 
 
@@ -161,7 +160,7 @@ def _untied(model: Model, options: QuantizeOptions) -> dict[str, Source]:
     if not options.untie or OUTPUT in model.views:
         return {}
     check_can_untie(model.family)
-    embedding = model.views["token_embd.weight"]
+    embedding = model.views[EMBEDDING]
     return {OUTPUT: Source(TensorSpec(OUTPUT, embedding.shape, TYPES["F32"]), embedding.read)}
 
 
@@ -169,15 +168,11 @@ def untie_notices(options: QuantizeOptions, *, is_untied: bool) -> list[str]:
     return ["--untie changes nothing: this model has an output of its own"] if options.untie and is_untied else []
 
 
-def can_untie(family: Family) -> bool:
-    return any(row.gguf == "output" for row in family.rows)
-
-
 def check_can_untie(family: Family) -> None:
     """Raises:
     UnsupportedError: llama.cpp's graph of this family always takes the embeddings.
     """
-    if not can_untie(family):
+    if not family.can_untie:
         raise UnsupportedError(f"--untie: llama.cpp's {family.architecture} has no output tensor of its own")
 
 

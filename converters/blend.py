@@ -26,8 +26,9 @@ from converters.errors import BaseMismatchError, UnsupportedAdapterError, listed
 from converters.gguf_adapter import open_gguf_adapter
 from converters.methods.lora import INVOCATION
 from converters.model_card import readable_name
-from converters.pairs import EMBEDDING, Pair, blended
+from converters.pairs import Pair, blended
 from converters.reader import RawValue
+from converters.tensor_kinds import EMBEDDING
 from converters.writer import Value
 
 OF_A_CONTRACT = ("edgelora.", "tokenizer.")  # keys: the caller writes those of the new adapter

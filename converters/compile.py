@@ -12,12 +12,13 @@ from math import prod, sqrt
 
 import numpy as np
 
-from converters.adapted_base import EMBEDDING, OUTPUT, AdaptedBase, Tie
+from converters.adapted_base import AdaptedBase, Tie
 from converters.checkpoint import Floats
 from converters.low_rank import approximate
 from converters.methods import Change, LowRank, Reading, Replaced, Shifted, Transformed, Turned
 from converters.pairs import Pair, Piece, assemble, multiplied
 from converters.placement import Claims, Slot, factors_of, find_slots, is_known, oriented, source_shape
+from converters.tensor_kinds import EMBEDDING, OUTPUT
 from converters.tied_output import UNKNOWN, embedding_name, for_output, is_embedding, is_output, tie_for
 
 DEFAULT_MAX_ERROR = 0.01

@@ -12,14 +12,14 @@ from math import prod
 
 import numpy as np
 
-from converters.adapted_base import EMBEDDING, OUTPUT, AdaptedBase, Tie
-from converters.base import can_untie
+from converters.adapted_base import AdaptedBase, Tie
 from converters.checkpoint import Floats
 from converters.compile import INFINITE, is_base_copy, is_finite, misfit
 from converters.methods import Change, LowRank, Reading, Replaced, Transformed
 from converters.pairs import Pair, Piece, assemble, multiplied
 from converters.placement import Claims, Slot, factors_of, find_slots, is_known, oriented
 from converters.row_edits import Edit, edit_of, scaled, sum_of
+from converters.tensor_kinds import EMBEDDING, OUTPUT
 from converters.tied_output import UNKNOWN, for_output, is_embedding, is_output, keeps_tie, tie_for
 
 
@@ -152,7 +152,7 @@ def _untied(edits: Edits, base: AdaptedBase, change: Change) -> str:
     if not base.is_tied or not is_one_of_two or keeps_tie(change):
         return ""
     edits.unties = True
-    if can_untie(base.family):
+    if base.family.can_untie:
         return ""
     what = "changes the embeddings or the output alone, and llama.cpp's"
     return f"{change.tensor}: {what} {base.family.architecture} always takes one for both"

@@ -29,6 +29,8 @@ from converters.split import COUNT
 TOKENS = "tokenizer.ggml.tokens"
 MERGED = "edgelora.merged"
 """What was merged into a base: for each adapter its name, scale, and the hash of its files, as text."""
+UNTIED = "edgelora.untied"
+"""Whether a base's output was made of its embeddings."""
 _DTYPES = {"F32": "<f4", "F16": "<f2"}
 
 

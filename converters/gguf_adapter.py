@@ -19,8 +19,9 @@ from converters.adapter_file import RESIDUAL, SCALES
 from converters.base_file import BaseFile
 from converters.checkpoint import Floats
 from converters.errors import FormatError, UnsupportedAdapterError, listed
-from converters.pairs import EMBEDDING, Pair
+from converters.pairs import Pair
 from converters.reader import GGUFHeader, TensorInfo
+from converters.tensor_kinds import EMBEDDING
 from converters.writer import Value
 
 # Keys that a new file gets of its own.

@@ -37,6 +37,7 @@ from converters.quant_types import tensor_order
 from converters.requantize import plan_as_it_is, plan_requantize, recipe_of
 from converters.resized import Resize, checkpoint_of, common_resize, find_resize, open_resized
 from converters.stream import Progress, Source
+from converters.tensor_kinds import EMBEDDING
 from converters.writer import TensorSpec, Value
 
 FINGERPRINT = "edgelora.fingerprint"
@@ -220,7 +221,7 @@ def _edited_source(source: Source, base: AdaptedBase, edits: Edits) -> Source:
     name = source.spec.name
     if name not in edits.by_tensor:
         return source
-    read = source.read or partial(base.rows, name if name in base.shapes else "token_embd.weight")
+    read = source.read or partial(base.rows, name if name in base.shapes else EMBEDDING)
 
     def edited(start: int, stop: int) -> Floats:
         rows = read(start, stop)

@@ -15,6 +15,7 @@ from converters.architectures import Config, Family, Place, Sizes, find_family
 from converters.architectures.settings import complete, flatten, problems_of
 from converters.checkpoint import READABLE, Checkpoint, Floats
 from converters.errors import FormatError, UnsupportedError, listed
+from converters.tensor_kinds import EMBEDDING, OUTPUT
 from converters.view import View, scales_of
 
 if TYPE_CHECKING:
@@ -150,8 +151,8 @@ def _views(checkpoint: Checkpoint, family: Family, sizes: Sizes, config: Config)
     ways: dict[str, list[Place]] = {}
     for place in family.places(sizes, config):
         ways.setdefault(place.gguf_name, []).append(place)
-    embedding = ways["token_embd.weight"][0].hf_names(sizes)[0]
-    output = ways.get("output.weight", [None])[0]
+    embedding = ways[EMBEDDING][0].hf_names(sizes)[0]
+    output = ways.get(OUTPUT, [None])[0]
     tied = config.get("tie_word_embeddings", False) if output is None or output.row.absent_if_tied else False
     own = output.hf_names(sizes)[0] if output else "lm_head.weight"
     has_own = own in checkpoint.tensors and not (tied and _is_copy(checkpoint, own, embedding))
@@ -160,7 +161,7 @@ def _views(checkpoint: Checkpoint, family: Family, sizes: Sizes, config: Config)
         problems.append(f"{own}: differs from {embedding}, and llama.cpp's {family.architecture} ties the two")
     used |= {own} if own in checkpoint.tensors and not has_own else set()
     for gguf_name, places in ways.items():
-        if gguf_name == "output.weight" and tied and not has_own:
+        if gguf_name == OUTPUT and tied and not has_own:
             continue
         place = next((place for place in places if _stored(place, sizes)[0] in checkpoint.tensors), places[0])
         needed = _stored(place, sizes)

@@ -11,13 +11,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import gguf
-
 from converters.errors import FormatError
 from converters.hub_cache import repository_of
 from converters.writer import Typed, Value
 
-# gguf's remarks about model cards and post-processors go to whoever configured logging, not to the terminal.
+# gguf, with its YAML and sentencepiece, is imported where a card is read: many adapters need none of it.
+# Its remarks about model cards and post-processors go to whoever configured logging, not to the terminal.
 for _logger in ("gguf", "metadata"):
     logging.getLogger(_logger).addHandler(logging.NullHandler())
 
@@ -38,6 +37,8 @@ def describe(folder: Path, architecture: str, shapes: Mapping[str, tuple[int, ..
     Raises:
         FormatError: a model card or generation_config.json that cannot be understood.
     """
+    import gguf
+
     folder = folder.resolve()
     total, shared, expert, count = parameter_counts(shapes)
     try:

@@ -20,8 +20,8 @@ from converters.checkpoint import Floats
 from converters.low_rank import norm_of_product, shorten
 from converters.methods import LowRank
 from converters.placement import Slot
+from converters.tensor_kinds import EMBEDDING
 
-EMBEDDING = "token_embd.weight"
 Load = Callable[[], tuple[Floats, Floats]]
 
 

@@ -17,10 +17,11 @@ from math import prod
 
 import numpy as np
 
-from converters.adapted_base import OUTPUT, AdaptedBase
+from converters.adapted_base import AdaptedBase
 from converters.architectures import Family, Indices, Place
 from converters.checkpoint import Floats
 from converters.methods import LowRank, Turned
+from converters.tensor_kinds import OUTPUT
 
 # Tensors that a file may hold as one, by the row: the three parts of attention, and those of an expert's first half.
 FUSED: Mapping[str, tuple[str, ...]] = {
@@ -86,7 +87,9 @@ class Claims:
         missing = int(slot.rows.max(initial=-1)) + 1 - len(owners)
         owners = np.pad(owners, (0, missing), constant_values=-1) if missing > 0 else owners
         self._owners[slot.gguf] = owners
-        before = {self._names[number] for number in np.unique(owners[slot.rows]) if number >= 0}
+        taken = owners[slot.rows]
+        taken = taken[taken >= 0]
+        before = {self._names[number] for number in np.unique(taken)} if taken.size else set()
         owners[slot.rows] = len(self._names) - 1
         return min(before - {tensor}, default="")
 

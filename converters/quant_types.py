@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from converters.block_types import PLAIN, TYPE_BY_NUMBER, TYPES, BlockType, find_type
 from converters.errors import UnsupportedError
 from converters.model_shape import ModelShape
-from converters.tensor_kinds import EMBEDDINGS, FEED_FORWARD, category_of, is_quantizable, tensor_order
+from converters.tensor_kinds import EMBEDDINGS, FEED_FORWARD, OUTPUT, category_of, is_quantizable, tensor_order
 from converters.type_overrides import Overrides, parse_tensor_types
 
 __all__ = [
@@ -381,7 +381,7 @@ def needs_imatrix(types: Mapping[str, BlockType], recipe: Recipe) -> list[str]:
     Embeddings and the output can, except in types whose quantizer would end the process.
     """
     needing = {*_NEEDS_IMATRIX, _NEEDS_IMATRIX_WITH.get(recipe.name)}
-    free = (*EMBEDDINGS, "output.weight")
+    free = (*EMBEDDINGS, OUTPUT)
     return [name for name, kind in types.items() if kind.name in (ABORTS_WITHOUT_IMATRIX if name in free else needing)]
 
 
@@ -392,7 +392,7 @@ class _Walk:
         self, recipe: Recipe, model: ModelShape, overrides: Overrides, has_imatrix: bool, names: Sequence[str]
     ) -> None:
         self.recipe, self.model, self.overrides, self.has_imatrix = recipe, model, overrides, has_imatrix
-        self.is_tied = "output.weight" not in names
+        self.is_tied = OUTPUT not in names
         self.n_attn_v = sum(category_of(name) == "attn_v" for name in names)
         self.seen: Counter[str] = Counter()
         self.fallbacks: list[Fallback] = []

@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 
 from converters.architectures import find_gguf_family
-from converters.base import OUTPUT, UNTIED, check_can_untie, untie_notices
+from converters.base import check_can_untie, untie_notices
 from converters.base_file import BaseFile
 from converters.block_types import PLAIN, TYPES, BlockType
 from converters.errors import FormatError, UnsupportedArchitectureError, UnsupportedError, listed
-from converters.fingerprint import TOKENS, fingerprint_of_header
+from converters.fingerprint import TOKENS, UNTIED, fingerprint_of_header
 from converters.job import BaseReport, Job, quantization_keys
 from converters.model_shape import ModelShape
 from converters.options import QuantizeOptions
@@ -25,12 +25,12 @@ from converters.quant_types import RECIPES, find_recipe, tensor_order
 from converters.reader import GGUFHeader, RawValue
 from converters.split import KEYS as SPLIT_KEYS
 from converters.stream import Progress, Source
+from converters.tensor_kinds import EMBEDDING, OUTPUT
 from converters.type_choice import TypeChoice, choose
 from converters.writer import TensorSpec, Value
 
 __all__ = ["BaseReport", "QuantizeOptions", "plan_requantize", "requantize"]
 
-EMBEDDING = "token_embd.weight"
 _NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64")
 
 

@@ -26,10 +26,10 @@ from converters.methods import Reading, Replaced
 from converters.placement import find_slots
 from converters.shards import Shards, floats, matrix_of
 from converters.stored import Dequantized
+from converters.tensor_kinds import EMBEDDING, OUTPUT
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 LOST = "was not saved with its {} rows: save it too (modules_to_save, or save_embedding_layers=True)"
-EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 NO_TOKENIZER = (
     "has no tokenizer for its {} tokens (the base has {}): save it beside the adapter, tokenizer.save_pretrained({}); "
     "or copy the base's files there, where no token was added"

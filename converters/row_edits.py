@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from converters.adapted_base import EMBEDDING, OUTPUT, AdaptedBase
+from converters.adapted_base import AdaptedBase
 from converters.checkpoint import Floats
 from converters.compile import rows_first, weight_of
 from converters.methods import Replaced, Shifted, Transformed
 from converters.pairs import Pair
 from converters.placement import Slot, source_shape
+from converters.tensor_kinds import EMBEDDING, OUTPUT
 
 Edit = Callable[[Floats, int], Floats]
 """Rows of a GGUF tensor as float32 (n, columns) and the number of the first to the changed rows."""

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from converters.errors import FormatError, UnsupportedError, listed
 from converters.quantize import ON_A_GRID, Bytes, Floats, quantize_rows
 from converters.writer import Part, TensorSpec, create_parts
 
+T = TypeVar("T")
 Progress = Callable[[int, int, str], None]
 """Called with bytes written, bytes in all, and the tensor that is being written."""
 
@@ -91,7 +92,7 @@ def write_tensors(
     broken: dict[str, str] = {}
     overflowed: dict[str, str] = {}
     with ThreadPoolExecutor(threads) as pool, create_parts(parts) as file:
-        for chunk in _in_order(pool, _jobs(sources, threads), ahead=_ahead(threads)):
+        for chunk in in_order(pool, _jobs(sources, threads), ahead=_ahead(threads)):
             name = chunk.source.spec.name
             file.write(chunk.data.data)
             done += chunk.data.nbytes
@@ -173,9 +174,9 @@ def _is_finite(data: Bytes, type_name: str) -> bool:
     return exponent is None or bool(((data.view(exponent.dtype) & exponent) != exponent).all())
 
 
-def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], _Chunk]], ahead: int) -> Iterator[_Chunk]:
+def in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
     """Results in the order of the jobs, with at most `ahead` of them in memory."""
-    waiting: deque[Future[_Chunk]] = deque()
+    waiting: deque[Future[T]] = deque()
     try:
         for job in jobs:
             waiting.append(pool.submit(job))

@@ -22,7 +22,8 @@ _CATEGORIES = (
     ("ffn_down", "ffn_down"),
 )
 FEED_FORWARD = ("ffn_up", "ffn_gate", "ffn_down")
-EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+EMBEDDINGS = (EMBEDDING, "per_layer_token_embd.weight")
 
 # Matrices that keep the type they have in the source, by name or part of it (`tensor_allows_quantization`).
 _KEPT_NAMES = ("position_embd.weight", "token_types.weight")
@@ -51,7 +52,7 @@ def tensor_order(name: str) -> tuple[int, str]:
 
 
 def category_of(name: str) -> str:
-    if name == "output.weight":
+    if name == OUTPUT:
         return "output"
     if name in EMBEDDINGS:
         return "token_embd"

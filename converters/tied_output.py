@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from converters.adapted_base import EMBEDDING, OUTPUT, AdaptedBase, Tie
+from converters.adapted_base import AdaptedBase, Tie
 from converters.methods import Change, Shifted
 from converters.placement import Slot, find_slots
+from converters.tensor_kinds import EMBEDDING, OUTPUT
 
 UNKNOWN = (
     "it changes the embeddings and an output that is tied to them, and whether this file's is cannot be seen: the two "

@@ -1,5 +1,6 @@
 """The `edgelora` script, and `python -m edgelora` for checkouts."""
 
+import gc
 import os
 import signal
 import sys
@@ -11,6 +12,8 @@ EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 
 def main() -> None:
     """Run the command line; Ctrl-C ends it with 130 also while it is still being imported."""
+    # numpy's BLAS lets idle threads spin for a tenth of a second, at its start too: 2^16 cycles, then they sleep.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
     try:
         signal.signal(signal.SIGTERM, _terminate)
         if sys.stdout is None:  # closed by whoever started us (`>&-`)
@@ -20,6 +23,8 @@ def main() -> None:
         cli(prog_name="edgelora")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    finally:
+        gc.freeze()  # or Python, as it ends, looks at all that was imported again: a tenth of a short command's time
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -85,7 +85,7 @@ def _prepared(source: Path, request: AdapterRequest, store: Store) -> Iterator[t
     if source.is_dir():
         base = find_base(source, request.base, store)
         settled = contract_for(source, base, store, request.terms)
-        with prepare_adapter(source, base, settings.options(), fingerprint=store.fingerprint(base)) as prepared:
+        with prepare_adapter(source, base, settings.options(), known=store.known_base(base)) as prepared:
             yield prepared, replace(settled, contract=_certified(settled.contract, base, source, settings))
         return
     if unused := [name for name in settings.given() if name in FOLDERS_ONLY]:
@@ -279,13 +279,13 @@ def adapter_from_folder(folder: Path, base: Path, store: Store, *, force: bool =
     """
     from converters.adapter import prepare_adapter
 
-    fingerprint = store.fingerprint(base)
-    check_base(Contract.load(folder) or Contract(), folder, base, fingerprint, force=force)
-    target = store.adapter_path(_content_hash(folder, fingerprint))
+    known = store.known_base(base)
+    check_base(Contract.load(folder) or Contract(), folder, base, known.fingerprint, force=force)
+    target = store.adapter_path(_content_hash(folder, known.fingerprint))
     if not target.is_file():
         settled = contract_for(folder, base, store, ContractTerms(force=force))
         store.make_adapter_folder()
-        with prepare_adapter(folder, base, fingerprint=fingerprint) as prepared:
+        with prepare_adapter(folder, base, known=known) as prepared:
             contract = settled.contract.with_changes(exactness=prepared.exactness())
             prepared.write(target, contract.to_metadata(), force=True)
     return target

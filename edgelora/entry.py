@@ -37,7 +37,7 @@ from edgelora.version import __version__
 BASES = (SourceKind.GGUF_BASE, SourceKind.HF_BASE)
 ADAPTERS = (SourceKind.GGUF_ADAPTER, SourceKind.PEFT_ADAPTER)
 QUANTIZATIONS = {recipe.file_type: recipe.name for recipe in RECIPES.values()}  # `general.file_type` to its name
-MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".bin")  # what a model folder is made of
+MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".bin", ".md")  # what a model folder is made of
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 _HASH_NAME = re.compile(r"[0-9a-f]{64}")
 
@@ -190,13 +190,14 @@ def largest(tensors: Mapping[str, tuple[str, int]]) -> str:
 
 
 def _hf_base(folder: Path) -> _Facts:
+    from converters.adapted_base import of_folder
     from converters.checkpoint import Checkpoint
-    from converters.fingerprint import fingerprint
 
     with Checkpoint(folder) as checkpoint:
         stored = [tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, StoredTensor)]
-    dtype = largest({tensor.name: (tensor.dtype, tensor.size_bytes) for tensor in stored})
-    return _Facts(repository_of(folder) or folder.name, dtype, fingerprint(folder))
+        dtype = largest({tensor.name: (tensor.dtype, tensor.size_bytes) for tensor in stored})
+        base = of_folder(checkpoint)
+        return _Facts(repository_of(folder) or base.name, dtype, base.fingerprint)
 
 
 def _gguf_adapter(path: Path) -> _Facts:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converters.detect import SourceKind
 from edgelora.base_search import BASE_VARIABLE as BASE_VARIABLE
@@ -26,6 +27,9 @@ from edgelora.discovery import SOURCES
 from edgelora.entry import Entry, examine, place_of, state_of
 from edgelora.errors import ModelFileError
 from edgelora.store_index import Index, Move
+
+if TYPE_CHECKING:
+    from converters.adapted_base import Known
 
 HOME_VARIABLE = "EDGELORA_HOME"
 CONVERTED, ADDED, ON_THE_FLY = "convert", "added", "made on the fly"
@@ -193,6 +197,19 @@ class Store:
 
         entry = self.look(path)
         return entry.fingerprint if entry.is_base and entry.fingerprint else fingerprint(path)
+
+    def known_base(self, path: Path) -> Known:
+        """What adapters are told of a base, found out once for each state of its files.
+
+        Raises:
+            ConversionError: not a base that can be read.
+        """
+        from converters.adapted_base import Known
+        from converters.hub_cache import repository_of
+
+        entry = self.look(path)
+        is_its_own = entry.is_base and not repository_of(path)  # a snapshot of the hub is called by its repository here
+        return Known(entry.name if is_its_own else "", self.fingerprint(path))
 
     def find_base(self, contract: Contract | None, adapter: Path) -> FoundBase:
         """The base that `adapter` was made for.

@@ -217,6 +217,11 @@ class Family:
         """What tensors' names begin with, which checkpoints of the bare model leave out ("model.")."""
         return self.rows[0].modules[0].partition(".")[0] + "."
 
+    @property
+    def can_untie(self) -> bool:
+        """Whether llama.cpp's graph takes an output of its own where a file has one."""
+        return any(row.gguf == "output" for row in self.rows)
+
     @cached_property
     def patterns(self) -> tuple[tuple[Row, re.Pattern[str], int], ...]:
         """Row, expression of a tensor's name with groups `layer` and `each`, and which of the row's modules it is; -1

@@ -210,16 +210,16 @@ def command(
 
 
 def _print(report: BaseReport | AdapterReport) -> None:
-    from converters.base import BaseReport
+    from converters.adapter import AdapterReport
 
     click.echo(f"{report.path}  {report.size_bytes / 1e6:.1f} MB")
-    if isinstance(report, BaseReport):
+    if isinstance(report, AdapterReport):
+        _note(f"  {report.method} adapter for {report.base_name}, {report.n_tensors} tensors, {_exactness(report)}")
+    else:
         types = ", ".join(f"{count} {name}" for name, count in sorted(report.types.items()))
         _note(f"  base {report.name}, {report.architecture}, {report.n_tensors} tensors: {types}")
-    else:
-        _note(f"  {report.method} adapter for {report.base_name}, {report.n_tensors} tensors, {_exactness(report)}")
     _warn_of(report.notices)
-    option = "--base" if isinstance(report, BaseReport) else "--adapter"
+    option = "--adapter" if isinstance(report, AdapterReport) else "--base"
     _note(f"Next: edgelora chat {option} {shlex.quote(str(report.path))}")
 
 

@@ -184,10 +184,19 @@ def test_a_wrong_type_goes_back_to_llama_cpp(cache: Path, fresh: None, monkeypat
 
 @needs_compiler
 @needs_fma
-def test_other_arithmetic_turns_all_types_off(cache: Path, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert proof.holds(kernel("F16", *FUSED), TYPES["F16"], encoder(1))
+def test_other_arithmetic_turns_all_types_off_but_mere_rounding(
+    cache: Path, fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert proof.holds(kernel("Q8_0", *FUSED), TYPES["Q8_0"], encoder(8))
     fused = library(*FUSED)
     monkeypatch.setattr(build, "library", lambda: fused)
+    assert native.quantizer(TYPES["Q8_0"], encoder(8)) is None
+    assert native.quantizer(TYPES["F16"], encoder(1)) is not None
+
+
+@needs_compiler
+def test_rounding_is_proven_too(cache: Path, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "holds", lambda encode, kind, ggml: kind.name != "F16")
     assert native.quantizer(TYPES["F16"], encoder(1)) is None
 
 
