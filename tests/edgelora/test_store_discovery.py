@@ -230,7 +230,7 @@ def test_the_listing_says_what_fits_which(home: Path, q8: Path, bases: dict[str,
     listing = list_known(Store())
     assert listing.missing == []
     [model] = listing.models
-    assert [entry.name for entry in model.bases] == ["Fennick 2.6m", "Fennick 2.6m"]  # the folder that `peft` names, too
+    assert [entry.name for entry in model.bases] == ["Fennick 2.6m", "Fennick 2.6m"]  # one is the folder
     assert sorted(entry.name for entry in model.adapters) == ["peft", "support"]
     assert {(each.name, each.fingerprint, each.adapters[0].name) for each in listing.waiting} == {
         ("big", "e" * 64, "other"),
