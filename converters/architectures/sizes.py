@@ -30,6 +30,7 @@ class Sizes:
     vocab: int
     metadata: Mapping[str, Any] = field(repr=False, hash=False)
     layer: int | None = None
+    _layers: dict[int | None, Sizes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("embedding", "layers", "heads", "head_dim"):
@@ -38,7 +39,10 @@ class Sizes:
             raise FormatError(f"{self.architecture}.block_count is {self['layers']}, llama.cpp holds {MAX_LAYERS}")
 
     def at(self, layer: int | None) -> Sizes:
-        return replace(self, layer=layer)
+        """Those of one layer; made, and checked, once."""
+        if layer not in self._layers:
+            self._layers[layer] = replace(self, layer=layer)
+        return self._layers[layer]
 
     def __getitem__(self, name: str | int) -> int:
         """A name of `NAMES`, or a number, which stands for itself."""
