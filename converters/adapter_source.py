@@ -17,9 +17,7 @@ from converters.errors import FormatError, MissingFileError, UnsupportedAdapterE
 from converters.initialisation import Weight
 from converters.methods import METHODS, LowRank, Reading, read_modules
 from converters.methods.trained import TOKENS
-from converters.mlx_adapter import open_mlx
 from converters.mlx_config import detect_mlx
-from converters.mlx_reading import read_mlx
 from converters.peft_config import PeftConfig, read_peft_config, with_settings
 from converters.peft_settings import short
 from converters.placement import shape_in_base
@@ -86,6 +84,9 @@ def open_adapter(
     if detect_mlx(path):
         if initial is not None:
             raise unused_initial(path, "MLX's never do")
+        from converters.mlx_adapter import open_mlx  # most folders are not MLX's
+        from converters.mlx_reading import read_mlx
+
         with open_mlx(path) as adapter:
             inputs = tuple(file for file in path.iterdir() if file.is_file())
             reading = read_mlx(adapter, base)

@@ -79,7 +79,6 @@ def convert_adapter_source(
 @contextmanager
 def _prepared(source: Path, request: AdapterRequest, store: Store) -> Iterator[tuple[PreparedAdapter, Settled]]:
     from converters.adapter import prepare_adapter
-    from converters.blend import Part, prepare_blend
 
     settings = request.settings
     if source.is_dir():
@@ -90,6 +89,8 @@ def _prepared(source: Path, request: AdapterRequest, store: Store) -> Iterator[t
         return
     if unused := [name for name in settings.given() if name in FOLDERS_ONLY]:
         raise SettingsError(f"{', '.join(unused)}: for adapter folders, and {source} is a GGUF adapter")
+    from converters.blend import Part, prepare_blend
+
     settled = _gguf_contract(source, request, store)
     with prepare_blend([Part(source, 1.0)], request.base, settings.options(), force=request.force) as prepared:
         yield prepared, settled
