@@ -39,56 +39,34 @@ def requantize(
     out: Path,
     options: QuantizeOptions | None = None,
     *,
+    keep_types: bool = False,
     metadata: Mapping[str, Value] | None = None,
     progress: Progress | None = None,
     force: bool = False,
     dry_run: bool = False,
 ) -> BaseReport:
-    """Quantize a GGUF base again.
+    """Quantize a GGUF base again, or write it once more with its output as a tensor of its own.
 
     Args:
         source: the file, or any part of a split one.
         out: the GGUF file to write; several are named after it.
+        options: what to make of it.
+        keep_types: untie it, every tensor of the type that it has; the quantization that `options` name is not made.
         metadata: more keys for the file; they win over the source's.
         progress: see `Progress`.
         force: overwrite `out`.
         dry_run: plan and check everything, write nothing; the report has a `plan`.
 
     Raises:
-        UnsupportedError: an adapter, or tensors that have been quantized already (see `QuantizeOptions`).
+        UnsupportedError: an adapter, or tensors that have been quantized already (see `QuantizeOptions`); or
+            llama.cpp's graph of this family always takes the embeddings for its output.
         ConversionError: another child of it that says what is wrong; nothing is left behind.
     """
     options = options or QuantizeOptions()
     with BaseFile(source) as base:
-        job = plan_requantize(base, options, metadata or {})
-        return job.run(Path(out), options, progress=progress, force=force, dry_run=dry_run)
-
-
-def untie(
-    source: Path,
-    out: Path,
-    options: QuantizeOptions | None = None,
-    *,
-    metadata: Mapping[str, Value] | None = None,
-    progress: Progress | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-) -> BaseReport:
-    """Write a GGUF base once more with its output as a tensor of its own, every tensor of the type that it has.
-
-    Args:
-        options: how to write it; the quantization that they name is not made.
-
-    Raises:
-        UnsupportedError: llama.cpp's graph of this family always takes the embeddings.
-        ConversionError: another child of it that says what is wrong; nothing is left behind.
-    """
-    options = options or QuantizeOptions()
-    with BaseFile(source) as base:
-        job = plan_as_it_is(base, metadata or {}, untie=True)
-        job = replace(job, notices=(*job.notices, *untie_notices(options, is_untied=OUTPUT in base.header.tensors)))
+        job = (_plan_untied if keep_types else plan_requantize)(base, options, metadata or {})
         report = job.run(Path(out), options, progress=progress, force=force, dry_run=dry_run)
-        return replace(report, quant=recipe_of(job.metadata))
+        return replace(report, quant=recipe_of(job.metadata)) if keep_types else report
 
 
 def recipe_of(metadata: Mapping[str, Value]) -> str:
@@ -141,6 +119,11 @@ def plan_requantize(base: BaseFile, options: QuantizeOptions, metadata: Mapping[
         {**quantization_keys(recipe.file_type, options), **metadata},
         [*choice.notices, *untie_notices(options, is_untied=OUTPUT in header.tensors)],
     )
+
+
+def _plan_untied(base: BaseFile, options: QuantizeOptions, metadata: Mapping[str, Value]) -> Job:
+    job = plan_as_it_is(base, metadata, untie=True)
+    return replace(job, notices=(*job.notices, *untie_notices(options, is_untied=OUTPUT in base.header.tensors)))
 
 
 def plan_as_it_is(base: BaseFile, metadata: Mapping[str, Value], *, untie: bool = False) -> Job:

@@ -124,16 +124,15 @@ class _Conversion:
     ) -> BaseReport:
         from converters.base import convert_base
         from converters.merge import merge
-        from converters.requantize import requantize, untie
+        from converters.requantize import requantize
 
         how: dict[str, Any] = {"metadata": self.metadata, "progress": progress, "force": force, "dry_run": dry_run}
         if self.merged:
             keeps = self.settings.keeps_types
             return merge(self.source, self.merged, self.target, options, keep_types=keeps, **how)
-        if self.settings.keeps_types and not self.source.is_dir():
-            return untie(self.source, self.target, options, **how)
-        make = convert_base if self.source.is_dir() else requantize
-        return make(self.source, self.target, options=options, **how)
+        if self.source.is_dir():
+            return convert_base(self.source, self.target, options=options, **how)
+        return requantize(self.source, self.target, options, keep_types=self.settings.keeps_types, **how)
 
 
 def convert_base_source(
