@@ -68,7 +68,7 @@ class AdapterFile:
     def of(cls, architecture: str, pairs: Sequence[Pair], dtype: str) -> AdapterFile:
         """Look at every value: none may be NaN, infinite, or beyond the type."""
         pairs, dtype = tuple(pairs), dtype.lower()
-        check = _Check(dtype)
+        check = _Check()
         threads = min(default_threads(), MOST_THREADS)
         with ThreadPoolExecutor(threads) as pool:
             for look in in_order(pool, (partial(_looked_at, pair, dtype) for pair in pairs), ahead=threads + 1):
@@ -166,8 +166,7 @@ class _Look:
 class _Check:
     """What one type does to the values of all pairs."""
 
-    def __init__(self, dtype: str) -> None:
-        self.dtype = dtype
+    def __init__(self) -> None:
         self.errors: dict[str, float] = {}
         self.problems: list[str] = []
         self.encoded: dict[str, Bytes] = {}

@@ -193,10 +193,7 @@ class Store:
         Raises:
             ConversionError: not a base that can be read.
         """
-        from converters.fingerprint import fingerprint
-
-        entry = self.look(path)
-        return entry.fingerprint if entry.is_base and entry.fingerprint else fingerprint(path)
+        return _fingerprint_of(self.look(path), path)
 
     def known_base(self, path: Path) -> Known:
         """What adapters are told of a base, found out once for each state of its files.
@@ -209,7 +206,7 @@ class Store:
 
         entry = self.look(path)
         is_its_own = entry.is_base and not repository_of(path)  # a snapshot of the hub is called by its repository here
-        return Known(entry.name if is_its_own else "", self.fingerprint(path))
+        return Known(entry.name if is_its_own else "", _fingerprint_of(entry, path))
 
     def find_base(self, contract: Contract | None, adapter: Path) -> FoundBase:
         """The base that `adapter` was made for.
@@ -222,6 +219,12 @@ class Store:
             BaseNotFoundError: nothing fits; the message says what is wanted, what was looked at and what to run.
         """
         return find_base(self, contract, adapter)
+
+
+def _fingerprint_of(entry: Entry, path: Path) -> str:
+    from converters.fingerprint import fingerprint
+
+    return entry.fingerprint if entry.is_base and entry.fingerprint else fingerprint(path)
 
 
 def _each_once(entries: Iterable[Entry]) -> list[Entry]:
