@@ -3,6 +3,7 @@
 The only package that imports `llama_cpp`, and only its low-level half:
 
     native.py       the ctypes seam: log capture, handles freed once, the flag that interrupts a running decode
+    amx.py          matrix tiles that fault, hidden from llama.cpp
     model.py        a loaded base: metadata, special tokens, sizes
     context.py      KV memory and decode
     tokenizer.py    text to tokens and back

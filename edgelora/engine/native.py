@@ -13,7 +13,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+from edgelora.engine import amx
 
 _WARN, _ERROR = 3, 4  # ggml.h, enum ggml_log_level
 _keep_alive: list[Any] = []
@@ -37,6 +40,8 @@ def llama() -> Any:
     callback = library.llama_log_callback(_on_log)
     library.llama_log_set(callback, None)
     library.llama_backend_init()
+    if amx.is_broken(Path(library.__file__).with_name("lib")):
+        amx.hide_from(library._lib)
     # llama.cpp may log from destructors that run after the interpreter is gone. Py_IsInitialized is a C function that
     # may be called even then, and does nothing: the sink of the last resort.
     sink = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, library.llama_log_callback)
