@@ -62,6 +62,8 @@ def _proven(block_type: BlockType, ggml: ctypes.CDLL) -> Quantizer | None:
 def bind(library: ctypes.CDLL, block_type: BlockType, ggml: ctypes.CDLL) -> Quantizer | None:
     """The encoder of one type in a built library, unproven; None for a type that has no kernel."""
     kernel, chunk = library.kquants_quantize, ctypes.cast(ggml.ggml_quantize_chunk, ctypes.c_void_p)
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    kernel.argtypes, kernel.restype = [ctypes.c_int, pointer, pointer, count, count, pointer, pointer], count
     number = block_type.number
     if kernel(number, None, None, 0, block_type.block, None, chunk) < 0:
         return None

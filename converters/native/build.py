@@ -1,6 +1,6 @@
-"""Compiling `kquants.c` and its headers once for this machine, and loading it.
+"""Compiling C sources once for this machine (`kquants.c` and its headers, if none are named), and loading them.
 
-The library is `$XDG_CACHE_HOME/edgelora/kernels/KEY/libkquants-DIGEST.so` (or lies in a folder of the user's in the
+The library is `$XDG_CACHE_HOME/edgelora/kernels/KEY/libNAME-DIGEST.so` (or lies in a folder of the user's in the
 temporary directory, where the cache cannot be written). KEY covers the source, the compiler, the flags and the
 processor; DIGEST is that of the file itself, for loading a damaged library can end the process. It is loaded only from
 folders that belong to this user and that nobody else can write. Every failure means None: the caller has another way.
@@ -36,21 +36,23 @@ TUNING = (
 )
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_SECONDS, TRY_SECONDS, RETRY_SECONDS = 60, 20, 24 * 3600
-TRY = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).kquants_try())"
+TRY = "import ctypes, sys; sys.exit(getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])())"
 
 
-def library(extra_flags: Sequence[str] = ()) -> ctypes.CDLL | None:
+def library(extra_flags: Sequence[str] = (), source: Path | None = None) -> ctypes.CDLL | None:
     """The kernels, built if need be (2 to 4 seconds, once a machine).
 
     Args:
         extra_flags: for the compiler, after ours.
+        source: NAME.c, with headers beside it; `int NAME_try(void)` in it runs everything once, and returns 0.
     """
+    source = source or SOURCE
     compiler = find_compiler()
     if compiler is None or os.name != "posix":
         return None
     for folder in _cache_folders():
         with suppress(OSError):
-            return _library_in(folder / _key(compiler, extra_flags), compiler, extra_flags)
+            return _library_in(folder / _key(source, compiler, extra_flags), source, compiler, extra_flags)
     return None
 
 
@@ -67,10 +69,10 @@ def find_compiler() -> tuple[str, ...] | None:
     return None
 
 
-def _key(compiler: Sequence[str], extra_flags: Sequence[str]) -> str:
+def _key(source: Path, compiler: Sequence[str], extra_flags: Sequence[str]) -> str:
     """Names a build. The compiler counts by its file, for asking its version would cost each start a process."""
     program = os.stat(compiler[0])
-    sources = [path.read_text() for path in sorted(SOURCE.parent.glob("*.[ch]"))]
+    sources = [path.read_text() for path in sorted(source.parent.glob("*.[ch]"))]
     flags = (*FLAGS, *(flag for flags in TUNING for flag in flags), *extra_flags)
     parts = (*sources, *compiler, str(program.st_size), str(program.st_mtime_ns), *flags)
     return hashlib.sha256("\0".join((*parts, _processor())).encode()).hexdigest()[:32]
@@ -91,7 +93,7 @@ def _cache_folders() -> Iterator[Path]:
     yield Path(tempfile.gettempdir()) / f"edgelora-kernels-{os.geteuid()}"
 
 
-def _library_in(folder: Path, compiler: Sequence[str], extra_flags: Sequence[str]) -> ctypes.CDLL | None:
+def _library_in(folder: Path, source: Path, compiler: Sequence[str], extra_flags: Sequence[str]) -> ctypes.CDLL | None:
     """The library in `folder`, made there if it is not; None if it cannot be made.
 
     Raises:
@@ -100,24 +102,24 @@ def _library_in(folder: Path, compiler: Sequence[str], extra_flags: Sequence[str
     for private in (folder.parent, folder):
         private.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_private(private)
-    path = _whole_library(folder)
+    path = _whole_library(folder, source.stem)
     if path is None and not _failed_lately(folder):
-        _build(folder, compiler, extra_flags)
-        path = _whole_library(folder)
+        _build(folder, source, compiler, extra_flags)
+        path = _whole_library(folder, source.stem)
     return _load(path) if path else None
 
 
-def _whole_library(folder: Path) -> Path | None:
-    for path in sorted(folder.glob("libkquants-*.so")):
+def _whole_library(folder: Path, name: str) -> Path | None:
+    for path in sorted(folder.glob(f"lib{name}-*.so")):
         _check_private(path)
-        if path.name == _library_name(path):
+        if path.name == _library_name(path, name):
             return path
         path.unlink()
     return None
 
 
-def _library_name(path: Path) -> str:
-    return f"libkquants-{hashlib.sha256(path.read_bytes()).hexdigest()[:32]}.so"
+def _library_name(path: Path, name: str) -> str:
+    return f"lib{name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:32]}.so"
 
 
 def _failed_lately(folder: Path) -> bool:
@@ -132,22 +134,22 @@ def _check_private(path: Path) -> None:
         raise PermissionError(f"{path} could be written by others")
 
 
-def _build(folder: Path, compiler: Sequence[str], extra_flags: Sequence[str]) -> None:
+def _build(folder: Path, source: Path, compiler: Sequence[str], extra_flags: Sequence[str]) -> None:
     """Compile in a folder of its own and rename: several builders at once each leave a whole library, or a marker."""
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
-        made = Path(scratch) / "libkquants.so"
+        made = Path(scratch) / f"lib{source.stem}.so"
         for tuning in TUNING:
-            command = [*compiler, *FLAGS, *tuning, *extra_flags, str(SOURCE), "-o", str(made), "-lm"]
-            if _runs(command, COMPILE_SECONDS) and _can_be_used(made):
+            command = [*compiler, *FLAGS, *tuning, *extra_flags, str(source), "-o", str(made), "-lm"]
+            if _runs(command, COMPILE_SECONDS) and _can_be_used(made, source.stem):
                 made.chmod(0o700)
-                made.replace(folder / _library_name(made))
+                made.replace(folder / _library_name(made, source.stem))
                 return
     (folder / FAILED).touch(mode=0o600)
 
 
-def _can_be_used(made: Path) -> bool:
+def _can_be_used(made: Path, name: str) -> bool:
     """In a process of its own, which a processor that lacks an instruction may end."""
-    return not sys.executable or _runs([sys.executable, "-I", "-S", "-c", TRY, str(made)], TRY_SECONDS)
+    return not sys.executable or _runs([sys.executable, "-I", "-S", "-c", TRY, str(made), f"{name}_try"], TRY_SECONDS)
 
 
 def _runs(command: Sequence[str], seconds: float) -> bool:
@@ -161,10 +163,6 @@ def _runs(command: Sequence[str], seconds: float) -> bool:
 
 def _load(path: Path) -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
     except OSError:  # folders whose files may not be run
         return None
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    library.kquants_quantize.argtypes = [ctypes.c_int, pointer, pointer, count, count, pointer, pointer]
-    library.kquants_quantize.restype = count
-    return library

@@ -1,4 +1,4 @@
-"""The engine: one base in memory, adapters switched per request, one thread that owns llama.cpp.
+"""The engine: one base in memory, many adapters beside it, one thread that owns llama.cpp.
 
 The only package that imports `llama_cpp`, and only its low-level half:
 
@@ -9,11 +9,14 @@ The only package that imports `llama_cpp`, and only its low-level half:
     tokenizer.py    text to tokens and back
     prompt.py       a conversation to the tokens that the model reads
     preflight.py    what is checked before llama.cpp sees an adapter
-    adapters.py     the adapters that are loaded
+    adapters.py     which adapters there are, and which of them are in memory
+    graph.py        nodes of a compute graph, as they lie in memory
+    mixing.py       different adapters in one decode; kernels/ is its C half
     cache.py        KV prefixes, keyed by adapter content and scale
     sampler.py      sampler chains
     reply.py        token bytes to text: stop strings, whole characters
-    generation.py   one request, step by step
+    generation.py   one request at work, step by step
+    scheduler.py    who is decoded next
     runtime.py      everything above, on the engine's own thread
     replay.py       every position's logits, with an adapter and without: what verify compares
     coverage.py     which of an adapter's tensors the graph computes with

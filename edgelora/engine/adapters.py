@@ -1,28 +1,65 @@
-"""The adapters that are loaded: checked, hashed, with their contracts, freed after every context let go of them."""
+"""The adapters of one model: checked when they are named, in memory while they are used or there is room.
+
+Two names for one content share its memory. A file is read when its adapter is added, or, where that one was evicted, by
+a thread of its own when a request wants it again; what was replaced or removed stays until its last reply is written.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from converters.reader import GGUFHeader
 from edgelora.adapter_ref import BASE_NAMES, AdapterRef
 from edgelora.contract import Contract
+from edgelora.engine.mixing import Mixer, Weights, problem_of, read_weights
 from edgelora.engine.model import Model
 from edgelora.engine.native import Handle, forget_log, llama, reason
-from edgelora.engine.preflight import check_adapter, check_fingerprint, check_finite, content_hash, read_checked
+from edgelora.engine.preflight import check_adapter, check_fingerprint, check_finite, read_checked
 from edgelora.engine.prompt import encode_prompt
 from edgelora.errors import ModelFileError, SettingsError
 from edgelora.sampling import Sampling
 from edgelora.template import ChatTemplate
 
 
+class AdapterFile:
+    """The weights of one content, in memory or not.
+
+    Attributes:
+        digest: SHA-256 of the file in hex.
+        problem: why it cannot share a decode with other adapters; empty if it can.
+        users: requests that wait for it or are computed with it.
+        pinned: never evicted.
+        last_used: a counter; the lowest is evicted first.
+    """
+
+    def __init__(self, header: GGUFHeader, digest: str, problem: str) -> None:
+        self.header, self.digest, self.problem = header, digest, problem
+        self.users = self.last_used = 0
+        self.pinned = False
+        self.weights: Weights | None = None
+        self.handle: Handle | None = None
+        self.loading: Future[Weights] | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.weights is not None or self.handle is not None
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes in memory."""
+        return sum(tensor.size_bytes for tensor in self.header.tensors.values())
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """A loaded adapter, or the bare base (`BARE`), which needs no file.
+    """An adapter that requests can name, or the bare base (`BARE`), which needs no file.
 
     Attributes:
         content_hash: SHA-256 of the file in hex; empty for the bare base.
@@ -39,18 +76,33 @@ class Adapter:
     template: ChatTemplate | None
     sampling: Sampling = field(default_factory=Sampling)
     notices: tuple[str, ...] = ()
-    handle: Handle | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def pointer(self) -> Any:
-        return self.handle.pointer if self.handle else None
+    file: AdapterFile | None = field(default=None, repr=False, compare=False)
 
     @property
     def scale(self) -> float:
         return self.ref.scale if self.ref else 1.0
 
+    @property
+    def is_mixable(self) -> bool:
+        """Whether it can share a decode with other adapters."""
+        return self.file is not None and not self.file.problem
+
+    @property
+    def weights(self) -> Weights:
+        assert self.file is not None
+        assert self.file.weights is not None
+        return self.file.weights
+
+    @property
+    def pointer(self) -> Any:
+        """llama.cpp's own, of an adapter that cannot be mixed."""
+        assert self.file is not None
+        assert self.file.handle is not None
+        return self.file.handle.pointer
+
 
 BARE = Adapter("none", None, "", None, None)
+Scaled = Sequence[tuple[Adapter, float]]
 
 
 def find_adapter(name: str | None, loaded: Mapping[str, Adapter]) -> Adapter:
@@ -68,73 +120,265 @@ def find_adapter(name: str | None, loaded: Mapping[str, Adapter]) -> Adapter:
     return loaded[name]
 
 
-class Adapters:
-    """The adapters of one model, by name. Two names for one content share its memory."""
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter that was read and checked, and is not yet known to the engine."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._loaded: dict[str, Adapter] = {}
+    ref: AdapterRef
+    header: GGUFHeader
+    digest: str
+    contract: Contract | None
+    weights: Weights | None
+
+
+def prepare(ref: AdapterRef, base: GGUFHeader, *, mixing: bool) -> Prepared:
+    """Read and check an adapter file; on any thread, for llama.cpp is not asked.
+
+    Args:
+        mixing: read the weights too, where they can be mixed.
+
+    Raises:
+        ModelFileError, BaseMismatchError: see `preflight`.
+    """
+    before = _state(ref.path)
+    header = read_checked(ref.path, "adapter")
+    check_adapter(header, base)
+    check_finite(header)
+    contract = Contract.from_metadata(header.metadata, str(ref.path))
+    data = _read(ref.path)
+    if _state(ref.path) != before:
+        raise ModelFileError(f"{ref.path}: changed while it was being loaded", hint="Try again.")
+    weights = read_weights(header, data) if mixing and not problem_of(header) else None
+    return Prepared(ref, header, hashlib.sha256(data).hexdigest(), contract, weights)
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+class Adapters:
+    """The adapters of one model, by name. Lives on the engine's thread, but for the reading of evicted files.
+
+    Args:
+        mixer: where adapters share a decode; None where llama.cpp applies its own.
+        budget_bytes: of weights in memory. What is in use, or pinned, stays beyond it.
+        detach: lets every context go of llama.cpp's own adapters.
+        wake: called, on another thread, when a file was read that a request waits for.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        mixer: Mixer | None = None,
+        budget_bytes: int = 1 << 62,
+        detach: Callable[[], None] = lambda: None,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._model, self.mixer, self._budget = model, mixer, budget_bytes
+        self._detach, self._wake = detach, wake
+        self._named: dict[str, Adapter] = {}
+        self._files: dict[str, AdapterFile] = {}
+        self._clock = 0
+        self._readers = ThreadPoolExecutor(1, thread_name_prefix="edgelora-adapter")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._loaded))
+        return iter(list(self._named))
 
     def get(self, name: str | None) -> Adapter:
         """See `find_adapter`."""
-        return find_adapter(name, self._loaded)
+        return find_adapter(name, self._named)
 
     def load(self, ref: AdapterRef, *, force: bool = False) -> Adapter:
-        """Check and load; an adapter of the same name is replaced once the new one is whole.
+        """`prepare` and `add` in one."""
+        return self.add(prepare(ref, self._model.header, mixing=self.mixer is not None), force=force)
+
+    def add(self, prepared: Prepared, *, force: bool = False) -> Adapter:
+        """Make an adapter known; one of the same name is replaced, and its replies go on with the old one.
 
         Raises:
             ModelFileError, BaseMismatchError: see `preflight`; or golden tokens that come out otherwise on this base.
         """
-        header = read_checked(ref.path, "adapter")
-        check_adapter(header, self._model.header)
-        contract = Contract.from_metadata(header.metadata, str(ref.path))
+        ref, contract = prepared.ref, prepared.contract
         template = ChatTemplate(contract.chat_template) if contract and contract.chat_template else None
         notices = tuple(_check_contract(ref, contract, template, self._model, force))
-        digest = content_hash(ref.path)
-        handle = next((a.handle for a in self._loaded.values() if a.content_hash == digest), None)
-        if handle is None:
-            check_finite(header)
-            handle = _init(self._model, ref)
-            if content_hash(ref.path) != digest:
-                handle.close()
-                raise ModelFileError(f"{ref.path}: changed while it was being loaded", hint="Try again.")
-        replaced = self._loaded.get(ref.name)
-        self._loaded[ref.name] = Adapter(
-            ref.name, ref, digest, contract, template, _sampling(ref, contract), notices, handle
-        )
-        self._free_if_unused(replaced)
-        return self._loaded[ref.name]
+        sampling = _sampling(ref, contract)
+        file = self._files.get(prepared.digest)
+        if file is None:
+            file = AdapterFile(prepared.header, prepared.digest, self._problem(prepared.header))
+        if not file.is_loaded:
+            self._install(file, prepared.weights)
+        self._files[prepared.digest] = file
+        replaced = self._named.get(ref.name)
+        self._named[ref.name] = Adapter(ref.name, ref, prepared.digest, contract, template, sampling, notices, file)
+        self._touch(file)
+        self._free_if_nameless(replaced.file if replaced else None)
+        self._shrink()
+        return self._named[ref.name]
 
     def unload(self, name: str) -> None:
-        """Forget a name. Every context must have let go of the adapter before.
+        """Forget a name; replies that are under way go on.
 
         Raises:
             SettingsError: no such adapter.
         """
         if self.get(name) is BARE:
             raise SettingsError("the bare base cannot be unloaded")
-        self._free_if_unused(self._loaded.pop(name))
+        self._free_if_nameless(self._named.pop(name).file)
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keep an adapter in memory whatever the budget is, or no longer.
+
+        Raises:
+            SettingsError: no such adapter.
+        """
+        if file := self.get(name).file:
+            file.pinned = pinned
+
+    def hold(self, adapters: Scaled) -> None:
+        """A request will need these until `release`."""
+        for file in _files_of(adapters):
+            file.users += 1
+
+    def release(self, adapters: Scaled) -> None:
+        for file in _files_of(adapters):
+            file.users -= 1
+            self._free_if_nameless(file)
+        self._shrink()
+
+    def ready(self, adapters: Scaled) -> bool:
+        """Whether these can be computed with now. False: one is being read, and `wake` will be called.
+
+        Raises:
+            ModelFileError: a file that is gone, or holds something else by now.
+        """
+        return all([self._ready(file) for file in _files_of(adapters)])
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Of weights in memory."""
+        return sum(file.size_bytes for file in self._files.values() if file.is_loaded)
+
+    def loaded(self) -> list[str]:
+        """Names of the adapters whose weights are in memory."""
+        return [name for name, adapter in self._named.items() if adapter.file and adapter.file.is_loaded]
 
     def close(self) -> None:
-        """Free all; before the model is."""
-        for name in self:
-            self.unload(name)
+        """Free all; before the model is, and after every context."""
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._named.clear()
+        for file in list(self._files.values()):
+            file.users = 0
+            self._free_if_nameless(file)
+        if self.mixer:
+            self.mixer.close()
 
-    def _free_if_unused(self, adapter: Adapter | None) -> None:
-        if adapter and adapter.handle and not any(a.handle is adapter.handle for a in self._loaded.values()):
-            adapter.handle.close()
+    def _problem(self, header: GGUFHeader) -> str:
+        return problem_of(header) if self.mixer else "this engine does not mix adapters"
+
+    def _ready(self, file: AdapterFile) -> bool:
+        self._touch(file)
+        if file.is_loaded:
+            return True
+        if file.problem:
+            self._install(file, None)
+        elif file.loading is None:
+            file.loading = self._readers.submit(_read_again, file)
+            file.loading.add_done_callback(lambda _: self._wake())
+            return False
+        elif not file.loading.done():
+            return False
+        else:
+            reading, file.loading = file.loading, None
+            self._install(file, reading.result())
+        self._shrink()
+        return True
+
+    def _install(self, file: AdapterFile, weights: Weights | None) -> None:
+        if file.problem:
+            file.handle = _init(self._model, file)
+            return
+        assert self.mixer is not None
+        assert weights is not None
+        old = self.mixer.plug(weights)
+        file.weights = weights
+        if old:
+            self._detach()
+            old.close()
+
+    def _touch(self, file: AdapterFile) -> None:
+        self._clock += 1
+        file.last_used = self._clock
+
+    def _shrink(self) -> None:
+        """Evict whoever was not used for longest until the budget holds, or nobody can be spared."""
+        excess = self.loaded_bytes - self._budget
+        if excess <= 0:
+            return
+        spare = [file for file in self._files.values() if file.is_loaded and not file.users and not file.pinned]
+        for file in sorted(spare, key=lambda file: file.last_used):
+            if excess <= 0:
+                return
+            excess -= file.size_bytes
+            self._evict(file)
+
+    def _evict(self, file: AdapterFile) -> None:
+        if file.weights and self.mixer:
+            self.mixer.unplug(file.weights)
+        if file.handle:
+            self._detach()
+            file.handle.close()
+        file.weights = file.handle = None
+
+    def _free_if_nameless(self, file: AdapterFile | None) -> None:
+        if file and not file.users and not any(adapter.file is file for adapter in self._named.values()):
+            self._evict(file)
+            self._files.pop(file.digest, None)
 
 
-def _init(model: Model, ref: AdapterRef) -> Handle:
-    library = llama()
+def _files_of(adapters: Scaled) -> list[AdapterFile]:
+    return [adapter.file for adapter, _ in adapters if adapter.file]
+
+
+def _read_again(file: AdapterFile) -> Weights:
+    path = file.header.path
+    data = _read(path)
+    _check_same(path, hashlib.sha256(data).hexdigest(), file.digest)
+    return read_weights(file.header, data)
+
+
+def _check_same(path: Path, found: str, digest: str) -> None:
+    if found != digest:
+        raise ModelFileError(
+            f"{path}: holds something else than when it was loaded",
+            hint="Load it again under its name, or put it back.",
+        )
+
+
+def _init(model: Model, file: AdapterFile) -> Handle:
+    """llama.cpp's own adapter, of just the content that was checked."""
+    path, library = file.header.path, llama()
     forget_log()
-    pointer = library.llama_adapter_lora_init(model.pointer, os.fsencode(ref.path))
+    pointer = library.llama_adapter_lora_init(model.pointer, os.fsencode(path))
     if not pointer:  # a NULL pointer object is not None
-        raise ModelFileError(f"{ref.path}: llama.cpp cannot load it: {reason()}")
-    return Handle(pointer, library.llama_adapter_lora_free)
+        raise ModelFileError(f"{path}: llama.cpp cannot load it: {reason()}")
+    handle = Handle(pointer, library.llama_adapter_lora_free)
+    try:
+        _check_same(path, hashlib.sha256(_read(path)).hexdigest(), file.digest)
+    except ModelFileError:
+        handle.close()
+        raise
+    return handle
 
 
 def _sampling(ref: AdapterRef, contract: Contract | None) -> Sampling:

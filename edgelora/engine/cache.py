@@ -1,4 +1,4 @@
-"""Which KV a request may start from: that of the same adapter content, at the same scale, for the same tokens.
+"""Which KV a request may start from: that of the same adapters' content, at the same scales, for the same tokens.
 
 KV computed under one adapter is wrong under another, so tokens alone never decide. Within one key the common prefix is
 kept and the rest recomputed.
@@ -17,7 +17,8 @@ from itertools import takewhile
 CHUNK = 128
 """Tokens read in one decode while a prompt is prefilled; the grain of exact reuse, and of cancellation on a GPU."""
 
-Key = tuple[str, float]
+Key = tuple[tuple[str, float], ...]
+"""Content hash and scale of each adapter; empty for the bare base."""
 
 
 @dataclass
@@ -25,10 +26,11 @@ class KVSequence:
     """What one KV sequence of the context holds.
 
     Attributes:
-        key: adapter content hash and scale its KV was computed under; None while empty.
+        key: what its KV was computed under; None while empty.
         tokens: the tokens whose KV it holds, from position 0.
         exact: how many of the first tokens were computed in whole, aligned chunks.
         last_used: a counter; the lowest is evicted first.
+        busy: a request is writing to it.
     """
 
     id: int
@@ -36,6 +38,7 @@ class KVSequence:
     tokens: list[int] = field(default_factory=list)
     exact: int = 0
     last_used: int = 0
+    busy: bool = False
 
     def cut(self, length: int) -> None:
         del self.tokens[length:]
@@ -72,26 +75,37 @@ class KVCache:
         self._trim = trim
         self._clock = 0
 
+    def has_room(self) -> bool:
+        """Whether a sequence is idle."""
+        return not all(sequence.busy for sequence in self.sequences)
+
     def take(self, key: Key, tokens: Sequence[int], *, deterministic: bool = False) -> KVSequence:
-        """A sequence cut to what may be reused: `sequence.tokens` is a prefix of `tokens`, computed under `key`.
+        """An idle sequence, busy from now on and cut to what may be reused: `sequence.tokens` is a prefix of `tokens`,
+        computed under `key`.
 
         The longest usable prefix wins, unless that would throw away most of a sequence while another is older.
         """
         self._clock += 1
-        best = max(self.sequences, key=lambda s: (s.usable(key, tokens, deterministic), -s.last_used))
+        idle = [sequence for sequence in self.sequences if not sequence.busy]
+        best = max(idle, key=lambda s: (s.usable(key, tokens, deterministic), -s.last_used, -s.id))
         kept = best.usable(key, tokens, deterministic)
-        oldest = min(self.sequences, key=lambda s: s.last_used)
+        oldest = min(idle, key=lambda s: (s.last_used, s.id))
         if 2 * kept < len(best.tokens):
             best, kept = oldest, oldest.usable(key, tokens, deterministic)
         if not self._trim(best.id, kept):
             self._trim(best.id, 0)
             kept = 0
         best.cut(kept)
-        best.key, best.last_used = key, self._clock
+        best.key, best.last_used, best.busy = key, self._clock, True
         return best
+
+    def give_back(self, sequence: KVSequence) -> None:
+        """A request is done with it; what it holds can be used again."""
+        sequence.busy = False
 
     def drop(self, sequence: KVSequence) -> None:
         """Forget a sequence whose state is not known any more."""
         self._trim(sequence.id, 0)
         sequence.cut(0)
         sequence.key = None
+        sequence.busy = False

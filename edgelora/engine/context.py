@@ -14,6 +14,8 @@ from edgelora.engine.native import Handle, InterruptFlag, forget_log, llama, rea
 from edgelora.errors import EdgeloraError
 
 DECODED, NO_SLOT, ABORTED = 0, 1, 2  # return values of llama_decode, llama.h
+Applied = tuple[tuple[Any, float], ...]
+"""Adapters as llama.cpp applies them, each (native pointer, scale); empty for the bare base."""
 
 
 class Interrupted(Exception):
@@ -21,26 +23,38 @@ class Interrupted(Exception):
 
 
 class Batch:
-    """`llama_batch` for tokens of one sequence, on memory that Python owns."""
+    """`llama_batch` on memory that Python owns; a token belongs to one sequence."""
 
     def __init__(self, capacity: int) -> None:
         self._tokens: Any = (ctypes.c_int32 * capacity)()
         self._positions: Any = (ctypes.c_int32 * capacity)()
         self._wants_logits: Any = (ctypes.c_int8 * capacity)()
-        self._sequence = ctypes.c_int32(0)
+        self._ids: Any = (ctypes.c_int32 * capacity)()
         self._counts = (ctypes.c_int32 * capacity)(*[1] * capacity)
-        self._sequences = (ctypes.POINTER(ctypes.c_int32) * capacity)(*[ctypes.pointer(self._sequence)] * capacity)
+        start, size = ctypes.addressof(self._ids), ctypes.sizeof(ctypes.c_int32)
+        addresses = (ctypes.c_void_p * capacity)(*range(start, start + capacity * size, size))
+        self._sequences = ctypes.cast(addresses, ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
+        self._keep = addresses
         self.native = llama().llama_batch(
             0, self._tokens, None, self._positions, self._counts, self._sequences, self._wants_logits
         )
 
     def fill(self, sequence: int, tokens: Sequence[int], position: int, *, every: bool = False) -> Any:
-        """Tokens from `position` on; the last one's logits are asked for, or those of `every` one."""
+        """Tokens of one sequence from `position` on; the last one's logits are asked for, or those of `every` one."""
         count = len(tokens)
         self._tokens[:count] = tokens
         self._positions[:count] = range(position, position + count)
         self._wants_logits[:count] = b"\x01" * count if every else bytes(count - 1) + b"\x01"
-        self._sequence.value = sequence
+        self._ids[:count] = [sequence] * count
+        self.native.n_tokens = count
+        return self.native
+
+    def fill_rows(self, first: int, tokens: Sequence[int], positions: Sequence[int]) -> Any:
+        """One token each of the sequences from `first` on; all of their logits are asked for."""
+        count = len(tokens)
+        self._tokens[:count], self._positions[:count] = tokens, positions
+        self._wants_logits[:count] = b"\x01" * count
+        self._ids[:count] = range(first, first + count)
         self.native.n_tokens = count
         return self.native
 
@@ -48,10 +62,13 @@ class Batch:
 class Context:
     """A llama.cpp context with `n_sequences` KV sequences of `n_ctx` tokens each.
 
-    Sequences have streams of their own (not the unified cache): a lone one does not attend over its neighbours' cells.
+    Sequences have streams of their own (not the unified cache): none attends over its neighbours' cells. A decode is
+    one micro-batch, whose rows lie in the batch's order: tokens of one sequence, or one token each of several that
+    follow each other (llama-batch.cpp, `split_equal`).
 
     Args:
-        on_node: llama.cpp's `cb_eval` as a Python function: (address of a node, asked before it is computed, nothing).
+        n_batch: the most tokens in a decode.
+        callback: llama.cpp's `cb_eval` and its argument.
 
     Raises:
         EdgeloraError: not enough memory, with llama.cpp's reason.
@@ -65,16 +82,16 @@ class Context:
         n_sequences: int,
         threads: int,
         n_batch: int,
-        on_node: Callable[[int, bool, Any], bool] | None = None,
+        callback: tuple[Any, Any] | None = None,
     ) -> None:
         library = llama()
         params = library.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx * n_sequences, n_sequences, False
         params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = threads
-        if on_node:
-            self._on_node = library.ggml_backend_sched_eval_callback(on_node)  # kept: llama.cpp holds its address only
-            params.cb_eval = self._on_node
+        if callback:
+            params.cb_eval, params.cb_eval_user_data = callback
+        self._callback = callback  # kept: llama.cpp holds its address only
         forget_log()
         pointer = library.llama_init_from_model(model.pointer, params)
         if not pointer:
@@ -83,23 +100,23 @@ class Context:
             )
         self._handle = Handle(pointer, library.llama_free)
         self._memory = library.llama_get_memory(pointer)
-        self.n_batch, self.n_vocab = n_batch, model.n_vocab
+        self.n_batch, self.n_vocab, self.n_sequences = n_batch, model.n_vocab, n_sequences
         self._chunk, self._one = Batch(n_batch), Batch(1)
-        self._adapter: tuple[Any, float] = (None, 0.0)
+        self._applied: Applied = ()
 
     @property
     def pointer(self) -> Any:
         return self._handle.pointer
 
-    def use_adapter(self, adapter: Any, scale: float) -> None:
-        """Apply one adapter (a native pointer) from the next decode on, or none (`None`). KV is not touched."""
-        if self._adapter == (adapter, scale):
+    def apply(self, adapters: Applied) -> None:
+        """Apply these adapters from the next decode on, to every row. KV is not touched."""
+        if self._applied == adapters:
             return
-        count = 0 if adapter is None else 1
-        adapters = (llama().llama_adapter_lora_p_ctypes * 1)(adapter) if count else None
-        scales = (ctypes.c_float * 1)(scale) if count else None
-        llama().llama_set_adapters_lora(self.pointer, adapters, count, scales)
-        self._adapter = (adapter, scale)
+        count = len(adapters)
+        pointers = (llama().llama_adapter_lora_p_ctypes * count)(*(pointer for pointer, _ in adapters))
+        scales = (ctypes.c_float * count)(*(scale for _, scale in adapters))
+        llama().llama_set_adapters_lora(self.pointer, pointers, count, scales)
+        self._applied = adapters
 
     def decode(self, sequence: int, tokens: Sequence[int], position: int, *, every: bool = False) -> None:
         """Run `tokens` (at most n_batch) at `position` of a sequence; the last one's logits can be sampled then.
@@ -111,29 +128,42 @@ class Context:
             EdgeloraError: llama.cpp failed, with its reason.
         """
         batch = self._one if len(tokens) == 1 else self._chunk
-        code = llama().llama_decode(self.pointer, batch.fill(sequence, tokens, position, every=every))
-        if code != DECODED:
-            self._raise(code, sequence, len(tokens), position)
+        where = f"at position {position} of sequence {sequence}"
+        self._run(batch.fill(sequence, tokens, position, every=every), where)
 
-    def _raise(self, code: int, sequence: int, count: int, position: int) -> None:
+    def decode_rows(self, first: int, tokens: Sequence[int], positions: Sequence[int]) -> None:
+        """Run one token each of the sequences `first`, `first` + 1 ...; the logits of row i are `logits(i)`.
+
+        Raises:
+            Interrupted, EdgeloraError: as `decode`.
+        """
+        where = f"at positions {list(positions)} of the sequences from {first} on"
+        self._run(self._chunk.fill_rows(first, tokens, positions), where)
+
+    def _run(self, batch: Any, where: str) -> None:
+        code = llama().llama_decode(self.pointer, batch)
+        if code == DECODED:
+            return
         if code == ABORTED:
             raise Interrupted
         why = "no room in the KV cache" if code == NO_SLOT else reason()
-        raise EdgeloraError(
-            f"llama.cpp could not decode {count} tokens at position {position} of sequence {sequence}: {why}"
-        )
+        raise EdgeloraError(f"llama.cpp could not decode {batch.n_tokens} tokens {where}: {why}")
 
     def trim(self, sequence: int, length: int) -> bool:
         """Forget what a sequence holds from `length` on. False: this model's memory cannot be cut there."""
         return bool(llama().llama_memory_seq_rm(self._memory, sequence, length, -1))
 
-    def logits(self) -> Any:
-        """Pointer to the last decoded token's logits, float32 (n_vocab,), valid until the next decode."""
-        return llama().llama_get_logits_ith(self.pointer, -1)
+    def logits(self, row: int = -1) -> Any:
+        """Pointer to the logits of a row of the last decode, float32 (n_vocab,), valid until the next decode."""
+        return llama().llama_get_logits_ith(self.pointer, row)
 
     def all_logits(self, count: int) -> npt.NDArray[np.float32]:
         """The logits of the last decode's `count` tokens, float32 (count, n_vocab), valid until the next one."""
         return np.ctypeslib.as_array(llama().llama_get_logits(self.pointer), (count, self.n_vocab))
+
+    def use_threads(self, count: int) -> None:
+        """How many threads compute from the next decode on."""
+        llama().llama_set_n_threads(self.pointer, count, count)
 
     def interrupt_with(self, flag: InterruptFlag | None) -> None:
         """The flag that gives up a running decode, or none."""
@@ -143,3 +173,8 @@ class Context:
 
     def close(self) -> None:
         self._handle.close()
+
+
+def python_callback(on_node: Callable[[int, bool, Any], bool]) -> tuple[Any, Any]:
+    """A Python function as `cb_eval`: (address of a node, asked before it is computed, nothing)."""
+    return llama().ggml_backend_sched_eval_callback(on_node), None

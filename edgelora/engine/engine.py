@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections import deque
@@ -13,8 +14,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from edgelora.adapter_ref import AdapterRef, check_name
-from edgelora.engine.adapters import Adapter, find_adapter
-from edgelora.engine.native import InterruptFlag
+from edgelora.engine.adapters import Adapter, find_adapter, prepare
 from edgelora.engine.preflight import base_fingerprint
 from edgelora.engine.runtime import Runtime, Settings
 from edgelora.engine.stream import Completion, Request, Stream, Task
@@ -27,14 +27,17 @@ __all__ = ["Completion", "Engine", "Request", "Stream"]
 
 Result = TypeVar("Result")
 AdaptersGiven = Mapping[str, str | Path | AdapterRef] | Sequence[str | Path | AdapterRef]
+AdapterNamed = str | Mapping[str, float] | None
 Messages = Sequence[Message] | str
 MAX_THREADS = 512  # GGML_MAX_N_THREADS, ggml/include/ggml.h: more is a crash
-BATCH_WINDOW = 16
+MODES = ("auto", "mixed", "switching")
+MAX_PARALLEL = 256  # LLAMA_MAX_SEQ, src/llama-cparams.h
+BATCH_WINDOW = 32
 """Requests of `Engine.batch` that wait in the queue: enough to keep the thread busy."""
 
 
 class Engine:
-    """One base in memory, and adapters that are switched from request to request.
+    """One base in memory, and requests that each name their adapter; they are answered together.
 
     Args:
         base: a GGUF base.
@@ -45,6 +48,14 @@ class Engine:
         chat_template: a built-in template's name, a Jinja file, or a compiled template, instead of the adapter's and
             the base's own.
         force: use adapters whose contract does not fit the base; a notice takes the place of the error.
+        parallel: replies that are written at the same time; None is as many as a quarter of the free memory holds the
+            KV cache of, at most 8. More requests wait.
+        mode: how requests with different adapters share the machine. "mixed": in one decode, each row with its own;
+            "switching": adapter after adapter; "auto": mixed wherever it works.
+        adapter_bytes: of adapter weights kept in memory; None is a quarter of the free memory. Who was not used for
+            longest is evicted, and read again when a request wants it.
+        reproducible: every decode has `parallel` rows, so that with a seed (or temperature 0) a `deterministic` request
+            gives the same text however many others are under way, without being decoded alone.
 
     Attributes:
         base_name: what the base calls itself.
@@ -65,18 +76,29 @@ class Engine:
         gpu_layers: int = -1,
         chat_template: str | ChatTemplate | None = None,
         force: bool = False,
+        parallel: int | None = None,
+        mode: str = "auto",
+        adapter_bytes: int | None = None,
+        reproducible: bool = False,
     ) -> None:
         references = _references(adapters)
         _check_settings(base, n_ctx, threads, gpu_layers, chat_template)
+        _check_sharing(parallel, mode, adapter_bytes)
         template = ChatTemplate(resolve(chat_template)) if isinstance(chat_template, str) else chat_template
         self.base = Path(base).expanduser()
         self.template_source = template.source if template else ""
         self._adapters: dict[str, Adapter] = {}
-        self._worker = _Worker(Settings(self.base, n_ctx, threads, gpu_layers, template, force))
+        self._worker = _Worker(
+            Settings(
+                self.base, n_ctx, threads, gpu_layers, template, force, parallel, mode, adapter_bytes, reproducible
+            )
+        )
         self._close = weakref.finalize(self, _Worker.stop, self._worker)
         try:
             self._worker.start()
             self.n_ctx, self.base_name, self._notices = self._call(Runtime.describe)
+            self._header = self._call(lambda runtime: runtime.model.header)
+            self._mixes = self._call(lambda runtime: runtime.mixer is not None)
             for reference in references:
                 self._load(reference)
         except BaseException:
@@ -126,14 +148,29 @@ class Engine:
         self._call(lambda runtime: runtime.unload_adapter(name))
         self._adapters.pop(name, None)
 
+    def pin_adapter(self, name: str, pinned: bool = True) -> None:
+        """Keep an adapter in memory whatever `adapter_bytes` is, or no longer.
+
+        Raises:
+            SettingsError: no such adapter.
+        """
+        self._call(lambda runtime: runtime.adapters.pin(name, pinned))
+
+    @property
+    def mode(self) -> str:
+        """How requests with different adapters share the machine: "mixed" or "switching"."""
+        return "mixed" if self._mixes else "switching"
+
     def stream(
         self,
         messages: Messages,
         *,
-        adapter: str | None = None,
+        adapter: AdapterNamed = None,
         scale: float | None = None,
         sampling: Sampling | Mapping[str, Any] | None = None,
         deterministic: bool = False,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> Stream:
         """A reply, piece by piece; the arguments are those of `Request`.
 
@@ -142,24 +179,26 @@ class Engine:
             ContextOverflowError: the conversation does not fit.
             ModelFileError: no chat template, or one that refuses the conversation.
         """
-        return self.submit(Request(messages, adapter, scale, sampling, deterministic))
+        return self.submit(Request(messages, adapter, scale, sampling, deterministic, priority, deadline))
 
     def chat(
         self,
         messages: Messages,
         *,
-        adapter: str | None = None,
+        adapter: AdapterNamed = None,
         scale: float | None = None,
         sampling: Sampling | Mapping[str, Any] | None = None,
         deterministic: bool = False,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> Completion:
         """A whole reply; arguments and errors as for `stream`."""
-        return self.submit(Request(messages, adapter, scale, sampling, deterministic)).completion
+        return self.submit(Request(messages, adapter, scale, sampling, deterministic, priority, deadline)).completion
 
     def submit(self, request: Request) -> Stream:
         """`stream` for a request that is made already."""
         task = Task(request)
-        self._worker.put(_Reply(task))
+        self._worker.put(task)
         return Stream(task, self)
 
     def batch(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -193,7 +232,9 @@ class Engine:
         self.close()
 
     def _load(self, reference: AdapterRef) -> Adapter:
-        adapter = self._call(lambda runtime: runtime.load_adapter(reference))
+        # Read and checked on the caller's thread: replies go on meanwhile.
+        prepared = prepare(reference, self._header, mixing=self._mixes)
+        adapter = self._call(lambda runtime: runtime.add_adapter(prepared))
         self._adapters[reference.name] = adapter
         return adapter
 
@@ -230,6 +271,19 @@ def _check_settings(base: object, n_ctx: object, threads: object, gpu_layers: ob
         raise SettingsError("; ".join(problems))
 
 
+def _check_sharing(parallel: object, mode: object, adapter_bytes: object) -> None:
+    def whole(value: object, least: int, most: float) -> bool:
+        return value is None or (isinstance(value, int) and not isinstance(value, bool) and least <= value <= most)
+
+    checks = (
+        ("parallel", parallel, whole(parallel, 1, MAX_PARALLEL), f"a whole number from 1 to {MAX_PARALLEL}"),
+        ("mode", mode, mode in MODES, " or ".join(MODES)),
+        ("adapter_bytes", adapter_bytes, whole(adapter_bytes, 0, math.inf), "a whole number, 0 or more"),
+    )
+    if problems := [f"{name} is {value!r}, expected {wanted}" for name, value, ok, wanted in checks if not ok]:
+        raise SettingsError("; ".join(problems))
+
+
 def _references(adapters: AdaptersGiven) -> list[AdapterRef]:
     if isinstance(adapters, str) or not isinstance(adapters, Mapping | Sequence):
         raise SettingsError(
@@ -255,37 +309,22 @@ class _Call:
     def __init__(self, function: Callable[[Runtime], Any]) -> None:
         self.function = function
         self.future: Future[Any] = Future()
-        self.interrupt: InterruptFlag | None = None
 
     def run(self, runtime: Runtime) -> None:
-        self.future.set_result(self.function(runtime))
-
-    def fail(self, error: BaseException) -> None:
-        self.future.set_exception(error)
-
-
-class _Reply:
-    """A task to be run on the thread; its stream receives everything."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self.interrupt: InterruptFlag | None = task.interrupt
-
-    def run(self, runtime: Runtime) -> None:
-        self.task.items.put(runtime.run(self.task))
-
-    def fail(self, error: BaseException) -> None:
-        self.task.items.put(error)
+        try:
+            self.future.set_result(self.function(runtime))
+        except BaseException as error:
+            self.future.set_exception(error)
 
 
 class _Worker:
     """The thread and its queue. Knows nothing of the Engine, so that a dropped Engine can be collected."""
 
     def __init__(self, settings: Settings) -> None:
-        self._queue: SimpleQueue[_Call | _Reply | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Call | Task | None] = SimpleQueue()
         self._lock = threading.RLock()  # the collector may run `stop` on the thread that holds it
         self._stopping = False
-        self._current: _Call | _Reply | None = None
+        self._tasks: weakref.WeakSet[Task] = weakref.WeakSet()
         self._loaded: Future[None] = Future()
         self._settings = settings
         self._thread = threading.Thread(target=self._run, name="edgelora-engine", daemon=True)
@@ -299,10 +338,12 @@ class _Worker:
         self._thread.start()
         self._loaded.result()
 
-    def put(self, job: _Call | _Reply) -> None:
+    def put(self, job: _Call | Task) -> None:
         with self._lock:
             if self._stopping:
                 raise EdgeloraError("the engine is closed")
+            if isinstance(job, Task):
+                self._tasks.add(job)
             self._queue.put(job)
 
     def stop(self) -> None:
@@ -310,35 +351,47 @@ class _Worker:
         with self._lock:
             self._stopping = True
             self._queue.put(None)
-            current = self._current
-        if current and current.interrupt:
-            current.interrupt.set()
+            tasks = list(self._tasks)
+        for task in tasks:
+            task.interrupt.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _run(self) -> None:
         try:
-            runtime = Runtime(self._settings, keep_going=lambda: not self._stopping)
+            # A None wakes the thread: it looks whether it is to stop, and goes on.
+            runtime = Runtime(self._settings, lambda: not self._stopping, lambda: self._queue.put(None))
         except BaseException as error:
             self._loaded.set_exception(error)
             return
         self._loaded.set_result(None)
         try:
-            while job := self._queue.get():
-                self._do(job, runtime)
+            self._serve(runtime)
         finally:
+            self._stopping = True
             runtime.close()
+            self._refuse()
 
-    def _do(self, job: _Call | _Reply, runtime: Runtime) -> None:
-        with self._lock:
-            self._current = None if self._stopping else job
-        try:
-            if self._current is None:
-                raise EdgeloraError("the engine was closed before this request was answered")
-            job.run(runtime)
-        except StopIteration as error:  # a stream that raised it would look finished
-            job.fail(RuntimeError(f"a bug: {error!r} escaped"))
-        except BaseException as error:
-            job.fail(error)
-        finally:
-            self._current = None
+    def _serve(self, runtime: Runtime) -> None:
+        """Take what came in, then decode one step: until there is nothing to do, and then wait."""
+        busy = False
+        while not self._stopping:
+            while not self._stopping and not (busy and self._queue.empty()):
+                job = self._queue.get()
+                if isinstance(job, Task):
+                    runtime.submit(job)
+                elif job is not None:
+                    job.run(runtime)
+                busy = not runtime.scheduler.is_idle
+            if not self._stopping:
+                busy = runtime.scheduler.step() and not runtime.scheduler.is_idle
+
+    def _refuse(self) -> None:
+        """Whatever is still in the queue will not be done."""
+        error = EdgeloraError("the engine was closed before this request was answered")
+        while not self._queue.empty():
+            job = self._queue.get()
+            if isinstance(job, Task):
+                job.items.put(error)
+            elif job is not None:
+                job.future.set_exception(error)

@@ -1,143 +1,130 @@
-"""One request on the context: prefill in chunks, then token by token."""
+"""One request at work: what is left of its prompt, the token it writes next, and its text so far."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgelora.engine.adapters import Adapter
-from edgelora.engine.cache import CHUNK, KVCache
-from edgelora.engine.context import Context, Interrupted
-from edgelora.engine.native import InterruptFlag
+from edgelora.engine.cache import Key, KVSequence
+from edgelora.engine.context import Context
 from edgelora.engine.reply import ReplyText
 from edgelora.engine.sampler import Sampler
-from edgelora.engine.stream import Completion
+from edgelora.engine.stream import Completion, Task
 from edgelora.engine.tokenizer import Tokenizer
 from edgelora.sampling import Sampling
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A request with everything looked up: which adapter, which tokens, which rules.
+    """A request with everything looked up: which adapters, which tokens, which rules.
 
     Attributes:
+        adapters: each with its scale; empty for the bare base.
         tokens: the prompt, fewer than `n_ctx`.
         n_ctx: tokens that prompt and reply may take together.
     """
 
-    adapter: Adapter
-    scale: float
-    tokens: list[int]
+    adapters: tuple[tuple[Adapter, float], ...]
+    tokens: Sequence[int]
     sampling: Sampling
     n_ctx: int
     deterministic: bool
 
+    @property
+    def key(self) -> Key:
+        """What its KV is computed under."""
+        return tuple((adapter.content_hash, scale) for adapter, scale in self.adapters)
+
 
 class Generation:
-    """Writes one reply.
+    """Writes one reply, a step at a time; `scheduler` decodes for it.
 
-    Args:
-        emit: receives the text, piece by piece.
-        submitted: when the request was made (`time.perf_counter`).
+    Attributes:
+        sequence: where its KV is; what that holds already is not read again.
+        pending: the token to be decoded next; None while the prompt is read.
+        reason: why it ended, as `Completion.finish_reason`; empty while it goes on.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        context: Context,
-        cache: KVCache,
-        tokenizer: Tokenizer,
-        emit: Callable[[str], None],
-        submitted: float,
-    ) -> None:
-        self.plan, self.context, self.cache, self.tokenizer = plan, context, cache, tokenizer
-        self._emit, self._submitted = emit, submitted
+    def __init__(self, task: Task, plan: Plan, sequence: KVSequence, tokenizer: Tokenizer, n_vocab: int) -> None:
+        self.task, self.plan, self.sequence = task, plan, sequence
+        self.pending: int | None = None
+        self.reason = ""
+        self.served = 0  # tokens decoded since its group's turn began
+        stops, control = plan.sampling.stop, tokenizer.control_tokens
+        self._ends = tokenizer.end_tokens | {control[stop].id for stop in stops if stop in control}
+        self._decoder, self._text = tokenizer.decoder(), ReplyText(stops)
+        self._sampler = Sampler(plan.sampling, n_vocab, plan.tokens)
+        self._limit = min(plan.sampling.max_tokens or plan.n_ctx, plan.n_ctx - len(plan.tokens))
         self._pieces: list[str] = []
-        self._completion_tokens = self._cached_tokens = 0
+        self._completion_tokens = 0
+        self._cached_tokens = len(sequence.tokens)
+        self._began = time.perf_counter()
         self._first_token = self._last_token = 0.0
 
-    def run(self, interrupt: InterruptFlag) -> Completion:
-        """The reply, to its end.
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are still to be decoded."""
+        return max(0, len(self.plan.tokens) - len(self.sequence.tokens))
+
+    def chunk(self, size: int) -> Sequence[int]:
+        """The next `size` tokens of the prompt, or what is left."""
+        start = len(self.sequence.tokens)
+        return self.plan.tokens[start : start + size]
+
+    def draw(self, context: Context, row: int) -> None:
+        """Choose the next token from the logits of a row of the last decode, and emit what it completes.
 
         Raises:
-            EdgeloraError: llama.cpp failed, or the logits are not numbers. What the sequence held is forgotten.
+            ModelFileError: the logits are not numbers.
         """
-        plan = self.plan
-        self.context.use_adapter(plan.adapter.pointer, plan.scale)
-        sequence = self.cache.take(
-            (plan.adapter.content_hash, plan.scale), plan.tokens, deterministic=plan.deterministic
-        )
-        self._cached_tokens = len(sequence.tokens)
-        sampler = Sampler(plan.sampling, self.context.n_vocab, plan.tokens)
-        self.context.interrupt_with(interrupt)
-        try:
-            while len(sequence.tokens) < len(plan.tokens):
-                if interrupt.is_set():
-                    raise Interrupted
-                start = len(sequence.tokens)
-                chunk = plan.tokens[start : start + CHUNK]
-                self.context.decode(sequence.id, chunk, start)
-                sequence.extend(chunk)
-            reason = self._write(sequence.id, sequence.extend, sampler, interrupt)
-        except Interrupted:
-            reason = "cancelled"
-        except BaseException:
-            self.cache.drop(sequence)
-            raise
-        finally:
-            sampler.close()
-            self.context.interrupt_with(None)
-        return self._completion(reason)
+        token = self._sampler.draw(context.pointer, context.logits(row), row)
+        self._last_token = time.perf_counter()
+        self._first_token = self._first_token or self._last_token
+        self.pending = token
+        if token in self._ends:
+            self.reason = "stop"
+            return
+        self._completion_tokens += 1
+        self._say(self._text.feed(self._decoder.bytes_of(token)))
+        if self._text.stopped:
+            self.reason = "stop"
+        elif self._completion_tokens >= self._limit:
+            self.reason = "length"
 
-    def _write(
-        self, sequence: int, note: Callable[[tuple[int]], None], sampler: Sampler, interrupt: InterruptFlag
-    ) -> str:
-        """The decode loop; everything it touches for each token is a local name."""
-        plan, context, emit = self.plan, self.context, self._say
-        stops = plan.sampling.stop
-        control = self.tokenizer.control_tokens
-        ends = self.tokenizer.end_tokens | {control[stop].id for stop in stops if stop in control}
-        decoder, text = self.tokenizer.decoder(), ReplyText(stops)
-        position = len(plan.tokens)
-        limit = min(plan.sampling.max_tokens or plan.n_ctx, plan.n_ctx - position)
-        try:
-            while not interrupt.is_set():
-                token = sampler.draw(context.pointer, context.logits())
-                self._last_token = time.perf_counter()
-                self._first_token = self._first_token or self._last_token
-                if token in ends:
-                    return "stop"
-                self._completion_tokens += 1
-                emit(text.feed(decoder.bytes_of(token)))
-                if text.stopped:
-                    return "stop"
-                if self._completion_tokens >= limit:
-                    return "length"
-                context.decode(sequence, (token,), position)
-                note((token,))
-                position += 1
-            return "cancelled"
-        finally:
-            emit(text.end())
+    def end(self) -> Completion:
+        """Emit what was held back; the account of the reply."""
+        self._say(self._text.end())
+        self._sampler.close()
+        decoding, written = self._last_token - self._first_token, self._completion_tokens
+        adapters = [adapter for adapter, _ in self.plan.adapters]
+        return Completion(
+            text="".join(self._pieces),
+            finish_reason=self.reason,
+            prompt_tokens=len(self.plan.tokens),
+            cached_tokens=self._cached_tokens,
+            completion_tokens=written,
+            adapter="+".join(adapter.name for adapter in adapters) or "none",
+            adapter_hash="+".join(adapter.content_hash for adapter in adapters),
+            seconds_waiting=self._began - self.task.submitted,
+            seconds_to_first_token=max(0.0, self._first_token - self.task.submitted),
+            tokens_per_second=(written - 1) / decoding if written > 1 and decoding else 0.0,
+        )
+
+    def abandon(self) -> None:
+        """Free what it holds, after an error."""
+        self._sampler.close()
 
     def _say(self, text: str) -> None:
         if text:
             self._pieces.append(text)
-            self._emit(text)
+            self.task.items.put(text)
 
-    def _completion(self, reason: str) -> Completion:
-        decoding = self._last_token - self._first_token
-        return Completion(
-            text="".join(self._pieces),
-            finish_reason=reason,
-            prompt_tokens=len(self.plan.tokens),
-            cached_tokens=self._cached_tokens,
-            completion_tokens=self._completion_tokens,
-            adapter=self.plan.adapter.name,
-            adapter_hash=self.plan.adapter.content_hash,
-            seconds_to_first_token=max(0.0, self._first_token - self._submitted),
-            tokens_per_second=(self._completion_tokens - 1) / decoding
-            if self._completion_tokens > 1 and decoding
-            else 0.0,
-        )
+
+def unstarted(task: Task, plan: Plan, reason: str) -> Completion:
+    """The account of a reply that was given up before it began."""
+    adapters = [adapter for adapter, _ in plan.adapters]
+    names, hashes = (adapter.name for adapter in adapters), (adapter.content_hash for adapter in adapters)
+    waited = time.perf_counter() - task.submitted
+    return Completion("", reason, len(plan.tokens), 0, 0, "+".join(names) or "none", "+".join(hashes), waited, 0.0, 0.0)

@@ -8,6 +8,7 @@ a node of a known form came out right (`operations`).
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -20,6 +21,7 @@ from edgelora.errors import EdgeloraError
 
 MAX_DIMENSIONS, MAX_SOURCES, MAX_NAME = 4, 10, 64  # GGML_MAX_DIMS, GGML_MAX_SRC, GGML_MAX_NAME, ggml/include/ggml.h
 F32, I32 = 0, 26  # enum ggml_type
+_TESTED = "Install the tested llama-cpp-python: pip install llama-cpp-python==0.3.36"
 DTYPES: dict[int, type[np.float32] | type[np.int32]] = {F32: np.float32, I32: np.int32}
 
 
@@ -98,9 +100,47 @@ def operations() -> tuple[int, int]:
     if not found or [name_of(number) for number in operation] != [b"MUL_MAT", b"MUL_MAT_ID"]:
         raise EdgeloraError(
             "this llama.cpp lays out its graphs in a way that edgelora does not know",
-            hint="Install the tested llama-cpp-python: pip install llama-cpp-python==0.3.36",
+            hint=_TESTED,
         )
     return operation
+
+
+def custom_operation(function: Any) -> tuple[int, bytes, int]:
+    """How ggml writes down an operation that runs a C function on all threads: its number, its parameters (64 bytes,
+    the function first), and where among them the function's own argument is.
+
+    Raises:
+        EdgeloraError: this build of llama.cpp lays its nodes out otherwise.
+    """
+    operations()
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    init, free = _function("ggml_init", pointer, _InitParams), _function("ggml_free", None, pointer)
+    new = _function("ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, size, size, size)
+    custom = _function(
+        "ggml_custom_4d",
+        pointer,
+        pointer,
+        ctypes.c_int,
+        *[size] * 4,
+        pointer,
+        ctypes.c_int,
+        pointer,
+        ctypes.c_int,
+        pointer,
+    )
+    address, argument, every_thread = ctypes.cast(function, pointer), 0x5AFE5EED5AFE5EED, -1  # GGML_N_TASKS_MAX
+    context = init(_InitParams(1 << 16, None, True))
+    try:
+        inputs = (pointer * 1)(new(context, F32, 8, 1, 1))
+        node = Node.from_address(custom(context, F32, 8, 1, 1, 1, inputs, 1, address, every_thread, argument))
+        number, parameters = int(node.op), bytes(node.op_params)
+    finally:
+        free(context)
+    name = _function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)(number)
+    user_at = parameters.find(argument.to_bytes(8, sys.byteorder))
+    if name != b"CUSTOM" or user_at < 8 or int.from_bytes(parameters[:8], sys.byteorder) != address.value:
+        raise EdgeloraError("this llama.cpp lays out its operations in a way that edgelora does not know", hint=_TESTED)
+    return number, parameters, user_at
 
 
 def values(node: Node) -> npt.NDArray[Any]:

@@ -69,6 +69,12 @@ class Model:
         source = self.header.metadata.get("tokenizer.chat_template")
         return ChatTemplate(source) if isinstance(source, str) and source else None
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers keep a state instead of KV: it cannot be cut back to an earlier token."""
+        library = llama()
+        return bool(library.llama_model_is_recurrent(self.pointer) or library.llama_model_is_hybrid(self.pointer))
+
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV cache (F16) that a token takes in all layers; an upper bound where windows slide."""
         library, pointer = llama(), self.pointer

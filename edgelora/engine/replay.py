@@ -16,7 +16,7 @@ import numpy.typing as npt
 from edgelora.adapter_ref import AdapterRef
 from edgelora.engine.adapters import Adapters
 from edgelora.engine.cache import CHUNK
-from edgelora.engine.context import Context
+from edgelora.engine.context import Context, python_callback
 from edgelora.engine.coverage import Counter, Coverage
 from edgelora.engine.devices import backend_name
 from edgelora.engine.model import Model
@@ -77,7 +77,7 @@ class Replay:
                 n_sequences=1,
                 threads=settings.threads or threads_for(self.model.header.size_bytes),
                 n_batch=CHUNK,
-                on_node=self._counter,
+                callback=python_callback(self._counter),
             )
             undo.callback(self._context.close)
             self._context.interrupt_with(flag)
@@ -109,8 +109,7 @@ class Replay:
             Interrupted: the flag was set.
             EdgeloraError: llama.cpp failed, with its reason.
         """
-        scale = self._adapter.scale if adapted else 0.0
-        self._context.use_adapter(self._adapter.pointer if adapted else None, scale)
+        self._context.apply(((self._adapter.pointer, self._adapter.scale),) if adapted else ())
         self._context.trim(0, 0)
         for start in range(0, len(tokens), CHUNK):
             chunk = tokens[start : start + CHUNK]

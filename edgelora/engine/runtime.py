@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgelora.adapter_ref import AdapterRef
-from edgelora.engine.adapters import BARE, Adapter, Adapters
+from edgelora.engine.adapters import BARE, Adapter, Adapters, Prepared
 from edgelora.engine.cache import CHUNK, KVCache
 from edgelora.engine.context import Context
 from edgelora.engine.devices import backend_name
-from edgelora.engine.generation import Generation, Plan
+from edgelora.engine.generation import Plan
+from edgelora.engine.mixing import Mixer, why_not
 from edgelora.engine.model import Model
 from edgelora.engine.prompt import encode_prompt
-from edgelora.engine.stream import Completion, Request, Task
+from edgelora.engine.scheduler import Scheduler
+from edgelora.engine.stream import Request, Task
 from edgelora.engine.threads import threads_for
-from edgelora.errors import ContextOverflowError, ModelFileError, SettingsError
+from edgelora.errors import ContextOverflowError, EdgeloraError, ModelFileError, SettingsError
 from edgelora.messages import Message, check_messages, user_message
 from edgelora.sampling import Sampling
 from edgelora.template import ChatTemplate
 
 DEFAULT_N_CTX = 4096
-MAX_SEQUENCES = 4
+MAX_PARALLEL = 8
 MAX_N_CTX = 2**31
-KV_BUDGET_BYTES = 512 << 20
-"""KV sequences beyond the first are kept while all of them fit in this: they save prefill when adapters alternate."""
+KV_SHARE = 4
+"""By default, KV sequences beyond the first take no more than this part of the free memory."""
+ADAPTER_SHARE = 4
+"""By default, adapters in memory take no more than this part of the free memory."""
 
 
 @dataclass(frozen=True)
@@ -40,50 +45,86 @@ class Settings:
     gpu_layers: int = -1
     chat_template: ChatTemplate | None = None
     force: bool = False
+    parallel: int | None = None
+    mode: str = "auto"
+    adapter_bytes: int | None = None
+    reproducible: bool = False
 
 
 class Runtime:
     """Everything native that one engine owns.
 
+    Args:
+        keep_going: asked while the base is loaded; False gives up.
+        wake: called on another thread when there is something to do again.
+
     Raises:
         ModelFileError: the base cannot be loaded.
-        SettingsError: a context or thread count out of range.
+        SettingsError: a context or thread count out of range, or a mode that this machine does not have.
     """
 
-    def __init__(self, settings: Settings, keep_going: Callable[[], bool]) -> None:
+    def __init__(
+        self, settings: Settings, keep_going: Callable[[], bool], wake: Callable[[], None] = lambda: None
+    ) -> None:
         self.settings = settings
-        self.model = Model(settings.base, gpu_layers=settings.gpu_layers, keep_going=keep_going)
-        try:
+        with ExitStack() as undo:
+            self.model = Model(settings.base, gpu_layers=settings.gpu_layers, keep_going=keep_going)
+            undo.callback(self.model.close)
             self.n_ctx = settings.n_ctx or min(self.model.n_ctx_train, DEFAULT_N_CTX)
-            per_sequence = max(1, self.model.kv_bytes_per_token() * self.n_ctx)
-            _check_context(self.n_ctx, per_sequence)
-            n_sequences = max(1, min(MAX_SEQUENCES, KV_BUDGET_BYTES // per_sequence, (MAX_N_CTX - 1) // self.n_ctx))
+            parallel = self._parallel()
+            n_batch = max(CHUNK, parallel)
+            self.mixer = self._mixer(n_batch)
             self.context = Context(
                 self.model,
                 n_ctx=self.n_ctx,
-                n_sequences=n_sequences,
+                n_sequences=parallel,
                 threads=settings.threads or threads_for(settings.base.stat().st_size),
-                n_batch=CHUNK,
+                n_batch=n_batch,
+                callback=self.mixer.callback if self.mixer else None,
             )
-        except BaseException:
-            self.model.close()
-            raise
-        self.cache = KVCache(n_sequences, self.context.trim)
-        self.adapters = Adapters(self.model)
-        self._base_template = self.model.chat_template()
+            self.cache = KVCache(parallel, self.context.trim)
+            self.adapters = Adapters(
+                self.model, self.mixer, self._adapter_bytes(), lambda: self.context.apply(()), wake
+            )
+            undo.callback(self.adapters.close)
+            undo.callback(self.context.close)  # first: it lets go of the adapters, and they of the model
+            reproducible = settings.reproducible and not self.model.is_recurrent
+            self.scheduler = Scheduler(
+                self.model, self.context, self.cache, self.adapters, self.mixer, reproducible=reproducible
+            )
+            self._base_template = self.model.chat_template()
+            self._undo = undo.pop_all()
 
     def close(self) -> None:
-        """Free everything: the context lets go of the adapters, they of the model."""
-        self.context.close()
-        self.adapters.close()
-        self.model.close()
+        """End every reply, and free everything."""
+        self.scheduler.close(lambda: EdgeloraError("the engine was closed before this request was answered"))
+        self._undo.close()
+
+    def _parallel(self) -> int:
+        per_sequence = max(1, self.model.kv_bytes_per_token() * self.n_ctx)
+        wanted = self.settings.parallel
+        _check_context(self.n_ctx, per_sequence, wanted or 1)
+        return wanted or max(
+            1, min(MAX_PARALLEL, _free_bytes() // KV_SHARE // per_sequence, (MAX_N_CTX - 1) // self.n_ctx)
+        )
+
+    def _mixer(self, n_batch: int) -> Mixer | None:
+        problem = "" if self.settings.mode == "switching" else why_not()
+        if problem and self.settings.mode == "mixed":
+            raise SettingsError(f"adapters cannot be mixed here: {problem}", hint="Use mode='auto', or 'switching'.")
+        return None if problem or self.settings.mode == "switching" else Mixer(self.model, n_batch)
+
+    def _adapter_bytes(self) -> int:
+        given = self.settings.adapter_bytes
+        return _free_bytes() // ADAPTER_SHARE if given is None else given
+
+    def add_adapter(self, prepared: Prepared) -> Adapter:
+        return self.adapters.add(prepared, force=self.settings.force)
 
     def load_adapter(self, ref: AdapterRef) -> Adapter:
-        self.context.use_adapter(None, 0.0)
         return self.adapters.load(ref, force=self.settings.force)
 
     def unload_adapter(self, name: str) -> None:
-        self.context.use_adapter(None, 0.0)
         self.adapters.unload(name)
 
     def describe(self) -> tuple[int, str, list[str]]:
@@ -94,28 +135,41 @@ class Runtime:
         )
         return self.n_ctx, self.model.name, beyond
 
-    def run(self, task: Task) -> Completion:
-        """Answer one request; its text goes to the task as it comes.
-
-        Raises:
-            EdgeloraError: the request cannot be answered. The runtime stays usable.
-        """
-        generation = Generation(
-            self.plan(task.request), self.context, self.cache, self.model.tokenizer, task.items.put, task.submitted
-        )
-        return generation.run(task.interrupt)
+    def submit(self, task: Task) -> None:
+        """Let a request wait for its turn; one that makes no sense gets its error at once."""
+        try:
+            self.scheduler.submit(task, self.plan(task.request))
+        except StopIteration as error:  # a stream that raised it would look finished
+            task.items.put(RuntimeError(f"a bug: {error!r} escaped"))
+        except BaseException as error:
+            task.items.put(error)
 
     def plan(self, request: Request) -> Plan:
-        adapter = self.adapters.get(request.adapter)
-        tokens = self.encode(request.messages, adapter)
+        adapters = self._adapters_of(request)
+        first = adapters[0][0] if adapters else BARE
+        tokens = self.encode(request.messages, first)
         if len(tokens) >= self.n_ctx:
             raise ContextOverflowError(
                 f"the conversation is {len(tokens)} tokens long, and the reply needs room too; the context window is "
                 f"{self.n_ctx} tokens",
                 hint=f"Shorten it, or ask for a larger window (this base was trained with {self.model.n_ctx_train}).",
             )
-        sampling = resolve_sampling(request.sampling, adapter)
-        return Plan(adapter, _scale(request.scale, adapter), tokens, sampling, self.n_ctx, request.deterministic)
+        sampling = resolve_sampling(request.sampling, first)
+        _check_numbers(request)
+        return Plan(adapters, tokens, sampling, self.n_ctx, request.deterministic)
+
+    def _adapters_of(self, request: Request) -> tuple[tuple[Adapter, float], ...]:
+        """The request's adapters with their scales, none for the bare base."""
+        wanted = request.adapter
+        if not isinstance(wanted, Mapping):
+            adapter = self.adapters.get(wanted)
+            scale = adapter.scale if request.scale is None else _number(request.scale, "scale")
+            return () if adapter is BARE else ((adapter, scale),)
+        times = 1.0 if request.scale is None else _number(request.scale, "scale")
+        blend = [
+            (self.adapters.get(name), times * _number(scale, f"scale of {name}")) for name, scale in wanted.items()
+        ]
+        return tuple((adapter, scale) for adapter, scale in blend if adapter is not BARE)
 
     def encode(self, messages: Sequence[Message] | str, adapter: Adapter) -> list[int]:
         """The prompt's tokens, with the adapter's system prompt where the conversation has none."""
@@ -146,21 +200,44 @@ class Runtime:
         return found
 
 
-def _check_context(n_ctx: int, kv_bytes: int) -> None:
+def _free_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _check_context(n_ctx: int, kv_bytes: int, parallel: int) -> None:
     """llama.cpp ends the process where it cannot allocate.
 
     Raises:
         SettingsError: a context beyond what llama.cpp counts, or the memory that is free.
     """
-    import psutil
+    hint = "Give a smaller context window" + (", or fewer sequences." if parallel > 1 else ".")
+    if n_ctx * parallel >= MAX_N_CTX:
+        raise SettingsError(f"a context of {n_ctx * parallel} tokens; llama.cpp counts to {MAX_N_CTX - 1}", hint=hint)
+    free = _free_bytes()
+    if kv_bytes * parallel > free and backend_name() == "CPU":
+        gib = [f"{size / 2**30:.1f} GiB" for size in (kv_bytes * parallel, free)]
+        times = f"{parallel} x {n_ctx}" if parallel > 1 else str(n_ctx)
+        raise SettingsError(f"a context of {times} tokens takes {gib[0]} of KV cache; {gib[1]} are free", hint=hint)
 
-    hint = "Give a smaller context window."
-    if n_ctx >= MAX_N_CTX:
-        raise SettingsError(f"a context of {n_ctx} tokens; llama.cpp counts to {MAX_N_CTX - 1}", hint=hint)
-    free = psutil.virtual_memory().available
-    if kv_bytes > free and backend_name() == "CPU":
-        gib = [f"{size / 2**30:.1f} GiB" for size in (kv_bytes, free)]
-        raise SettingsError(f"a context of {n_ctx} tokens takes {gib[0]} of KV cache; {gib[1]} are free", hint=hint)
+
+def _check_numbers(request: Request) -> None:
+    """Priority and deadline are numbers.
+
+    Raises:
+        SettingsError: they are not.
+    """
+    if isinstance(request.priority, bool) or not isinstance(request.priority, int):
+        raise SettingsError(f"priority is {request.priority!r}, expected a whole number")
+    if request.deadline is not None and _number(request.deadline, "deadline") <= 0:
+        raise SettingsError(f"deadline is {request.deadline!r}, expected seconds, more than 0")
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise SettingsError(f"{name} is {value!r}, expected a finite number")
+    return float(value)
 
 
 def resolve_sampling(given: Sampling | Mapping[str, Any] | None, adapter: Adapter) -> Sampling:
@@ -175,12 +252,3 @@ def resolve_sampling(given: Sampling | Mapping[str, Any] | None, adapter: Adapte
     sampling = given if isinstance(given, Sampling) else Sampling.from_mapping(given or {}, adapter.sampling)
     stops = (*(contract.stop if contract else ()), *sampling.stop)
     return replace(sampling, stop=tuple(dict.fromkeys(stops)))
-
-
-def _scale(given: float | None, adapter: Adapter) -> float:
-    if adapter is BARE:
-        return 0.0
-    scale = adapter.scale if given is None else given
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise SettingsError(f"scale is {scale!r}, expected a finite number")
-    return float(scale)

@@ -33,8 +33,8 @@ class Sampler:
             library.llama_sampler_accept(chain, token)
         self._sample = library.llama_sampler_sample
 
-    def draw(self, context: Any, logits: Any) -> int:
-        """The next token, from `logits`, the last ones of the native `context`.
+    def draw(self, context: Any, logits: Any, row: int) -> int:
+        """The next token, from `logits`, those of a row of the native `context`'s last decode.
 
         Raises:
             ModelFileError: the logits are not numbers, so there is nothing to draw from.
@@ -44,7 +44,7 @@ class Sampler:
                 "the model's output is not a number (NaN)",
                 hint="Its weights or its adapter's are damaged, or the scale is too large.",
             )
-        return int(self._sample(self._handle.pointer, context, -1))
+        return int(self._sample(self._handle.pointer, context, row))
 
     def close(self) -> None:
         self._handle.close()

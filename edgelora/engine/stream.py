@@ -21,18 +21,26 @@ class Request:
     Attributes:
         messages: the conversation so far, or one user message as a string. Without a system message the adapter's own
             system prompt leads; an empty one stands for none at all.
-        adapter: a loaded adapter's name; None, "none" and "base" are the bare base.
-        scale: how strongly to apply it; None is the scale it was loaded with.
+        adapter: a loaded adapter's name; None, "none" and "base" are the bare base. A mapping of names to scales blends
+            several; template, stops and settings are then the first one's.
+        scale: how strongly to apply it; None is the scale it was loaded with. Of a blend, it multiplies every scale.
         sampling: a whole `Sampling`, or the settings that differ from the adapter's own defaults.
-        deterministic: with a seed (or temperature 0), the same text to the last token whatever ran before: KV is reused
-            only where it is what a fresh engine would compute (see `engine.cache`), which costs some prefill.
+        deterministic: with a seed (or temperature 0), the same text to the last token whatever ran before or runs
+            beside it: KV is reused only where it is what a fresh engine would compute (see `engine.cache`), and tokens
+            are decoded alone, unless the engine is `reproducible`. Otherwise the same seed gives the same text but for
+            rounding: kernels add up in another order where a batch has other rows, by some 0.1 of a logit on a 4-bit
+            base, so two nearly equal candidates can change places.
+        priority: lower ones begin first; what is under way goes on.
+        deadline: seconds from now until the reply ends with what there is (finish_reason "deadline").
     """
 
     messages: Sequence[Message] | str
-    adapter: str | None = None
+    adapter: str | Mapping[str, float] | None = None
     scale: float | None = None
     sampling: Sampling | Mapping[str, Any] | None = None
     deterministic: bool = False
+    priority: int = 0
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,13 @@ class Completion:
     """A finished reply.
 
     Attributes:
-        finish_reason: "stop" (the model ended it, or a stop string), "length" (max_tokens, or the context is full) or
-            "cancelled".
+        finish_reason: "stop" (the model ended it, or a stop string), "length" (max_tokens, or the context is full),
+            "cancelled" or "deadline".
         prompt_tokens: tokens of the conversation as rendered; `cached_tokens` of them were in the KV cache already.
         completion_tokens: tokens generated, without the one that ended the reply.
-        adapter: its name, "none" for the bare base; `adapter_hash` is the SHA-256 of its file, empty for the base.
+        adapter: its name, "none" for the bare base, names joined by "+" for a blend; `adapter_hash` is the SHA-256 of
+            its file, empty for the base, joined likewise.
+        seconds_waiting: from the request until it got a place in the batch.
         seconds_to_first_token: from the request to the first token, waiting for other requests included.
         tokens_per_second: of decode, from the first token to the last; 0 where there were fewer than two.
     """
@@ -56,6 +66,7 @@ class Completion:
     completion_tokens: int
     adapter: str
     adapter_hash: str
+    seconds_waiting: float
     seconds_to_first_token: float
     tokens_per_second: float
 
@@ -68,6 +79,11 @@ class Task:
         self.interrupt = InterruptFlag()
         self.submitted = time.perf_counter()
         self.items: SimpleQueue[str | Completion | BaseException] = SimpleQueue()
+
+    @property
+    def is_late(self) -> bool:
+        deadline = self.request.deadline
+        return deadline is not None and time.perf_counter() - self.submitted > deadline
 
 
 class Stream(Iterator[str]):

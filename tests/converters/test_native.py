@@ -263,7 +263,7 @@ int kquants_try(void) { return 0; }
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source that compiles at once, and an empty cache."""
-    source, cache = tmp_path / "small.c", tmp_path / "cache"
+    source, cache = tmp_path / "kquants.c", tmp_path / "cache"
     source.write_text(SMALL_SOURCE)
     monkeypatch.setattr(build, "SOURCE", source)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))

@@ -24,7 +24,25 @@ def runtime(settings: Settings, adapters: dict[str, Path]) -> Iterator[Runtime]:
         made.close()
 
 
+def answer(made: Runtime, request: Request) -> Completion:
+    """Steps until a request is done.
+
+    Raises:
+        EdgeloraError: it cannot be answered.
+    """
+    task = Task(request)
+    made.submit(task)
+    for _ in range(10_000):
+        if made.scheduler.is_idle:
+            break
+        made.scheduler.step()
+    while not isinstance(item := task.items.get_nowait(), Completion):
+        if isinstance(item, BaseException):
+            raise item
+    return item
+
+
 def prompt_logits(made: Runtime, request: Request) -> tuple[np.ndarray, Completion]:
     """Logits of the prompt's last token (n_vocab,): one generated token needs no further decode."""
-    completion = made.run(Task(request))
+    completion = answer(made, request)
     return np.ctypeslib.as_array(made.context.logits(), (made.context.n_vocab,)).copy(), completion

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from edgelora.engine.cache import CHUNK, KVCache, KVSequence
+from edgelora.engine.cache import CHUNK, Key, KVCache, KVSequence
 
-RED, BLUE = ("red-hash", 1.0), ("blue-hash", 1.0)
+RED, BLUE = (("red-hash", 1.0),), (("blue-hash", 1.0),)
 
 
 class Memory:
@@ -21,16 +21,17 @@ class Memory:
         return self.can_cut or length == 0
 
 
-def fill(cache: KVCache, key: tuple[str, float], tokens: list[int], *, deterministic: bool = False) -> KVSequence:
+def fill(cache: KVCache, key: Key, tokens: list[int], *, deterministic: bool = False) -> KVSequence:
     """Take a sequence and 'decode' the rest in chunks, as a generation does."""
     sequence = cache.take(key, tokens, deterministic=deterministic)
     while len(sequence.tokens) < len(tokens):
         sequence.extend(tokens[len(sequence.tokens) :][:CHUNK])
+    cache.give_back(sequence)
     return sequence
 
 
-@pytest.mark.parametrize("other", [BLUE, ("red-hash", 0.5), ("", 0.0)])
-def test_another_adapter_or_scale_shares_nothing(other: tuple[str, float]) -> None:
+@pytest.mark.parametrize("other", [BLUE, (("red-hash", 0.5),), (), RED + BLUE])
+def test_another_adapter_or_scale_shares_nothing(other: Key) -> None:
     cache = KVCache(1, Memory().trim)
     fill(cache, RED, [1, 2, 3, 4])
     assert cache.take(other, [1, 2, 3, 4, 5]).tokens == []
@@ -71,7 +72,7 @@ def test_the_least_recently_used_sequence_is_evicted() -> None:
     fill(cache, RED, [1, 2, 3])
     fill(cache, BLUE, [1, 2, 3])
     fill(cache, RED, [1, 2, 3, 4])
-    fill(cache, ("green-hash", 1.0), [7])
+    fill(cache, (("green-hash", 1.0),), [7])
     assert cache.take(BLUE, [1, 2, 3, 4]).tokens == []
 
 
@@ -117,3 +118,14 @@ def test_a_dropped_sequence_gives_nothing() -> None:
     cache = KVCache(1, Memory().trim)
     cache.drop(fill(cache, RED, [1, 2, 3]))
     assert cache.take(RED, [1, 2, 3, 4]).tokens == []
+
+
+def test_a_busy_sequence_is_not_given_twice() -> None:
+    cache = KVCache(2, Memory().trim)
+    first = cache.take(RED, [1, 2, 3])
+    first.extend([1, 2, 3])
+    assert cache.has_room()
+    assert cache.take(RED, [1, 2, 3, 4]) is not first
+    assert not cache.has_room()
+    cache.give_back(first)
+    assert cache.take(RED, [1, 2, 3, 4]).tokens == [1, 2, 3]

@@ -250,7 +250,7 @@ def test_weights_that_overflow_end_the_reply_with_an_error(base: Path, make_adap
 
 
 def test_a_closed_engine_says_so_and_its_streams_end(base: Path) -> None:
-    engine = Engine(base, threads=1)
+    engine = Engine(base, threads=1, parallel=1)
     running, waiting = engine.stream(QUESTION, sampling=ENDLESS), engine.stream(QUESTION)
     next(running)
     engine.close()
