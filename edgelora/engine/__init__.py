@@ -11,7 +11,9 @@ The only package that imports `llama_cpp`, and only its low-level half:
     preflight.py    what is checked before llama.cpp sees an adapter
     adapters.py     which adapters there are, and which of them are in memory
     graph.py        nodes of a compute graph, as they lie in memory
+    low_rank.py     an adapter's weights, as the mixing kernels read them
     mixing.py       different adapters in one decode; kernels/ is its C half
+    mixing_proof.py that this model computes with them as llama.cpp does
     cache.py        KV prefixes, keyed by adapter content and scale
     sampler.py      sampler chains
     reply.py        token bytes to text: stop strings, whole characters

@@ -18,7 +18,9 @@ from typing import Any
 from converters.reader import GGUFHeader
 from edgelora.adapter_ref import BASE_NAMES, AdapterRef
 from edgelora.contract import Contract
-from edgelora.engine.mixing import Mixer, Weights, problem_of, read_weights
+from edgelora.engine.low_rank import Weights, problem_of, read_weights
+from edgelora.engine.mixing import Mixer
+from edgelora.engine.mixing_proof import prove
 from edgelora.engine.model import Model
 from edgelora.engine.native import Handle, forget_log, llama, reason
 from edgelora.engine.preflight import check_adapter, check_fingerprint, check_finite, read_checked
@@ -175,6 +177,7 @@ class Adapters:
         budget_bytes: of weights in memory. What is in use, or pinned, stays beyond it.
         detach: lets every context go of llama.cpp's own adapters.
         wake: called, on another thread, when a file was read that a request waits for.
+        threads: to try mixing with.
     """
 
     def __init__(
@@ -184,9 +187,11 @@ class Adapters:
         budget_bytes: int = 1 << 62,
         detach: Callable[[], None] = lambda: None,
         wake: Callable[[], None] = lambda: None,
+        threads: int = 1,
     ) -> None:
         self._model, self.mixer, self._budget = model, mixer, budget_bytes
-        self._detach, self._wake = detach, wake
+        self._detach, self._wake, self._threads = detach, wake, threads
+        self._proven: dict[str, bool] = {}  # matrix that adapters were seen to be mixed on: whether the graph uses it
         self._named: dict[str, Adapter] = {}
         self._files: dict[str, AdapterFile] = {}
         self._clock = 0
@@ -211,16 +216,20 @@ class Adapters:
         """
         ref, contract = prepared.ref, prepared.contract
         template = ChatTemplate(contract.chat_template) if contract and contract.chat_template else None
-        notices = tuple(_check_contract(ref, contract, template, self._model, force))
+        notices = [*_check_contract(ref, contract, template, self._model, force)]
         sampling = _sampling(ref, contract)
         file = self._files.get(prepared.digest)
         if file is None:
             file = AdapterFile(prepared.header, prepared.digest, self._problem(prepared.header))
+        if not file.problem and prepared.weights:
+            notices += self._prove(ref.name, file, prepared.weights)
         if not file.is_loaded:
             self._install(file, prepared.weights)
         self._files[prepared.digest] = file
         replaced = self._named.get(ref.name)
-        self._named[ref.name] = Adapter(ref.name, ref, prepared.digest, contract, template, sampling, notices, file)
+        self._named[ref.name] = Adapter(
+            ref.name, ref, prepared.digest, contract, template, sampling, tuple(notices), file
+        )
         self._touch(file)
         self._free_if_nameless(replaced.file if replaced else None)
         self._shrink()
@@ -285,6 +294,22 @@ class Adapters:
 
     def _problem(self, header: GGUFHeader) -> str:
         return problem_of(header) if self.mixer else "this engine does not mix adapters"
+
+    def _prove(self, name: str, file: AdapterFile, weights: Weights) -> Iterator[str]:
+        """Try matrices that no adapter changed before; notices of what came out."""
+        new = [matrix for matrix in weights.pairs if matrix not in self._proven]
+        if new:
+            proof = prove(self._model, new, self._threads)
+            if proof.problem:
+                file.problem = proof.problem
+                yield f"{name}: it does not share decodes with other adapters: {proof.problem}"
+                return
+            self._proven |= {matrix: matrix not in proof.unused for matrix in new}
+        if unused := [matrix for matrix in weights.pairs if not self._proven[matrix]]:
+            yield (
+                f"{name}: llama.cpp never applies {len(unused)} of its {len(weights.pairs)} matrices on this model: "
+                f"{', '.join(unused[:8])}{' ...' if len(unused) > 8 else ''}"
+            )
 
     def _ready(self, file: AdapterFile) -> bool:
         self._touch(file)

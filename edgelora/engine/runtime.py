@@ -72,19 +72,20 @@ class Runtime:
             undo.callback(self.model.close)
             self.n_ctx = settings.n_ctx or min(self.model.n_ctx_train, DEFAULT_N_CTX)
             parallel = self._parallel()
+            threads = settings.threads or threads_for(settings.base.stat().st_size)
             n_batch = max(CHUNK, parallel)
             self.mixer = self._mixer(n_batch)
             self.context = Context(
                 self.model,
                 n_ctx=self.n_ctx,
                 n_sequences=parallel,
-                threads=settings.threads or threads_for(settings.base.stat().st_size),
+                threads=threads,
                 n_batch=n_batch,
                 callback=self.mixer.callback if self.mixer else None,
             )
             self.cache = KVCache(parallel, self.context.trim)
             self.adapters = Adapters(
-                self.model, self.mixer, self._adapter_bytes(), lambda: self.context.apply(()), wake
+                self.model, self.mixer, self._adapter_bytes(), lambda: self.context.apply(()), wake, threads
             )
             undo.callback(self.adapters.close)
             undo.callback(self.context.close)  # first: it lets go of the adapters, and they of the model
