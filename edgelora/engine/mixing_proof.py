@@ -17,8 +17,8 @@ from edgelora.errors import EdgeloraError
 
 ROWS = 3
 TOLERANCE = 0.3
-"""Of the change that an adapter makes to the logits. Additions have another order than in llama.cpp, and a quantized base
-makes more of it (3 % on Q4_0); rows or matrices taken for others are off by 100 % and more."""
+"""Of the change that an adapter makes to the logits. Additions have another order than in llama.cpp, and a quantized
+base makes more of it (3 % on Q4_0); rows or matrices taken for others are off by 100 % and more."""
 
 
 @dataclass(frozen=True)
