@@ -36,15 +36,14 @@ class AdapterFile:
     Attributes:
         digest: SHA-256 of the file in hex.
         problem: why it cannot share a decode with other adapters; empty if it can.
-        users: requests that wait for it or are computed with it.
-        pinned: never evicted.
+        claims: requests that name it, waiting or under way; it stays known until they are done.
+        users: of these, the ones that have a place, or the next one; it stays in memory until they are done.
         last_used: a counter; the lowest is evicted first.
     """
 
     def __init__(self, header: GGUFHeader, digest: str, problem: str) -> None:
         self.header, self.digest, self.problem = header, digest, problem
-        self.users = self.last_used = 0
-        self.pinned = False
+        self.claims = self.users = self.last_used = 0
         self.weights: Weights | None = None
         self.handle: Handle | None = None
         self.loading: Future[Weights] | None = None
@@ -54,9 +53,10 @@ class AdapterFile:
         return self.weights is not None or self.handle is not None
 
     @property
-    def size_bytes(self) -> int:
-        """What it takes in memory."""
-        return sum(tensor.size_bytes for tensor in self.header.tensors.values())
+    def loaded_bytes(self) -> int:
+        """What it takes in memory now: as weights that can be mixed, as llama.cpp's own, or both."""
+        copies = (self.weights is not None or self.loading is not None) + (self.handle is not None)
+        return copies * sum(tensor.size_bytes for tensor in self.header.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Adapter:
 
     @property
     def pointer(self) -> Any:
-        """llama.cpp's own, of an adapter that cannot be mixed."""
+        """llama.cpp's own."""
         assert self.file is not None
         assert self.file.handle is not None
         return self.file.handle.pointer
@@ -193,6 +193,7 @@ class Adapters:
         self._detach, self._wake, self._threads = detach, wake, threads
         self._proven: dict[str, bool] = {}  # matrix that adapters were seen to be mixed on: whether the graph uses it
         self._named: dict[str, Adapter] = {}
+        self._pinned: set[str] = set()
         self._files: dict[str, AdapterFile] = {}
         self._clock = 0
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="edgelora-adapter")
@@ -223,6 +224,7 @@ class Adapters:
             file = AdapterFile(prepared.header, prepared.digest, self._problem(prepared.header))
         if not file.problem and prepared.weights:
             notices += self._prove(ref.name, file, prepared.weights)
+        file.header = prepared.header  # the newest path of this content
         if not file.is_loaded:
             self._install(file, prepared.weights)
         self._files[prepared.digest] = file
@@ -243,6 +245,7 @@ class Adapters:
         """
         if self.get(name) is BARE:
             raise SettingsError("the bare base cannot be unloaded")
+        self._pinned.discard(name)
         self._free_if_nameless(self._named.pop(name).file)
 
     def pin(self, name: str, pinned: bool = True) -> None:
@@ -251,11 +254,24 @@ class Adapters:
         Raises:
             SettingsError: no such adapter.
         """
-        if file := self.get(name).file:
-            file.pinned = pinned
+        if self.get(name) is BARE:
+            raise SettingsError("the bare base is always in memory")
+        (self._pinned.add if pinned else self._pinned.discard)(name)
 
-    def hold(self, adapters: Scaled) -> None:
-        """A request will need these until `release`."""
+    def claim(self, adapters: Scaled) -> None:
+        """A request names these: they stay known until `disclaim`."""
+        for file in _files_of(adapters):
+            file.claims += 1
+
+    def disclaim(self, adapters: Scaled) -> None:
+        for file in _files_of(adapters):
+            file.claims -= 1
+            if not file.claims and not file.users:
+                file.loading = None
+            self._free_if_nameless(file)
+
+    def use(self, adapters: Scaled) -> None:
+        """A request will be computed with these: once in memory, they stay until `release`."""
         for file in _files_of(adapters):
             file.users += 1
 
@@ -265,18 +281,29 @@ class Adapters:
             self._free_if_nameless(file)
         self._shrink()
 
-    def ready(self, adapters: Scaled) -> bool:
+    def ready(self, adapters: Scaled, *, mixed: bool) -> bool:
         """Whether these can be computed with now. False: one is being read, and `wake` will be called.
+
+        Args:
+            mixed: in a decode with others; not: as llama.cpp's own.
 
         Raises:
             ModelFileError: a file that is gone, or holds something else by now.
         """
-        return all([self._ready(file) for file in _files_of(adapters)])
+        return all([self._ready(file, mixed) for file in _files_of(adapters)])
+
+    def stop_mixing(self, problem: str) -> None:
+        """Let llama.cpp apply its own adapters from now on, also in what is under way."""
+        for file in self._files.values():
+            file.problem = file.problem or problem
+            file.weights = file.loading = None
+            if file.users:
+                file.handle = file.handle or _init(self._model, file)
 
     @property
     def loaded_bytes(self) -> int:
         """Of weights in memory."""
-        return sum(file.size_bytes for file in self._files.values() if file.is_loaded)
+        return sum(file.loaded_bytes for file in self._files.values())
 
     def loaded(self) -> list[str]:
         """Names of the adapters whose weights are in memory."""
@@ -285,9 +312,10 @@ class Adapters:
     def close(self) -> None:
         """Free all; before the model is, and after every context."""
         self._readers.shutdown(wait=True, cancel_futures=True)
+        self._detach = lambda: None  # the contexts are gone
         self._named.clear()
         for file in list(self._files.values()):
-            file.users = 0
+            file.users = file.claims = 0
             self._free_if_nameless(file)
         if self.mixer:
             self.mixer.close()
@@ -311,19 +339,16 @@ class Adapters:
                 f"{', '.join(unused[:8])}{' ...' if len(unused) > 8 else ''}"
             )
 
-    def _ready(self, file: AdapterFile) -> bool:
+    def _ready(self, file: AdapterFile, mixed: bool) -> bool:
         self._touch(file)
-        if file.is_loaded:
-            return True
-        if file.problem:
-            self._install(file, None)
-        elif file.loading is None:
-            file.loading = self._readers.submit(_read_again, file)
-            file.loading.add_done_callback(lambda _: self._wake())
-            return False
-        elif not file.loading.done():
-            return False
-        else:
+        if not mixed:
+            file.handle = file.handle or _init(self._model, file)
+        elif file.weights is None:
+            if file.loading is None:
+                file.loading = self._readers.submit(_read_again, file)
+                file.loading.add_done_callback(lambda _: self._wake())
+            if not file.loading.done():
+                return False
             reading, file.loading = file.loading, None
             self._install(file, reading.result())
         self._shrink()
@@ -350,11 +375,12 @@ class Adapters:
         excess = self.loaded_bytes - self._budget
         if excess <= 0:
             return
-        spare = [file for file in self._files.values() if file.is_loaded and not file.users and not file.pinned]
+        pinned = {self._named[name].content_hash for name in self._pinned if name in self._named}
+        spare = [file for digest, file in self._files.items() if not file.users and digest not in pinned]
         for file in sorted(spare, key=lambda file: file.last_used):
             if excess <= 0:
                 return
-            excess -= file.size_bytes
+            excess -= file.loaded_bytes
             self._evict(file)
 
     def _evict(self, file: AdapterFile) -> None:
@@ -363,10 +389,15 @@ class Adapters:
         if file.handle:
             self._detach()
             file.handle.close()
-        file.weights = file.handle = None
+        file.weights = file.handle = file.loading = None
 
     def _free_if_nameless(self, file: AdapterFile | None) -> None:
-        if file and not file.users and not any(adapter.file is file for adapter in self._named.values()):
+        if (
+            file
+            and not file.claims
+            and not file.users
+            and not any(adapter.file is file for adapter in self._named.values())
+        ):
             self._evict(file)
             self._files.pop(file.digest, None)
 

@@ -1,7 +1,8 @@
 """Which KV a request may start from: that of the same adapters' content, at the same scales, for the same tokens.
 
 KV computed under one adapter is wrong under another, so tokens alone never decide. Within one key the common prefix is
-kept and the rest recomputed.
+kept and the rest recomputed. A prefix that another sequence holds is copied, and what has to make room for another
+conversation is copied into a budget of bytes: a system prompt is read once, however many requests begin with it.
 
 Reusing KV is not free of rounding: a token read in a batch of another size rounds otherwise in the last bits. A
 `deterministic` request therefore starts only from *exact* KV: whole prefill chunks at multiples of the chunk size, as
@@ -10,18 +11,24 @@ a fresh engine would compute them, so that its logits are the same bits whatever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from typing import Protocol
+
+from edgelora.engine.context import State
+from edgelora.errors import EdgeloraError
 
 CHUNK = 128
 """Tokens read in one decode while a prompt is prefilled; the grain of exact reuse, and of cancellation on a GPU."""
+
+MIN_COPY = 32
+"""Tokens that are worth a copy: reading them again takes a tenth of a second and more, copying a few milliseconds."""
 
 Key = tuple[tuple[str, float], ...]
 """Content hash and scale of each adapter; empty for the bare base."""
 
 
-@dataclass
+@dataclass(eq=False)
 class KVSequence:
     """What one KV sequence of the context holds.
 
@@ -52,38 +59,70 @@ class KVSequence:
 
     def usable(self, key: Key, tokens: Sequence[int], deterministic: bool) -> int:
         """How many of the first `tokens` need not be computed again; the last one always is, for its logits."""
-        if self.key != key:
-            return 0
-        limit = min(self.exact if deterministic else len(self.tokens), len(tokens) - 1)
-        same = sum(
-            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens[:limit], tokens, strict=False))
-        )
-        return same // CHUNK * CHUNK if deterministic else same
+        return _usable(self, key, tokens, deterministic)
+
+
+def _usable(held: KVSequence | Kept, key: Key, tokens: Sequence[int], deterministic: bool) -> int:
+    if held.key != key:
+        return 0
+    limit = min(held.exact if deterministic else len(held.tokens), len(tokens) - 1)
+    same = next((at for at in range(limit) if held.tokens[at] != tokens[at]), limit)
+    return same // CHUNK * CHUNK if deterministic else same
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The KV of a sequence that had to make room."""
+
+    key: Key
+    tokens: Sequence[int]
+    exact: int
+    state: State
+
+    def usable(self, key: Key, tokens: Sequence[int], deterministic: bool) -> int:
+        return _usable(self, key, tokens, deterministic)
+
+
+class Memory(Protocol):
+    """What the cache needs of a context."""
+
+    def trim(self, sequence: int, length: int) -> bool: ...
+    def state(self, sequence: int) -> State: ...
+    def put_state(self, sequence: int, state: State) -> bool: ...
 
 
 class KVCache:
-    """The sequences of one context.
+    """The sequences of one context, and copies of those that made room for others.
 
     Args:
         n_sequences: how many the context has.
-        trim: forgets a native sequence's cells from a position on; False where the model's memory cannot be cut there
-            (recurrent layers), which costs the whole sequence.
+        memory: the context. Its `trim` is False where the model's memory cannot be cut (recurrent layers), which costs
+            the whole sequence.
+        budget_bytes: for the copies; the least recently used goes first.
+        can_cut: False for recurrent layers: a copy is used whole or not at all.
     """
 
-    def __init__(self, n_sequences: int, trim: Callable[[int, int], bool]) -> None:
+    def __init__(self, n_sequences: int, memory: Memory, budget_bytes: int = 0, *, can_cut: bool = True) -> None:
         self.sequences = [KVSequence(id) for id in range(n_sequences)]
-        self._trim = trim
+        self._memory, self._budget, self._can_cut = memory, budget_bytes, can_cut
+        self._kept: list[Kept] = []  # the most recently used is the last
         self._clock = 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the copies."""
+        return sum(each.state.nbytes for each in self._kept)
 
     def has_room(self) -> bool:
         """Whether a sequence is idle."""
-        return not all(sequence.busy for sequence in self.sequences)
+        return any(not sequence.busy for sequence in self.sequences)
 
     def take(self, key: Key, tokens: Sequence[int], *, deterministic: bool = False) -> KVSequence:
         """An idle sequence, busy from now on and cut to what may be reused: `sequence.tokens` is a prefix of `tokens`,
         computed under `key`.
 
-        The longest usable prefix wins, unless that would throw away most of a sequence while another is older.
+        The longest usable prefix wins, unless that would throw away most of a sequence while another is older. What
+        makes room is copied first, where that is worth it.
         """
         self._clock += 1
         idle = [sequence for sequence in self.sequences if not sequence.busy]
@@ -92,12 +131,37 @@ class KVCache:
         oldest = min(idle, key=lambda s: (s.last_used, s.id))
         if 2 * kept < len(best.tokens):
             best, kept = oldest, oldest.usable(key, tokens, deterministic)
-        if not self._trim(best.id, kept):
-            self._trim(best.id, 0)
-            kept = 0
-        best.cut(kept)
+        copies = list(self._kept)  # what makes room may push out the copy that is wanted
+        if kept < len(best.tokens):
+            self._keep(best, lost=len(best.tokens) - kept)
+        self._cut(best, kept)
         best.key, best.last_used, best.busy = key, self._clock, True
+        self._share(best, tokens, deterministic, copies)
         return best
+
+    def share(self, sequence: KVSequence, tokens: Sequence[int], *, deterministic: bool = False) -> None:
+        """Copy into a busy sequence, which holds a prefix of `tokens`, a longer one that another holds, or a copy."""
+        self._share(sequence, tokens, deterministic, self._kept)
+
+    def _share(self, sequence: KVSequence, tokens: Sequence[int], deterministic: bool, copies: Sequence[Kept]) -> None:
+        key, others = sequence.key, [each for each in self.sequences if each is not sequence]
+        if key is None:
+            return
+        sources: list[KVSequence | Kept] = [*others, *copies]
+        best = max(sources, key=lambda each: each.usable(key, tokens, deterministic), default=None)
+        length = best.usable(key, tokens, deterministic) if best else 0
+        if best is None or length < len(sequence.tokens) + MIN_COPY:
+            return
+        if not self._can_cut and length < len(best.tokens):
+            return
+        state = best.state if isinstance(best, Kept) else self._memory.state(best.id)
+        if best in self._kept:
+            self._kept = [*(each for each in self._kept if each is not best), best]
+        held = list(best.tokens)
+        if not self._memory.put_state(sequence.id, state):
+            held = []
+        sequence.tokens, sequence.exact = held, best.exact if held else 0
+        self._cut(sequence, length if held else 0)
 
     def give_back(self, sequence: KVSequence) -> None:
         """A request is done with it; what it holds can be used again."""
@@ -105,7 +169,54 @@ class KVCache:
 
     def drop(self, sequence: KVSequence) -> None:
         """Forget a sequence whose state is not known any more."""
-        self._trim(sequence.id, 0)
+        self._memory.trim(sequence.id, 0)
         sequence.cut(0)
         sequence.key = None
         sequence.busy = False
+
+    def close_gaps(self, writing: Sequence[KVSequence]) -> None:
+        """Move these to places that follow each other, for they are decoded together: the last one into the first gap
+        between them."""
+        while (places := sorted(each.id for each in writing)) and places[-1] - places[0] >= len(places):
+            gaps = (id for id in range(places[0], places[-1]) if id not in places and not self.sequences[id].busy)
+            gap = next(gaps, None)
+            if gap is None:
+                return
+            self._swap(gap, places[-1])
+
+    def _swap(self, one: int, other: int) -> None:
+        """Exchange the places of two sequences.
+
+        Raises:
+            EdgeloraError: llama.cpp has no room for what it held before.
+        """
+        ids = (one, other)
+        states = [self._memory.state(id) if self.sequences[id].tokens else None for id in ids]
+        pair = [self.sequences[id] for id in ids]
+        for id, state in zip(reversed(ids), states, strict=True):
+            if state is None:
+                self._memory.trim(id, 0)
+            elif not self._memory.put_state(id, state):
+                raise EdgeloraError("llama.cpp has no room for a sequence that it held before")
+        for id, sequence in zip(reversed(ids), pair, strict=True):
+            sequence.id = id
+            self.sequences[id] = sequence
+
+    def _cut(self, sequence: KVSequence, length: int) -> None:
+        if not self._memory.trim(sequence.id, length):
+            self._memory.trim(sequence.id, 0)
+            length = 0
+        sequence.cut(length)
+
+    def _keep(self, sequence: KVSequence, lost: int) -> None:
+        """Copy a sequence before `lost` of its tokens are forgotten."""
+        if sequence.key is None or lost < MIN_COPY or not self._budget:
+            return
+        held = tuple(sequence.tokens)
+        if any(each.key == sequence.key and each.tokens[: len(held)] == held for each in self._kept):
+            return
+        copy = Kept(sequence.key, held, sequence.exact, self._memory.state(sequence.id))
+        self._kept = [each for each in self._kept if each.key != copy.key or held[: len(each.tokens)] != each.tokens]
+        self._kept.append(copy)
+        while self.kept_bytes > self._budget:
+            self._kept.pop(0)

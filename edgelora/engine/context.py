@@ -17,6 +17,9 @@ DECODED, NO_SLOT, ABORTED = 0, 1, 2  # return values of llama_decode, llama.h
 Applied = tuple[tuple[Any, float], ...]
 """Adapters as llama.cpp applies them, each (native pointer, scale); empty for the bare base."""
 
+State = npt.NDArray[np.uint8]
+"""What a sequence holds, as bytes."""
+
 
 class Interrupted(Exception):
     """The decode was given up half way, because the flag was set. The KV of that call is not to be used."""
@@ -153,6 +156,18 @@ class Context:
         """Forget what a sequence holds from `length` on. False: this model's memory cannot be cut there."""
         return bool(llama().llama_memory_seq_rm(self._memory, sequence, length, -1))
 
+    def state(self, sequence: int) -> State:
+        """A copy of all that the memory holds of a sequence, bit for bit."""
+        size = llama().llama_state_seq_get_size(self.pointer, sequence)
+        copy = np.empty(size, np.uint8)
+        written = llama().llama_state_seq_get_data(self.pointer, _bytes_of(copy), size, sequence)
+        return copy[:written]
+
+    def put_state(self, sequence: int, state: State) -> bool:
+        """Make a sequence hold a state that this context gave. False: there was no room, and it holds nothing."""
+        self.trim(sequence, 0)
+        return bool(llama().llama_state_seq_set_data(self.pointer, _bytes_of(state), state.size, sequence))
+
     def logits(self, row: int = -1) -> Any:
         """Pointer to the logits of a row of the last decode, float32 (n_vocab,), valid until the next decode."""
         return llama().llama_get_logits_ith(self.pointer, row)
@@ -173,6 +188,10 @@ class Context:
 
     def close(self) -> None:
         self._handle.close()
+
+
+def _bytes_of(array: State) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def python_callback(on_node: Callable[[int, bool, Any], bool]) -> tuple[Any, Any]:

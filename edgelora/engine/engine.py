@@ -54,6 +54,8 @@ class Engine:
             "switching": adapter after adapter; "auto": mixed wherever it works.
         adapter_bytes: of adapter weights kept in memory; None is a quarter of the free memory. Who was not used for
             longest is evicted, and read again when a request wants it.
+        cache_bytes: for copies of KV that had to make room for other conversations; None is an eighth of the free
+            memory.
         reproducible: every decode has `parallel` rows, so that with a seed (or temperature 0) a `deterministic` request
             gives the same text however many others are under way, without being decoded alone.
 
@@ -79,18 +81,29 @@ class Engine:
         parallel: int | None = None,
         mode: str = "auto",
         adapter_bytes: int | None = None,
+        cache_bytes: int | None = None,
         reproducible: bool = False,
     ) -> None:
         references = _references(adapters)
         _check_settings(base, n_ctx, threads, gpu_layers, chat_template)
-        _check_sharing(parallel, mode, adapter_bytes)
+        _check_sharing(parallel, mode, adapter_bytes, cache_bytes)
         template = ChatTemplate(resolve(chat_template)) if isinstance(chat_template, str) else chat_template
         self.base = Path(base).expanduser()
         self.template_source = template.source if template else ""
         self._adapters: dict[str, Adapter] = {}
         self._worker = _Worker(
             Settings(
-                self.base, n_ctx, threads, gpu_layers, template, force, parallel, mode, adapter_bytes, reproducible
+                self.base,
+                n_ctx,
+                threads,
+                gpu_layers,
+                template,
+                force,
+                parallel=parallel,
+                mode=mode,
+                adapter_bytes=adapter_bytes,
+                cache_bytes=cache_bytes,
+                reproducible=reproducible,
             )
         )
         self._close = weakref.finalize(self, _Worker.stop, self._worker)
@@ -160,6 +173,16 @@ class Engine:
     def mode(self) -> str:
         """How requests with different adapters share the machine: "mixed" or "switching"."""
         return "mixed" if self._mixes else "switching"
+
+    @property
+    def parallel(self) -> int:
+        """How many replies are written at the same time."""
+        return self._call(lambda runtime: runtime.context.n_sequences)
+
+    @property
+    def deterministic_rows(self) -> int:
+        """How many rows each decode of a `deterministic` request has: its text is the same for the same number."""
+        return self._call(lambda runtime: runtime.context.n_sequences if runtime.scheduler.reproducible else 1)
 
     def stream(
         self,
@@ -271,7 +294,7 @@ def _check_settings(base: object, n_ctx: object, threads: object, gpu_layers: ob
         raise SettingsError("; ".join(problems))
 
 
-def _check_sharing(parallel: object, mode: object, adapter_bytes: object) -> None:
+def _check_sharing(parallel: object, mode: object, adapter_bytes: object, cache_bytes: object) -> None:
     def whole(value: object, least: int, most: float) -> bool:
         return value is None or (isinstance(value, int) and not isinstance(value, bool) and least <= value <= most)
 
@@ -279,6 +302,7 @@ def _check_sharing(parallel: object, mode: object, adapter_bytes: object) -> Non
         ("parallel", parallel, whole(parallel, 1, MAX_PARALLEL), f"a whole number from 1 to {MAX_PARALLEL}"),
         ("mode", mode, mode in MODES, " or ".join(MODES)),
         ("adapter_bytes", adapter_bytes, whole(adapter_bytes, 0, math.inf), "a whole number, 0 or more"),
+        ("cache_bytes", cache_bytes, whole(cache_bytes, 0, math.inf), "a whole number, 0 or more"),
     )
     if problems := [f"{name} is {value!r}, expected {wanted}" for name, value, ok, wanted in checks if not ok]:
         raise SettingsError("; ".join(problems))
@@ -368,9 +392,12 @@ class _Worker:
         try:
             self._serve(runtime)
         finally:
-            self._stopping = True
-            runtime.close()
-            self._refuse()
+            with self._lock:
+                self._stopping = True
+            try:
+                runtime.close()
+            finally:
+                self._refuse()
 
     def _serve(self, runtime: Runtime) -> None:
         """Take what came in, then decode one step: until there is nothing to do, and then wait."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from edgelora.engine.adapters import Adapter
 from edgelora.engine.cache import Key, KVSequence
 from edgelora.engine.context import Context
+from edgelora.engine.grammar import GrammarDecoder, written
 from edgelora.engine.reply import ReplyText
-from edgelora.engine.sampler import Sampler
-from edgelora.engine.stream import Completion, Task
+from edgelora.engine.sampler import Sampler, likeliest, log_probabilities
+from edgelora.engine.stream import Completion, Task, TokenLogprob
 from edgelora.engine.tokenizer import Tokenizer
 from edgelora.sampling import Sampling
 
@@ -45,21 +49,26 @@ class Generation:
         sequence: where its KV is; what that holds already is not read again.
         pending: the token to be decoded next; None while the prompt is read.
         reason: why it ended, as `Completion.finish_reason`; empty while it goes on.
+        read_from: where reading its prompt began; None until it did.
+        passed_over: how often another's prompt was read instead.
     """
 
     def __init__(self, task: Task, plan: Plan, sequence: KVSequence, tokenizer: Tokenizer, n_vocab: int) -> None:
         self.task, self.plan, self.sequence = task, plan, sequence
         self.pending: int | None = None
         self.reason = ""
-        self.served = 0  # tokens decoded since its group's turn began
+        self.read_from: int | None = None
+        self.passed_over = 0
         stops, control = plan.sampling.stop, tokenizer.control_tokens
         self._ends = tokenizer.end_tokens | {control[stop].id for stop in stops if stop in control}
-        self._decoder, self._text = tokenizer.decoder(), ReplyText(stops)
-        self._sampler = Sampler(plan.sampling, n_vocab, plan.tokens)
+        follows_grammar = plan.sampling.gbnf is not None
+        self._decoder = GrammarDecoder(tokenizer) if follows_grammar else tokenizer.decoder()
+        self._text, self._vocab, self._n_vocab = ReplyText(stops), tokenizer.vocab, n_vocab
+        self._sampler = Sampler(plan.sampling, tokenizer, plan.tokens, self._ends)
+        self._logprobs: list[TokenLogprob] = []
         self._limit = min(plan.sampling.max_tokens or plan.n_ctx, plan.n_ctx - len(plan.tokens))
         self._pieces: list[str] = []
         self._completion_tokens = 0
-        self._cached_tokens = len(sequence.tokens)
         self._began = time.perf_counter()
         self._first_token = self._last_token = 0.0
 
@@ -79,7 +88,8 @@ class Generation:
         Raises:
             ModelFileError: the logits are not numbers.
         """
-        token = self._sampler.draw(context.pointer, context.logits(row), row)
+        logits = context.logits(row)
+        token = self._sampler.draw(context.pointer, logits, row)
         self._last_token = time.perf_counter()
         self._first_token = self._first_token or self._last_token
         self.pending = token
@@ -87,7 +97,10 @@ class Generation:
             self.reason = "stop"
             return
         self._completion_tokens += 1
-        self._say(self._text.feed(self._decoder.bytes_of(token)))
+        data = self._decoder.bytes_of(token)
+        if self.plan.sampling.logprobs is not None:
+            self._logprobs.append(self._judged(logits, token, data, self.plan.sampling.logprobs))
+        self._say(self._text.feed(data))
         if self._text.stopped:
             self.reason = "stop"
         elif self._completion_tokens >= self._limit:
@@ -97,24 +110,32 @@ class Generation:
         """Emit what was held back; the account of the reply."""
         self._say(self._text.end())
         self._sampler.close()
-        decoding, written = self._last_token - self._first_token, self._completion_tokens
+        decoding, count = self._last_token - self._first_token, self._completion_tokens
         adapters = [adapter for adapter, _ in self.plan.adapters]
         return Completion(
             text="".join(self._pieces),
             finish_reason=self.reason,
             prompt_tokens=len(self.plan.tokens),
-            cached_tokens=self._cached_tokens,
-            completion_tokens=written,
+            cached_tokens=self.read_from or 0,
+            completion_tokens=count,
             adapter="+".join(adapter.name for adapter in adapters) or "none",
             adapter_hash="+".join(adapter.content_hash for adapter in adapters),
             seconds_waiting=self._began - self.task.submitted,
             seconds_to_first_token=max(0.0, self._first_token - self.task.submitted),
-            tokens_per_second=(written - 1) / decoding if written > 1 and decoding else 0.0,
+            tokens_per_second=(count - 1) / decoding if count > 1 and decoding else 0.0,
+            logprobs=None if self.plan.sampling.logprobs is None else tuple(self._logprobs),
         )
 
     def abandon(self) -> None:
         """Free what it holds, after an error."""
         self._sampler.close()
+
+    def _judged(self, pointer: Any, token: int, data: bytes, alternatives: int) -> TokenLogprob:
+        logits = np.ctypeslib.as_array(pointer, (self._n_vocab,))
+        best = likeliest(logits, alternatives)
+        own, *others = log_probabilities(logits, [token, *best])
+        top = (TokenLogprob(each, written(self._vocab, each), value) for each, value in zip(best, others, strict=True))
+        return TokenLogprob(token, data, own, tuple(top))
 
     def _say(self, text: str) -> None:
         if text:

@@ -67,7 +67,7 @@ def problem_of(adapter: GGUFHeader) -> str:
         if a is None or b is None or len(a.shape) != 2 or target == "token_embd.weight":
             return f"it changes {target}, where rows cannot have adapters of their own"
         if a.type_name not in _DTYPES or b.type_name != a.type_name:
-            return f"{target} has type {a.type_name}, expected {', '.join(_DTYPES)}"
+            return f"{target}: A has type {a.type_name} and B {b.type_name}, expected both {' or '.join(_DTYPES)}"
         if len(target.encode()) > MAX_NAME:
             return f"the name {target} is too long"
     return ""

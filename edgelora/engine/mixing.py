@@ -144,15 +144,13 @@ class Mixer:
         """Adapters of llama.cpp's own are set for the next decode; its graph is left as it is."""
         self._native.n_matrices = self._native.broken = 0
 
-    def check(self) -> None:
-        """After a decode: the graph was as expected.
-
-        Raises:
-            EdgeloraError: it was not, and the logits are wrong.
-        """
-        if self._native.broken:
-            name = list(self._names)[self._native.broken - 1]
-            raise EdgeloraError(f"this model computes with {name} in a way in which adapters cannot be mixed")
+    @property
+    def problem(self) -> str:
+        """After a decode: in what its graph was not as expected, so that its logits are wrong; empty if it was."""
+        if not self._native.broken:
+            return ""
+        name = list(self._names)[self._native.broken - 1]
+        return f"this model computes with {name} in a way in which adapters cannot be mixed"
 
     def unseen(self) -> list[str]:
         """Matrices whose adapters no graph has applied so far."""

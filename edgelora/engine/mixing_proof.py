@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from edgelora.engine.context import Applied, Context
 from edgelora.engine.low_rank import F32, LowRank, Weights, tiled
-from edgelora.engine.mixing import Mixer, Runs, make_adapter
+from edgelora.engine.mixing import Mixer, Parts, Runs, make_adapter
 from edgelora.engine.model import Model
 from edgelora.errors import EdgeloraError
 
-ROWS = 3
+SEQUENCES, ROWS = 2, 3
 TOLERANCE = 0.3
 """Of the change that an adapter makes to the logits. Additions have another order than in llama.cpp, and a quantized
 base makes more of it (3 % on Q4_0); rows or matrices taken for others are off by 100 % and more."""
@@ -35,10 +35,11 @@ class Proof:
 
 
 def prove(model: Model, names: Sequence[str], threads: int) -> Proof:
-    """Compare rows of a mixed decode with llama.cpp's own adapter, on a strong random one on these matrices.
+    """Compare a mixed decode with llama.cpp's own adapter, on a strong random one on these matrices.
 
-    Three rows with different tokens are decoded three times: the first and last with the adapter and the middle one
-    without; all with llama.cpp's own adapter; all without. It has a context of its own, and three decodes' time.
+    Two sequences read a prompt each, one with the adapter and one without, and then write a token in the same decode.
+    So do two that llama.cpp's own adapter is applied to, and two without. It has a context of its own, and takes as
+    long as a dozen tokens.
     """
     rng = np.random.default_rng(0)
     pairs = {}
@@ -47,36 +48,74 @@ def prove(model: Model, names: Sequence[str], threads: int) -> Proof:
         a = rng.standard_normal((2, n_in), np.float32) * np.float32(n_in**-0.5)
         pairs[name] = a, rng.standard_normal((n_out, 2), np.float32) * np.float32(0.2)
     weights = Weights({name: LowRank(a, tiled(b), F32, 1.0) for name, (a, b) in pairs.items()})
-    tokens = [token % model.n_vocab for token in (11, 23, 47)]
     with ExitStack() as undo:
         try:
             mixer = Mixer(model, ROWS)
             undo.callback(mixer.close)
             own = make_adapter(model, pairs)
             undo.callback(own.close)
-            context = Context(model, n_ctx=16, n_sequences=ROWS, threads=threads, n_batch=ROWS, callback=mixer.callback)
+            context = Context(
+                model, n_ctx=16, n_sequences=SEQUENCES, threads=threads, n_batch=ROWS, callback=mixer.callback
+            )
             undo.callback(context.close)
             mixer.plug(weights)
-
-            def logits(applied: Applied) -> npt.NDArray[np.float32]:
-                context.apply(applied)
-                context.decode_rows(0, tokens, [0] * ROWS)
-                for sequence in range(ROWS):
-                    context.trim(sequence, 0)
-                return context.all_logits(ROWS).copy()
-
-            rows: Runs = [(1, ((weights, 1.0),)), (1, ()), (1, ((weights, 1.0),))]
-            mixer.fill(rows, rows)
-            mixed = logits(((mixer.socket, 1.0),))
-            mixer.check()
+            trial = _Trial(model, context, mixer)
+            mixed = trial.mixed([((weights, 1.0),), ()])
             unused = tuple(mixer.unseen())
             mixer.stand_aside()
-            with_own, without = logits(((own.pointer, 1.0),)), logits(())
+            with_own, without = trial.logits(((own.pointer, 1.0),)), trial.logits(())
         except EdgeloraError as error:
             return Proof(error.message)
-    wanted = np.stack([with_own[0], without[1], with_own[2]])
+    wanted = np.stack([with_own[0], without[1], with_own[2], without[3]])
     difference, effect = float(np.linalg.norm(mixed - wanted)), float(np.linalg.norm(with_own - without))
     if difference <= TOLERANCE * effect or (len(unused) == len(names) and difference == 0):
         return Proof("", unused)
     share = difference / max(effect, 1e-30)
     return Proof(f"mixed logits differ from llama.cpp's own by {share:.0%} of what the adapter changes", unused)
+
+
+class _Trial:
+    """Prompts of `ROWS` tokens in each sequence, and a token more in both: all logits, (2 * SEQUENCES, n_vocab)."""
+
+    def __init__(self, model: Model, context: Context, mixer: Mixer) -> None:
+        self._context, self._mixer = context, mixer
+        self._tokens = [[token % model.n_vocab for token in row] for row in ((11, 23, 47), (5, 83, 29))]
+        self._last = [token % model.n_vocab for token in (61, 17)]
+
+    def mixed(self, parts: Sequence[Parts]) -> npt.NDArray[np.float32]:
+        """Each sequence with its own adapters.
+
+        Raises:
+            EdgeloraError: the graph is not as expected.
+        """
+        runs: Runs = [(1, each) for each in parts]
+        return self._run(
+            ((self._mixer.socket, 1.0),),
+            lambda sequence: self._mixer.fill([(ROWS, parts[sequence])], [(1, parts[sequence])]),
+            lambda: self._mixer.fill(runs, runs),
+        )
+
+    def logits(self, applied: Applied) -> npt.NDArray[np.float32]:
+        """All with llama.cpp's own adapters."""
+        return self._run(applied, lambda sequence: None, lambda: None)
+
+    def _run(
+        self, applied: Applied, before_prompt: Callable[[int], None], before_last: Callable[[], None]
+    ) -> npt.NDArray[np.float32]:
+        context, found = self._context, []
+        context.apply(applied)
+        for sequence, tokens in enumerate(self._tokens):
+            context.trim(sequence, 0)
+            before_prompt(sequence)
+            context.decode(sequence, tokens, 0)
+            found.append(context.all_logits(1).copy())
+            self._check()
+        before_last()
+        context.decode_rows(0, self._last, [ROWS] * SEQUENCES)
+        found.append(context.all_logits(SEQUENCES).copy())
+        self._check()
+        return np.concatenate(found)
+
+    def _check(self) -> None:
+        if self._mixer.problem:
+            raise EdgeloraError(self._mixer.problem)

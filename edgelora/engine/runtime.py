@@ -34,6 +34,9 @@ KV_SHARE = 4
 ADAPTER_SHARE = 4
 """By default, adapters in memory take no more than this part of the free memory."""
 
+CACHE_SHARE = 8
+"""By default, copies of KV that had to make room take no more than this part of the free memory."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -48,6 +51,7 @@ class Settings:
     parallel: int | None = None
     mode: str = "auto"
     adapter_bytes: int | None = None
+    cache_bytes: int | None = None
     reproducible: bool = False
 
 
@@ -83,7 +87,7 @@ class Runtime:
                 n_batch=n_batch,
                 callback=self.mixer.callback if self.mixer else None,
             )
-            self.cache = KVCache(parallel, self.context.trim)
+            self.cache = KVCache(parallel, self.context, self._cache_bytes(), can_cut=not self.model.is_recurrent)
             self.adapters = Adapters(
                 self.model, self.mixer, self._adapter_bytes(), lambda: self.context.apply(()), wake, threads
             )
@@ -114,6 +118,10 @@ class Runtime:
         if problem and self.settings.mode == "mixed":
             raise SettingsError(f"adapters cannot be mixed here: {problem}", hint="Use mode='auto', or 'switching'.")
         return None if problem or self.settings.mode == "switching" else Mixer(self.model, n_batch)
+
+    def _cache_bytes(self) -> int:
+        given = self.settings.cache_bytes
+        return _free_bytes() // CACHE_SHARE if given is None else given
 
     def _adapter_bytes(self) -> int:
         given = self.settings.adapter_bytes

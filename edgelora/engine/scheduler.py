@@ -17,25 +17,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgelora.engine.adapters import Adapters
-from edgelora.engine.cache import CHUNK, Key, KVCache
+from edgelora.engine.cache import CHUNK, KVCache
 from edgelora.engine.context import Context, Interrupted
 from edgelora.engine.generation import Generation, Plan, unstarted
-from edgelora.engine.mixing import Mixer, Parts
+from edgelora.engine.mixing import Mixer, Parts, Runs
 from edgelora.engine.model import Model
-from edgelora.engine.stream import Task
+from edgelora.engine.stream import Completion, Task
 
-SHORT_CHUNK = 32
-"""Tokens of a prompt read between two decodes while others write: their streams pause for no longer."""
+PAUSE = 64
+"""Tokens of prompts read between two decodes while others write: their streams pause for no longer. Kernels are at half
+their speed with fewer than 16 rows, and at their best from 64 on."""
 QUANTUM = 128
 """Tokens, read or written, after which another group has its turn: switching costs 2 ms, a step 20 and more."""
 MIXED = "mixed"
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Waiting:
+    """A request without a place; with `is_next`, it gets one as soon as its adapters are in memory."""
+
     order: int
     task: Task
     plan: Plan
+    is_next: bool = False
 
 
 class Scheduler:
@@ -62,7 +66,7 @@ class Scheduler:
         self._waiting: list[_Waiting] = []
         self._running: list[Generation] = []
         self._order = itertools.count()
-        self._served: dict[Key, int] = {}
+        self._served: dict[tuple[str, ...], int] = {}
         self._turn: Hashable = None
         self._turn_tokens = 0
 
@@ -76,81 +80,95 @@ class Scheduler:
         return len(self._waiting), len(self._running)
 
     def submit(self, task: Task, plan: Plan) -> None:
-        """Let a request wait for its turn. Its adapters stay until it is done."""
-        self._adapters.hold(plan.adapters)
-        active = {waiting.plan.key for waiting in self._waiting} | {each.plan.key for each in self._running}
-        if plan.key not in active:  # who comes back has no credit from the time away
-            least = min((self._served.get(key, 0) for key in active), default=0)
-            self._served[plan.key] = max(self._served.get(plan.key, 0), least)
+        """Let a request wait for its turn. Its adapters are known until it is done."""
+        self._adapters.claim(plan.adapters)
+        account = _account(plan)
+        plans = [each.plan for each in self._waiting] + [each.plan for each in self._running]
+        active = {_account(each) for each in plans}
+        if account not in active:  # who comes back has no credit from the time away
+            self._served = {each: tokens for each, tokens in self._served.items() if each in active}
+            self._served[account] = min(self._served.values(), default=0)
         self._waiting.append(_Waiting(next(self._order), task, plan))
 
     def step(self) -> bool:
-        """One decode of those who write, one chunk of a prompt. False: there was nothing that could be done now."""
+        """One decode of those who write, and some of the prompts. False: there was nothing that could be done now."""
         self._leave()
         self._admit()
         group = self._group()
         writing = [each for each in group if each.pending is not None]
-        reading = [each for each in group if each.pending is None]
         if writing:
             self._write(writing)
-        if reading:
-            self._read(min(reading, key=lambda each: (each.task.request.priority, each.unread)), bool(writing))
+        left = PAUSE if writing else CHUNK
+        while left > 0 and (reading := [each for each in group if each.pending is None and not each.reason]):
+            left -= self._read(min(reading, key=_impatience), left)
+            group = [each for each in group if each in self._running]
         self._leave()
         return bool(group)
 
     def close(self, error: Callable[[], BaseException]) -> None:
         """End everything: what is under way is cancelled, what waits gets the error."""
-        for each in list(self._running):
+        for each in self._running:
             each.reason = each.reason or "cancelled"
         self._leave()
-        for waiting in self._waiting:
-            self._adapters.release(waiting.plan.adapters)
-            waiting.task.items.put(error())
-        self._waiting.clear()
+        for waiting in list(self._waiting):
+            self._forget(waiting, error())
 
     def _leave(self) -> None:
         """Who is done, cancelled or late gives its place back."""
         for each in list(self._running):
-            if not each.reason and (each.task.interrupt.is_set() or each.task.is_late):
-                each.reason = "cancelled" if each.task.interrupt.is_set() else "deadline"
+            each.reason = each.reason or _gone(each.task)
             if each.reason:
                 self._running.remove(each)
                 self._cache.give_back(each.sequence)
-                self._adapters.release(each.plan.adapters)
+                self._let_go(each.plan)
                 each.task.items.put(each.end())
 
     def _admit(self) -> None:
+        """Give places to those who wait, and have the next ones' adapters read."""
         for waiting in list(self._waiting):
-            if waiting.task.interrupt.is_set() or waiting.task.is_late:
-                self._waiting.remove(waiting)
-                self._adapters.release(waiting.plan.adapters)
-                reason = "cancelled" if waiting.task.interrupt.is_set() else "deadline"
-                waiting.task.items.put(unstarted(waiting.task, waiting.plan, reason))
-        if not self._waiting or not self._cache.has_room():
-            return
+            if reason := _gone(waiting.task):
+                self._forget(waiting, unstarted(waiting.task, waiting.plan, reason))
+        places = sum(not sequence.busy for sequence in self._cache.sequences)
+        places -= sum(waiting.is_next for waiting in self._waiting)
         for waiting in sorted(self._waiting, key=self._rank):
-            if not self._cache.has_room():
-                return
-            self._begin(waiting)
+            if not waiting.is_next and places > 0:
+                self._adapters.use(waiting.plan.adapters)
+                waiting.is_next = True
+                places -= 1
+            if waiting.is_next:
+                self._begin(waiting)
 
     def _rank(self, waiting: _Waiting) -> tuple[int, int, int]:
-        return waiting.task.request.priority, self._served.get(waiting.plan.key, 0), waiting.order
+        return waiting.task.request.priority, self._served.get(_account(waiting.plan), 0), waiting.order
 
     def _begin(self, waiting: _Waiting) -> None:
         """Give a request its place, if its adapters are in memory."""
         task, plan = waiting.task, waiting.plan
         try:
-            if not self._adapters.ready(plan.adapters):
+            if not self._adapters.ready(plan.adapters, mixed=self._mixes(plan)):
                 return
-            self._waiting.remove(waiting)
             sequence = self._cache.take(plan.key, plan.tokens, deterministic=plan.deterministic)
-            tokenizer, n_vocab = self._model.tokenizer, self._context.n_vocab
-            self._running.append(Generation(task, plan, sequence, tokenizer, n_vocab))
         except BaseException as error:
-            if waiting in self._waiting:
-                self._waiting.remove(waiting)
-            self._adapters.release(plan.adapters)
-            task.items.put(error)
+            self._forget(waiting, error)
+            return
+        try:
+            self._running.append(Generation(task, plan, sequence, self._model.tokenizer, self._context.n_vocab))
+            self._waiting.remove(waiting)
+        except BaseException as error:
+            self._cache.give_back(sequence)
+            self._forget(waiting, error)
+
+    def _forget(self, waiting: _Waiting, answer: Completion | BaseException) -> None:
+        """A request that never begins."""
+        self._waiting.remove(waiting)
+        if waiting.is_next:
+            self._adapters.release(waiting.plan.adapters)
+        self._adapters.disclaim(waiting.plan.adapters)
+        waiting.task.items.put(answer)
+
+    def _let_go(self, plan: Plan) -> None:
+        self._adapters.release(plan.adapters)
+        self._adapters.disclaim(plan.adapters)
 
     def _group(self) -> list[Generation]:
         """Whose turn it is."""
@@ -168,31 +186,44 @@ class Scheduler:
     def _group_of(self, each: Generation) -> Hashable:
         if each.plan.deterministic and not self.reproducible:
             return id(each)
-        return MIXED if self._mixes(each) else each.plan.key
+        return MIXED if self._mixes(each.plan) else each.plan.key
 
-    def _mixes(self, each: Generation) -> bool:
-        return self.mixer is not None and all(adapter.is_mixable for adapter, _ in each.plan.adapters)
+    def _mixes(self, plan: Plan) -> bool:
+        return self.mixer is not None and all(adapter.is_mixable for adapter, _ in plan.adapters)
 
-    def _read(self, each: Generation, others_write: bool) -> None:
-        """Decode the next chunk of a prompt; at its end, choose the first token."""
-        tokens = each.chunk(SHORT_CHUNK if others_write and not each.plan.deterministic else CHUNK)
-        sequence, parts = each.sequence, self._parts(each)
-        self._apply(each, [(len(tokens), parts)], [(1, parts)])
+    def _read(self, each: Generation, most: int) -> int:
+        """Decode the next chunk of a prompt, at most so many tokens of it; at its end, choose the first token.
+
+        A deterministic prompt is always read in whole chunks. Returns how many tokens were read.
+        """
+        plan, sequence = each.plan, each.sequence
+        for other in self._running:
+            other.passed_over += other.pending is None and other is not each
+        if each.read_from is None:  # others may have read what it begins with since it got its place
+            self._cache.share(sequence, plan.tokens, deterministic=plan.deterministic)
+            each.read_from = len(sequence.tokens)
+        tokens = each.chunk(CHUNK if plan.deterministic else most)
+        parts = self._parts(plan)
 
         def decode() -> None:
+            self._apply(plan, [(len(tokens), parts)], [(1, parts)])
             self._context.decode(sequence.id, tokens, len(sequence.tokens))
-            sequence.extend(tokens)
 
-        if self._decoded(decode, [each]) and not each.unread:
-            self._draw(each, -1)
+        if self._decoded(decode, [each]):
+            sequence.extend(tokens)
+            if not each.unread:
+                self._draw(each, -1)
         self._count(each, len(tokens))
+        return len(tokens)
 
     def _write(self, writing: Sequence[Generation]) -> None:
         """Decode a token of each, in as few batches as their places allow, and choose the next ones."""
-        by_place = {each.sequence.id: each for each in writing}
         if self.reproducible:
+            by_place = {each.sequence.id: each for each in writing}
             self._write_rows(0, [by_place.get(id) for id in range(self._context.n_sequences)])
             return
+        self._cache.close_gaps([each.sequence for each in writing])
+        by_place = {each.sequence.id: each for each in writing}
         for _, places in itertools.groupby(enumerate(sorted(by_place)), key=lambda pair: pair[1] - pair[0]):
             ids = [place for _, place in places]
             self._write_rows(ids[0], [by_place[id] for id in ids])
@@ -202,48 +233,50 @@ class Scheduler:
         is decoded there is forgotten at once."""
         present = [each for each in rows if each]
         sequences = self._cache.sequences[first : first + len(rows)]
-        parts = [self._parts(each) if each else () for each in rows]
+        parts = [self._parts(each.plan) if each else () for each in rows]
         runs = [(len(list(same)), adapters) for adapters, same in itertools.groupby(parts)]
-        self._apply(present[0], runs, runs)
+        for each, sequence in zip(rows, sequences, strict=True):
+            if each is None and len(sequence.tokens) >= present[0].plan.n_ctx:
+                self._cache.drop(sequence)
         positions = [len(sequence.tokens) for sequence in sequences]
-        for index, each in enumerate(rows):
-            if each is None and positions[index] >= present[0].plan.n_ctx:
-                self._cache.drop(sequences[index])
-                positions[index] = 0
         tokens = [each.pending if each and each.pending is not None else 0 for each in rows]
 
         def decode() -> None:
+            self._apply(present[0].plan, runs, runs)
             self._context.decode_rows(first, tokens, positions)
-            for each in present:
-                assert each.pending is not None
-                each.sequence.extend((each.pending,))
 
         done = self._decoded(decode, present)
         for index, each in enumerate(rows):
             if each is None:
                 self._context.trim(sequences[index].id, positions[index])
             elif done:
+                each.sequence.extend((tokens[index],))
                 self._draw(each, index)
                 self._count(each, 1)
 
     def _decoded(self, decode: Callable[[], None], present: Sequence[Generation]) -> bool:
-        """Decode for these; what goes wrong ends them, and what their sequences held is forgotten."""
-        flag = present[0].task.interrupt if len(present) == 1 else None
-        self._context.interrupt_with(flag)
+        """Decode for these. False: it came to nothing; what went wrong ended them, or they go on by switching."""
+        self._context.interrupt_with(present[0].task.interrupt if len(present) == 1 else None)
         try:
             decode()
-            if self.mixer:
-                self.mixer.check()
+            if not (self.mixer and self.mixer.problem):
+                return True
+            self._stop_mixing(self.mixer.problem)
+            for each in present:
+                self._context.trim(each.sequence.id, len(each.sequence.tokens))
         except Interrupted:
             present[0].reason = "cancelled"
-            return False
         except BaseException as error:
             for each in present:
                 self._fail(each, error)
-            return False
         finally:
             self._context.interrupt_with(None)
-        return True
+        return False
+
+    def _stop_mixing(self, problem: str) -> None:
+        """A graph was not as expected. No logits of it were used: everybody goes on with llama.cpp's own adapters."""
+        self._adapters.stop_mixing(problem)
+        self.mixer = None
 
     def _draw(self, each: Generation, row: int) -> None:
         try:
@@ -255,22 +288,41 @@ class Scheduler:
         self._running.remove(each)
         self._cache.drop(each.sequence)
         each.abandon()
-        self._adapters.release(each.plan.adapters)
+        self._let_go(each.plan)
         each.task.items.put(error)
 
     def _count(self, each: Generation, tokens: int) -> None:
         self._turn_tokens += tokens
-        self._served[each.plan.key] = self._served.get(each.plan.key, 0) + tokens
+        self._served[_account(each.plan)] = self._served.get(_account(each.plan), 0) + tokens
 
-    def _parts(self, each: Generation) -> Parts:
-        return tuple((adapter.weights, scale) for adapter, scale in each.plan.adapters) if self._mixes(each) else ()
+    def _parts(self, plan: Plan) -> Parts:
+        return tuple((adapter.weights, scale) for adapter, scale in plan.adapters) if self._mixes(plan) else ()
 
-    def _apply(self, each: Generation, rows: Any, outputs: Any) -> None:
+    def _apply(self, plan: Plan, rows: Runs, outputs: Runs) -> None:
         """Set what the next decode's rows are computed with."""
-        if self.mixer is not None and self._mixes(each):
+        if self.mixer is not None and self._mixes(plan):
             self.mixer.fill(rows, outputs)
             self._context.apply(((self.mixer.socket, 1.0),) if self.mixer.socket else ())
             return
         if self.mixer is not None:
             self.mixer.stand_aside()
-        self._context.apply(tuple((adapter.pointer, scale) for adapter, scale in each.plan.adapters))
+        scales: dict[Any, float] = {}
+        for adapter, scale in plan.adapters:  # llama.cpp keeps one scale for each adapter, and two names may be one
+            scales[adapter.file] = scales.get(adapter.file, 0.0) + scale
+        pointers = {adapter.file: adapter.pointer for adapter, _ in plan.adapters}
+        self._context.apply(tuple((pointers[file], scale) for file, scale in scales.items()))
+
+
+def _gone(task: Task) -> str:
+    """Why nobody waits for this any more; empty while somebody does."""
+    return "cancelled" if task.interrupt.is_set() else "deadline" if task.is_late else ""
+
+
+def _impatience(each: Generation) -> tuple[int, int]:
+    """Who is read next: the shortest prompt, but each time it is passed over makes a longer one shorter."""
+    return each.task.request.priority, each.unread - PAUSE * each.passed_over
+
+
+def _account(plan: Plan) -> tuple[str, ...]:
+    """Under which name tokens are counted: by content, whatever the scale."""
+    return tuple(sorted({adapter.content_hash for adapter, _ in plan.adapters}))
