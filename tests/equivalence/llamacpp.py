@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.ggml_base import library_path
-from edgelora.engine.native import forget_log, reason
+from edgelora.engine.native import forget_log, llama, reason
 
 F32 = 0  # ggml_type
 FLASH_ATTENTION_OFF = 0
@@ -25,6 +25,7 @@ def _collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
     _log.append(text.decode("utf-8", errors="replace"))
 
 
+llama()  # it hides matrix tiles where they would end the process
 llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
 llama_cpp.llama_backend_init()
 
