@@ -106,6 +106,7 @@ class Context:
         self.n_batch, self.n_vocab, self.n_sequences = n_batch, model.n_vocab, n_sequences
         self._chunk, self._one = Batch(n_batch), Batch(1)
         self._applied: Applied = ()
+        self._threads = threads
 
     @property
     def pointer(self) -> Any:
@@ -178,7 +179,9 @@ class Context:
 
     def use_threads(self, count: int) -> None:
         """How many threads compute from the next decode on."""
-        llama().llama_set_n_threads(self.pointer, count, count)
+        if count != self._threads:
+            llama().llama_set_n_threads(self.pointer, count, count)
+            self._threads = count
 
     def interrupt_with(self, flag: InterruptFlag | None) -> None:
         """The flag that gives up a running decode, or none."""

@@ -112,6 +112,7 @@ class Engine:
             self.n_ctx, self.base_name, self._notices = self._call(Runtime.describe)
             self._header = self._call(lambda runtime: runtime.model.header)
             self._mixes = self._call(lambda runtime: runtime.mixer is not None)
+            self._adapters |= self._call(lambda runtime: {name: runtime.adapters.get(name) for name in runtime.adapters})
             for reference in references:
                 self._load(reference)
         except BaseException:
@@ -158,8 +159,12 @@ class Engine:
         Raises:
             SettingsError: no such adapter.
         """
-        self._call(lambda runtime: runtime.unload_adapter(name))
-        self._adapters.pop(name, None)
+
+        def unload(runtime: Runtime) -> None:
+            runtime.unload_adapter(name)
+            del self._adapters[name]
+
+        self._call(unload)
 
     def pin_adapter(self, name: str, pinned: bool = True) -> None:
         """Keep an adapter in memory whatever `adapter_bytes` is, or no longer.
@@ -257,9 +262,12 @@ class Engine:
     def _load(self, reference: AdapterRef) -> Adapter:
         # Read and checked on the caller's thread: replies go on meanwhile.
         prepared = prepare(reference, self._header, mixing=self._mixes)
-        adapter = self._call(lambda runtime: runtime.add_adapter(prepared))
-        self._adapters[reference.name] = adapter
-        return adapter
+
+        def add(runtime: Runtime) -> Adapter:
+            self._adapters[reference.name] = adapter = runtime.add_adapter(prepared)
+            return adapter
+
+        return self._call(add)
 
     def _call(self, function: Callable[[Runtime], Result]) -> Result:
         """Run a short function on the thread, after what is queued before it."""

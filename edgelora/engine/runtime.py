@@ -20,7 +20,7 @@ from edgelora.engine.model import Model
 from edgelora.engine.prompt import encode_prompt
 from edgelora.engine.scheduler import Scheduler
 from edgelora.engine.stream import Request, Task
-from edgelora.engine.threads import threads_for
+from edgelora.engine.threads import LoadFollower, threads_for
 from edgelora.errors import ContextOverflowError, EdgeloraError, ModelFileError, SettingsError
 from edgelora.messages import Message, check_messages, user_message
 from edgelora.sampling import Sampling
@@ -95,7 +95,13 @@ class Runtime:
             undo.callback(self.context.close)  # first: it lets go of the adapters, and they of the model
             reproducible = settings.reproducible and not self.model.is_recurrent
             self.scheduler = Scheduler(
-                self.model, self.context, self.cache, self.adapters, self.mixer, reproducible=reproducible
+                self.model,
+                self.context,
+                self.cache,
+                self.adapters,
+                self.mixer,
+                LoadFollower(threads),
+                reproducible=reproducible,
             )
             self._base_template = self.model.chat_template()
             self._undo = undo.pop_all()
@@ -156,6 +162,7 @@ class Runtime:
     def plan(self, request: Request) -> Plan:
         adapters = self._adapters_of(request)
         first = adapters[0][0] if adapters else BARE
+        inside = first if first.bundled else None
         tokens = self.encode(request.messages, first)
         if len(tokens) >= self.n_ctx:
             raise ContextOverflowError(
@@ -165,7 +172,7 @@ class Runtime:
             )
         sampling = resolve_sampling(request.sampling, first)
         _check_numbers(request)
-        return Plan(adapters, tokens, sampling, self.n_ctx, request.deterministic)
+        return Plan(() if inside else adapters, tokens, sampling, self.n_ctx, request.deterministic, inside)
 
     def _adapters_of(self, request: Request) -> tuple[tuple[Adapter, float], ...]:
         """The request's adapters with their scales, none for the bare base."""
@@ -173,12 +180,12 @@ class Runtime:
         if not isinstance(wanted, Mapping):
             adapter = self.adapters.get(wanted)
             scale = adapter.scale if request.scale is None else _number(request.scale, "scale")
-            return () if adapter is BARE else ((adapter, scale),)
+            return () if adapter is BARE else _as_bundled(((adapter, scale),))
         times = 1.0 if request.scale is None else _number(request.scale, "scale")
         blend = [
             (self.adapters.get(name), times * _number(scale, f"scale of {name}")) for name, scale in wanted.items()
         ]
-        return tuple((adapter, scale) for adapter, scale in blend if adapter is not BARE)
+        return _as_bundled(tuple((adapter, scale) for adapter, scale in blend if adapter is not BARE))
 
     def encode(self, messages: Sequence[Message] | str, adapter: Adapter) -> list[int]:
         """The prompt's tokens, with the adapter's system prompt where the conversation has none."""
@@ -191,7 +198,8 @@ class Runtime:
             conversation.insert(0, {"role": "system", "content": adapter.contract.system})
         if conversation[0]["role"] == "system" and not conversation[0]["content"]:
             conversation.pop(0)
-        return encode_prompt(self.model.tokenizer, self.template(adapter), conversation)
+        tokens = encode_prompt(self.model.tokenizer, self.template(adapter), conversation)
+        return adapter.bundled.placed(tokens, self.model.tokenizer.bos) if adapter.bundled else tokens
 
     def template(self, adapter: Adapter) -> ChatTemplate:
         """The explicit template, else the adapter's, else the base's.
@@ -207,6 +215,27 @@ class Runtime:
                 hint="Name one with --chat-template: chatml, llama2, plain, or a Jinja file.",
             )
         return found
+
+
+def _as_bundled(adapters: tuple[tuple[Adapter, float], ...]) -> tuple[tuple[Adapter, float], ...]:
+    """These adapters, as they are asked for; of a bundle, one at the scale it was put in at.
+
+    Raises:
+        SettingsError: several of a bundle, or another scale.
+    """
+    inside = [(adapter, scale) for adapter, scale in adapters if adapter.bundled]
+    if inside and len(adapters) > 1:
+        raise SettingsError(
+            f"a blend of {', '.join(adapter.name for adapter, _ in adapters)}: a bundle has one adapter at a time",
+            hint="Blend the files: edgelora convert --blend.",
+        )
+    for adapter, scale in inside:
+        if not math.isclose(scale, adapter.scale, rel_tol=1e-6):
+            raise SettingsError(
+                f"adapter {adapter.name} is in the bundle at scale {adapter.scale:g} for good, and {scale:g} was asked for",
+                hint="Bundle it again at that scale: --adapter NAME=PATH@SCALE.",
+            )
+    return adapters
 
 
 def _free_bytes() -> int:

@@ -23,6 +23,7 @@ from edgelora.engine.generation import Generation, Plan, unstarted
 from edgelora.engine.mixing import Mixer, Parts, Runs
 from edgelora.engine.model import Model
 from edgelora.engine.stream import Completion, Task
+from edgelora.engine.threads import LoadFollower
 
 PAUSE = 64
 """Tokens of prompts read between two decodes while others write: their streams pause for no longer. Kernels are at half
@@ -47,6 +48,8 @@ class Scheduler:
 
     Args:
         mixer: None where adapters cannot share a decode.
+        load: how many threads to decode with. Deterministic requests always get the most: kernels split their sums by
+            thread.
         reproducible: every decode has a row for each sequence of the context, so that no reply depends on how many
             others are under way.
     """
@@ -58,16 +61,17 @@ class Scheduler:
         cache: KVCache,
         adapters: Adapters,
         mixer: Mixer | None,
+        load: LoadFollower,
         *,
         reproducible: bool = False,
     ) -> None:
         self._model, self._context, self._cache, self._adapters = model, context, cache, adapters
-        self.mixer, self.reproducible = mixer, reproducible
+        self.mixer, self._load, self.reproducible = mixer, load, reproducible
         self._waiting: list[_Waiting] = []
         self._running: list[Generation] = []
         self._order = itertools.count()
         self._served: dict[tuple[str, ...], int] = {}
-        self._turn: Hashable = None
+        self._turns: list[Hashable] = []  # groups, the one whose turn it is first
         self._turn_tokens = 0
 
     @property
@@ -177,11 +181,14 @@ class Scheduler:
             groups.setdefault(self._group_of(each), []).append(each)
         if not groups:
             return []
-        if self._turn not in groups or (self._turn_tokens >= QUANTUM and len(groups) > 1):
-            keys = list(groups)
-            after = keys.index(self._turn) + 1 if self._turn in groups else 0
-            self._turn, self._turn_tokens = keys[after % len(keys)], 0
-        return groups[self._turn]
+        first = self._turns[0] if self._turns else None
+        self._turns = [each for each in self._turns if each in groups]
+        self._turns += [each for each in groups if each not in self._turns]
+        if self._turn_tokens >= QUANTUM and self._turns[0] == first:
+            self._turns.append(self._turns.pop(0))
+        if self._turns[0] != first or self._turn_tokens >= QUANTUM:
+            self._turn_tokens = 0
+        return groups[self._turns[0]]
 
     def _group_of(self, each: Generation) -> Hashable:
         if each.plan.deterministic and not self.reproducible:
@@ -257,6 +264,8 @@ class Scheduler:
     def _decoded(self, decode: Callable[[], None], present: Sequence[Generation]) -> bool:
         """Decode for these. False: it came to nothing; what went wrong ended them, or they go on by switching."""
         self._context.interrupt_with(present[0].task.interrupt if len(present) == 1 else None)
+        steady = any(each.plan.deterministic for each in present)
+        self._context.use_threads(self._load.most if steady else self._load.threads())
         try:
             decode()
             if not (self.mixer and self.mixer.problem):
