@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from edgelora.adapter_ref import AdapterRef
-from edgelora.errors import SettingsError
+from edgelora.errors import DataFileError, SettingsError
 from edgelora.sampling import Sampling
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -134,6 +134,10 @@ sampling_options = _chain(
         help=f"Drop tokens less likely than this share of the best.  [default: {_DEFAULTS.min_p}]",
     ),
     click.option("--repeat-penalty", type=float, help=f"1 changes nothing.  [default: {_DEFAULTS.repeat_penalty}]"),
+    click.option("--presence-penalty", type=float, help="Make tokens that occurred already less likely, from -2 to 2."),
+    click.option("--frequency-penalty", type=float, help="The same for each time that they occurred."),
+    click.option("--schema", type=FILE, help="A JSON schema (a file) that each reply fits."),
+    click.option("--grammar", type=FILE, help="A grammar (a file, in GBNF) that each reply follows."),
     click.option("--seed", type=int, help="Same seed, same text."),
     click.option(
         "--max-tokens", type=int, help="End a reply after this many tokens.  [default: no limit but the context]"
@@ -143,12 +147,36 @@ sampling_options = _chain(
 
 
 def sampling_of(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the sampling options out of a command's `options`; only those given are returned.
+    """Take the sampling options out of a command's `options`; only those given are returned, files as what they hold.
 
     Raises:
-        SettingsError: a value out of range.
+        SettingsError: a value out of range, or a schema or grammar that cannot be used.
+        DataFileError: a file that cannot be read.
     """
-    taken = {name: options.pop(name) for name in Sampling.field_names()}
+    taken = {name: options.pop(name, None) for name in Sampling.field_names()}
     given = {name: value for name, value in taken.items() if value is not None and value != ()}
+    if "grammar" in given:
+        given["grammar"] = _read_text(given["grammar"])
+    if "schema" in given:
+        given["schema"] = _read_json(given["schema"])
     Sampling.from_mapping(given)
     return given
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataFileError(f"{path}: cannot be read ({error})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    import json
+
+    try:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DataFileError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DataFileError(f"{path}: a JSON schema is an object, this is {type(value).__name__}")
+    return value

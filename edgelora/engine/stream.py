@@ -44,6 +44,23 @@ class Request:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token of a reply, and how likely the model took it to be: before any sampler, grammar or bias.
+
+    Attributes:
+        token: its id.
+        text: its bytes, which may end inside a character; joined, those of a reply are its text before stop strings.
+        logprob: natural logarithm of its probability.
+        top: the likeliest candidates for its place, the best first, as many as were asked for.
+    """
+
+    token: int
+    text: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
 class Completion:
     """A finished reply.
 
@@ -57,6 +74,7 @@ class Completion:
         seconds_waiting: from the request until it got a place in the batch.
         seconds_to_first_token: from the request to the first token, waiting for other requests included.
         tokens_per_second: of decode, from the first token to the last; 0 where there were fewer than two.
+        logprobs: one for each generated token; None where `Sampling.logprobs` did not ask for them.
     """
 
     text: str
@@ -69,6 +87,7 @@ class Completion:
     seconds_waiting: float
     seconds_to_first_token: float
     tokens_per_second: float
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 class Task:
