@@ -56,9 +56,12 @@ class Sampling:
         problems = [
             f"{name} is {getattr(self, name)!r}, expected {wanted}" for name, ok, wanted in self._checks() if not ok
         ]
-        problems += [] if problems else self._grammar_problems()
+        hint = ""
+        if not problems:
+            problems = list(self._grammar_problems())
+            hint = "Of a schema, leave out what is not supported, and check the replies for it." if self.schema else ""
         if problems:
-            raise SettingsError("sampling: " + "; ".join(problems))
+            raise SettingsError("sampling: " + "; ".join(problems), hint=hint)
 
     @property
     def gbnf(self) -> str | None:
