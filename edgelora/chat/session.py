@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgelora.adapter_ref import BASE_NAMES
+from edgelora.chat.columns import side_by_side
+from edgelora.chat.history import History
 from edgelora.engine.engine import Completion, Engine, Stream
 from edgelora.errors import DataFileError, SettingsError
 from edgelora.messages import Message, user_message
@@ -24,30 +27,52 @@ class Session:
 
     Attributes:
         adapter: the adapter that answers, or None for the bare base.
-        scale: overrides the scale the adapter was loaded with.
+        scales: override the scales that adapters were loaded with, by name.
         system: overrides the adapter's own system prompt; an empty string means none at all.
         sampling: overrides the adapter's own settings.
+        history: where what was said is kept; None keeps nothing.
+        width: columns of the screen, for answers side by side; 0 for one under the other.
     """
 
     engine: Engine
     adapter: str | None = None
-    scale: float | None = None
+    scales: dict[str, float] = field(default_factory=dict)
     system: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
+    history: History | None = None
+    width: int = 0
+    _conversation: int | None = None
 
     def ask(self, text: str) -> Stream:
         """Start the answer to `text`; `keep` it when it is complete."""
-        return self._stream(user_message(text), self.adapter, self.scale)
+        return self._stream(user_message(text), self.adapter)
 
     def keep(self, text: str, reply: str) -> None:
-        """Make a question and its answer part of the conversation."""
-        self.messages += [user_message(text), {"role": "assistant", "content": reply}]
+        """Make a question and its answer part of the conversation, and of the history.
 
-    def _stream(self, question: Message, adapter: str | None, scale: float | None) -> Stream:
+        Raises:
+            DataFileError: the history cannot be written; from now on nothing is, and the conversation goes on.
+        """
+        said: list[Message] = [user_message(text), {"role": "assistant", "content": reply}]
+        self.messages += said
+        if self.history is None:
+            return
+        try:
+            if self._conversation is None:
+                self._conversation = self.history.begin(self.engine.base_name, text)
+            self.history.add(self._conversation, said, self.adapter or "none")
+        except DataFileError:
+            self.history = None
+            raise
+
+    def _stream(self, question: Message, adapter: str | None) -> Stream:
         system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
         return self.engine.stream(
-            [*system, *self.messages, question], adapter=adapter, scale=scale, sampling=self.sampling or None
+            [*system, *self.messages, question],
+            adapter=adapter,
+            scale=self.scales.get(adapter or ""),
+            sampling=self.sampling or None,
         )
 
     def command(self, line: str) -> Iterator[str]:
@@ -63,12 +88,12 @@ class Session:
         return _COMMANDS[name].run(self, argument.strip())
 
     def describe_adapter(self) -> str:
-        scale = "" if self.scale is None or self.adapter is None else f" at scale {self.scale:g}"
+        scale = f" at scale {self.scales[self.adapter]:g}" if self.adapter in self.scales else ""
         return f"{self.adapter or 'no adapter'}{scale}"
 
     def _adapter(self, argument: str) -> Iterator[str]:
         if argument:
-            self.adapter, self.scale = self._known(argument), None
+            self.adapter = self._known(argument)
         yield f"Answering: {self.describe_adapter()}. Loaded: {', '.join([*self.engine.adapters, 'none'])}."
 
     def _known(self, name: str) -> str | None:
@@ -79,13 +104,20 @@ class Session:
         return name
 
     def _scale(self, argument: str) -> Iterator[str]:
-        if self.adapter is None:
-            raise SettingsError("the bare base has no scale", hint="Choose an adapter first: /adapter NAME.")
+        *names, number = argument.split() or [""]
+        name = self._known(names[0]) if names else self.adapter
+        if name is None:
+            raise SettingsError("the bare base has no scale", hint="For example: /scale support 0.5.")
         try:
-            self.scale = float(argument)
+            if len(names) > 1:
+                raise ValueError
+            scale = float(number)
         except ValueError:
             raise SettingsError(f"{argument!r} is not a scale", hint="For example: /scale 0.5") from None
-        yield f"Answering: {self.describe_adapter()}."
+        if not math.isfinite(scale):
+            raise SettingsError(f"scale is {scale}, expected a finite number")
+        self.scales[name] = scale
+        yield f"{name} is applied at scale {scale:g}. Answering: {self.describe_adapter()}."
 
     def _system(self, argument: str) -> Iterator[str]:
         self.system = None if not argument else "" if argument == "none" else argument
@@ -95,21 +127,36 @@ class Session:
 
     def _reset(self, _argument: str) -> Iterator[str]:
         self.messages.clear()
+        self._conversation = None
         yield "The conversation starts again."
 
     def _compare(self, argument: str) -> Iterator[str]:
-        """Ask the bare base and every adapter the same thing; the conversation does not change."""
-        question, messages = argument, self.messages
+        """Ask several adapters the same thing at the same time; the conversation does not change."""
+        names, question = self._compared(argument)
+        messages = self.messages
         if not question:
             if not self.messages:
                 raise SettingsError("nothing to compare yet", hint="/compare QUESTION, or ask something first.")
             question, self.messages = self.messages[-2]["content"], self.messages[:-2]
         try:
-            for adapter in (None, *self.engine.adapters):
-                reply = "".join(self._stream(user_message(question), adapter, None))
-                yield f"[{adapter or 'none'}] {reply}"
+            streams = {name or "none": self._stream(user_message(question), name) for name in names}
         finally:
             self.messages = messages
+        try:
+            answers = {name: stream.completion.text for name, stream in streams.items()}
+        finally:
+            for stream in streams.values():
+                stream.cancel()
+        yield from side_by_side(answers, self.width)
+
+    def _compared(self, argument: str) -> tuple[list[str | None], str]:
+        """Who is asked, and what: names and commas first, if there are any."""
+        first, _, rest = argument.partition(" ")
+        known = {*self.engine.adapters, *BASE_NAMES}
+        if "," in first or first in known:
+            names = [self._known(name) for name in first.split(",") if name]
+            return list(dict.fromkeys(names)), rest.strip()
+        return [None, *self.engine.adapters], argument
 
     def _save(self, argument: str) -> Iterator[str]:
         if not argument:
@@ -145,10 +192,12 @@ _COMMANDS = {
         _Command(
             "/adapter [NAME|none]", "switch the adapter that answers; alone, show which are loaded", Session._adapter
         ),
-        _Command("/scale NUMBER", "how strongly it is applied: 0 not at all, 1 as trained", Session._scale),
         _Command(
-            "/compare [QUESTION]",
-            "ask the base and every adapter (the last question, if none is given)",
+            "/scale [NAME] NUMBER", "how strongly an adapter is applied: 0 not at all, 1 as trained", Session._scale
+        ),
+        _Command(
+            "/compare [A,B] [QUESTION]",
+            "ask these (the base and every adapter) side by side; the last question, if none is given",
             Session._compare,
         ),
         _Command("/system [TEXT|none]", "set the system prompt; alone, go back to the adapter's own", Session._system),

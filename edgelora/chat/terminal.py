@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterable
 
@@ -23,6 +24,7 @@ def run(session: Session, *, stats: bool) -> None:
         KeyboardInterrupt: Ctrl-C twice at the prompt.
     """
     _enable_line_editing()
+    session.width = shutil.get_terminal_size().columns if sys.stderr.isatty() else 0
     _note(f"Answering: {session.describe_adapter()}. /help lists the commands; Ctrl-D leaves.")
     interrupted = False
     while True:
@@ -63,13 +65,21 @@ def _take(session: Session, line: str, stats: bool) -> None:
         stream.cancel()
         click.echo()
         if written:
-            session.keep(line, "".join(written))
+            keep(session, line, "".join(written))
         raise
-    session.keep(line, "".join(written))
+    keep(session, line, "".join(written))
     if stream.completion.finish_reason == "length":
         _note("(cut off: the token limit or the end of the context window; /reset starts again)")
     if stats:
         _note(describe(stream.completion))
+
+
+def keep(session: Session, question: str, answer: str) -> None:
+    """`Session.keep`; a history that cannot be written is told once, and costs nothing else."""
+    try:
+        session.keep(question, answer)
+    except EdgeloraError as error:
+        _note(f"{error.message}\n{error.hint}".rstrip())
 
 
 def write(pieces: Iterable[str], written: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,11 @@ def say(chat: pexpect.spawn, line: str) -> str:
     return str(chat.before).replace("\x1b[?2004l", "").replace("\r", "").strip()
 
 
+def plain(text: str) -> str:
+    """Without colours."""
+    return re.sub(r"\x1b\[\d*m", "", text)
+
+
 def one_shot(*arguments: object) -> str:
     command = [EDGELORA, "chat", "--temperature", "0", "--max-tokens", "40", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
@@ -56,11 +62,14 @@ def test_a_conversation_with_a_switch_in_the_middle(chat: pexpect.spawn, adapter
 def test_compare_system_scale_help_save(chat: pexpect.spawn, tmp_path: Path) -> None:
     reply = say(chat, "Hello!")
     compared = say(chat, "/compare")
-    assert compared.split("[adapter]")[1].removesuffix("\x1b[0m").strip() == reply
-    assert "[none] " in compared
+    names, first, *_ = plain(compared).splitlines()
+    assert names.split() == ["[none]", "[adapter]"]
+    assert reply[:20] in first
+    assert plain(say(chat, "/compare adapter")).removeprefix("[adapter] ").strip() == reply
     assert "System prompt set" in say(chat, "/system Be kind.")
     assert "at scale 0.5" in say(chat, "/scale 0.5")
-    assert "/compare [QUESTION]" in say(chat, "/help")
+    assert "adapter is applied at scale 1.5" in say(chat, "/scale adapter 1.5")
+    assert "/compare [A,B] [QUESTION]" in say(chat, "/help")
     saved = tmp_path / "talk.jsonl"
     assert "Appended" in say(chat, f"/save {saved}")
     (row,) = map(json.loads, saved.read_text(encoding="utf-8").splitlines())
@@ -146,3 +155,19 @@ def test_the_base_is_found_beside_the_adapter(adapter: Path, tiny_q8: Path) -> N
     """The same answer without `--base`: fixtures lie in one folder, and the contract says which of the files fits."""
     assert tiny_q8.parent == adapter.parent
     assert one_shot("--adapter", adapter, "Hello!") == one_shot("--adapter", adapter, "--base", tiny_q8, "Hello!")
+
+
+def test_what_was_said_is_found_again_unless_it_is_not_to_be_kept(adapter: Path, tiny_q8: Path) -> None:
+    files = ("--adapter", adapter, "--base", tiny_q8)
+    reply = one_shot(*files, "Where do kingfishers live?").strip()
+    one_shot(*files, "--no-log", "A secret about herons")
+    listed = one_shot("--history")
+    assert "Where do kingfishers live?" in listed
+    assert "herons" not in listed
+    number = listed.split()[0]
+    assert one_shot("--history", "kingfishers LIVE").split()[0] == number
+    shown = one_shot("--history", number)
+    assert "user\nWhere do kingfishers live?" in shown
+    assert f"assistant (adapter)\n{reply}" in shown
+    missing = subprocess.run([EDGELORA, "chat", "--history", "999"], capture_output=True, text=True)
+    assert (missing.returncode, "no conversation 999" in missing.stderr) == (2, True)
