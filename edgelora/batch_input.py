@@ -24,7 +24,9 @@ def rereadable(input: Path | str) -> Iterator[Path]:
     path = Path(input)
     if str(input) != "-" and (path.is_dir() or not path.exists()):
         reason = "a folder" if path.is_dir() else "no such file"
-        raise DataFileError(f"{input}: {reason}", hint="Give a JSONL or CSV file with one row for each request.")
+        raise DataFileError(
+            f"{input}: {reason}", hint="Give a JSONL, CSV or Parquet file with one row for each request."
+        )
     if str(input) != "-" and path.is_file():
         yield path
         return
@@ -48,10 +50,12 @@ def _piped(path: Path) -> Iterator[IO[bytes]]:
         yield pipe
 
 
+_FRACTIONS = ("temperature", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "scale")
 _CSV_TYPES: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("temperature", "top_p", "min_p", "repeat_penalty", "scale"), float),
-    **dict.fromkeys(("top_k", "seed", "max_tokens"), int),
-    **dict.fromkeys(("messages", "metadata"), json.loads),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "scale"), float),
+    **dict.fromkeys(("repeat_penalty", "presence_penalty", "frequency_penalty"), float),
+    **dict.fromkeys(("top_k", "repeat_last_n", "logprobs", "seed", "max_tokens"), int),
+    **dict.fromkeys(("messages", "metadata", "schema", "logit_bias"), json.loads),
 }
 
 

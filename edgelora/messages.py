@@ -42,12 +42,14 @@ class Message(TypedDict):
 class Row:
     """One row of a data file: its 1-based line, its fields, or what is wrong with it.
 
-    `data` is empty exactly where `problem` is not.
+    `data` is empty exactly where `problem` is not. `columns` are those of the file, where it has any: an empty cell is
+    in no row's `data`.
     """
 
     line: int
     data: Mapping[str, Any]
     problem: str = ""
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,15 @@ def user_message(content: str) -> Message:
 
 
 def read_rows(path: Path | str) -> Iterator[Row]:
-    """Rows of a JSONL or CSV file (by its suffix), or of JSONL on standard input for `-`; blank lines are skipped.
+    """Rows of a JSONL, CSV or Parquet file (by its suffix), or of JSONL on standard input for `-`; blank lines are
+    skipped.
 
     A row that cannot be read is yielded with its `problem`, so that the caller decides whether one bad row ends the
     work (training) or is only reported (batch).
 
     Raises:
-        DataFileError: the file is missing, not a file, or not text at all.
+        DataFileError: the file is missing, not a file, or not what its suffix says.
+        MissingExtraError: a Parquet file, without pyarrow.
     """
     with _open_text(path) as file:
         yield from _READERS.get(Path(path).suffix.lower(), _jsonl_rows)(file)
@@ -139,10 +143,22 @@ def _csv_rows(file: IO[bytes]) -> Iterator[Row]:
         elif any(_SURROGATE.search(text) for text in (*data, *data.values())):
             yield Row(reader.line_num, {}, "not UTF-8 text")
         else:
-            yield Row(reader.line_num, {name: value for name, value in data.items() if value != ""})
+            filled = {name: value for name, value in data.items() if value != ""}
+            yield Row(reader.line_num, filled, columns=tuple(data))
 
 
-_READERS: dict[str, Callable[[IO[bytes]], Iterator[Row]]] = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
+def _parquet_rows(file: IO[bytes]) -> Iterator[Row]:
+    from edgelora.parquet import parquet_rows
+
+    for number, (columns, data) in enumerate(parquet_rows(file), start=1):
+        yield Row(number, data, columns=columns)
+
+
+_READERS: dict[str, Callable[[IO[bytes]], Iterator[Row]]] = {
+    ".jsonl": _jsonl_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
 
 
 def check_messages(value: object) -> str:

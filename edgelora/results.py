@@ -20,11 +20,12 @@ from typing import IO, Any, Protocol, Self
 
 from filelock import FileLock, Timeout
 
+from edgelora.batch_formats import result_of
 from edgelora.errors import DataFileError
 
 SYNC_SECONDS = 5.0
 _LABEL = re.compile(rb'\{"(?:id|line)": ')  # every row begins with what names it ...
-_BODY = (b', "text": "', b', "error": "', b', "line": ')  # ... and goes on with what was answered
+_BODY = (b', "text": "', b', "error": "', b', "line": ', b', "custom_id": ')  # ... and goes on with what was answered
 AGAIN = "Free some space and run the same command again: it goes on where this one ended."
 
 
@@ -67,6 +68,21 @@ def encode(row: Mapping[str, Any]) -> bytes:
         return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
     except UnicodeEncodeError:
         return (json.dumps(row) + "\n").encode("utf-8")
+
+
+def parallel_of(output: Path | str) -> int | None:
+    """How many rows each decode had when this output was begun; None where nothing is known of it.
+
+    A batch that goes on should have as many: another number rounds otherwise, and its rows are not mixed with these.
+    """
+    if not Path(output).is_file():
+        return None
+    try:
+        with open(output, "rb") as file:
+            result = result_of(json.loads(file.readline()))
+        return int(result.key.rpartition(".")[2]) if result else None
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 class StreamResults:
@@ -167,7 +183,7 @@ class ResultFile:
             row = json.loads(raw)
         except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get("key"), str) or "adapter" not in row:
+        if not isinstance(row, dict) or result_of(row) is None:
             raise self._foreign(line)
         return row
 
@@ -262,7 +278,7 @@ def _begins_row(torn: bytes) -> bool:
 def _lines(file: IO[bytes], size: int) -> Iterator[bytes]:
     """The lines in the first `size` bytes of an unbuffered file; they end with a newline."""
     rest = b""
-    while data := file.read(min(1 << 20, size)):
+    while data := file.read(min(1 << 16, size)):
         size -= len(data)
         *lines, rest = (rest + data).split(b"\n")
         yield from lines

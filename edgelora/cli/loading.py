@@ -25,6 +25,8 @@ def open_engine(
     threads: int | None,
     gpu_layers: int,
     force: bool,
+    parallel: int | None = None,
+    reproducible: bool = False,
 ) -> Iterator[Engine]:
     """An engine for the command line's options, closed afterwards."""
     from edgelora.engine.engine import Engine
@@ -41,6 +43,8 @@ def open_engine(
         gpu_layers=gpu_layers,
         chat_template=chat_template,
         force=force,
+        parallel=parallel,
+        reproducible=reproducible,
     ) as engine:
         for notice in engine.notices:
             click.secho(notice, err=True, fg="yellow")

@@ -37,14 +37,16 @@ def _wrapped(value: str) -> str:
     return f"\n{indent}".join(lines)
 
 
-def print_columns(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), widths: Sequence[int] = ()) -> None:
+def print_columns(
+    rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), widths: Sequence[int] = (), err: bool = False
+) -> None:
     """Rows of cells under one another, indented; columns of the numbers in `right` are flush right."""
     for row in rows:
         cells = [
             f"{cell:>{width}}" if column in right else f"{cell:{width}}"
             for column, (cell, width) in enumerate(zip(row, widths or column_widths(rows), strict=True))
         ]
-        click.echo("  " + "  ".join(cells).rstrip())
+        click.echo("  " + "  ".join(cells).rstrip(), err=err)
 
 
 def column_widths(rows: Sequence[Sequence[str]]) -> list[int]:

@@ -57,7 +57,7 @@ def test_from_rows_to_replies(tmp_path: Path) -> None:
     rows.write_text(
         json.dumps({"id": 1, "prompt": question}) + "\n" + json.dumps({"id": 2, "prompt": question, "adapter": "none"})
     )
-    run("batch", rows, "-o", "replies.jsonl", "--adapter", "doors.gguf", *greedy, cwd=tmp_path)
+    run("batch", rows, "-o", "replies.jsonl", "--adapter", "doors.gguf", "--ordered", *greedy, cwd=tmp_path)
     first, second = map(json.loads, (tmp_path / "replies.jsonl").read_text().splitlines())
     assert (first["id"], first["adapter"], first["text"]) == (1, "doors", "Seven.")
     assert (second["id"], second["adapter"], second["adapter_hash"]) == (2, "none", None)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgelora.batch import BatchSummary, Defaults, run_batch
+from edgelora.batch import BatchOptions, BatchSummary, Defaults, Progress, run_batch
 from edgelora.engine.engine import Engine
 from edgelora.errors import DataFileError
 from edgelora.results import encode, open_results
+from tests.edgelora.batch_worker import WORKER, read_rows, some_rows, start_worker, write_rows
 from tests.edgelora.conftest import write_adapter
 
 DEFAULTS = Defaults(sampling={"temperature": 0.8, "max_tokens": 8})
@@ -27,25 +25,15 @@ DEFAULTS = Defaults(sampling={"temperature": 0.8, "max_tokens": 8})
 
 @pytest.fixture(scope="module")
 def engine(base: Path, adapters: dict[str, Path]) -> Iterator[Engine]:
-    with Engine(base, adapters, threads=1) as engine:
+    with Engine(base, adapters, threads=1, parallel=4, reproducible=True) as engine:
         yield engine
 
 
-def write_rows(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
-    return path
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def some_rows(n: int = 9) -> list[dict[str, Any]]:
-    return [{"id": i, "prompt": f"Tell me about {i}.", "adapter": ("none", "red", "blue")[i % 3]} for i in range(n)]
-
-
-def run(engine: Engine, rows: Path, out: Path, **options: Any) -> BatchSummary:
-    return run_batch(engine, rows, out, **{"defaults": DEFAULTS, **options})
+def run(
+    engine: Engine, rows: Path, out: Path | str, *, defaults: Defaults = DEFAULTS, on_row: Any = None, **options: Any
+) -> BatchSummary:
+    how = BatchOptions(**{"ordered": True, **options})
+    return run_batch(engine, rows, out, defaults=defaults, options=how, on_row=on_row)
 
 
 def test_each_row_is_answered_by_the_adapter_it_names(engine: Engine, tmp_path: Path) -> None:
@@ -63,7 +51,7 @@ def test_each_row_is_answered_by_the_adapter_it_names(engine: Engine, tmp_path: 
         assert row["text"] == asked_again.text
     assert (summary.rows, summary.written, summary.errors, summary.resumed) == (9, 9, 0, 0)
     assert summary.completion_tokens == sum(row["usage"]["completion_tokens"] for row in rows)
-    assert summary.by_adapter == {"none": 3, "red": 3, "blue": 3}
+    assert {name: figures.rows for name, figures in summary.by_adapter.items()} == {"none": 3, "red": 3, "blue": 3}
     assert not out.with_name("out.jsonl.lock").exists()
 
 
@@ -273,8 +261,8 @@ def test_what_is_redone_is_kept_until_it_is_replaced(engine: Engine, tmp_path: P
     run(engine, rows, out)
     before = out.read_bytes()
 
-    def stop(_row: Any, done: int, _total: int) -> None:
-        if done == 3:
+    def stop(_row: Any, progress: Progress) -> None:
+        if progress.done == 3:
             raise KeyboardInterrupt
 
     cold = {"redo": True, "defaults": Defaults(sampling={"temperature": 0, "max_tokens": 4})}
@@ -431,47 +419,6 @@ def test_a_second_process_is_told(engine: Engine, tmp_path: Path) -> None:
     assert run(engine, rows, out).written == 9  # a lock dies with its process
 
 
-WORKER = """
-import sys
-from pathlib import Path
-from edgelora.batch import Defaults, run_batch
-from edgelora.engine.engine import Engine
-base, red, blue, rows, out = sys.argv[1:]
-with Engine(base, {"red": red, "blue": blue}, threads=1) as engine:
-    defaults = Defaults(sampling={"temperature": 0.8, "max_tokens": 8})
-    run_batch(engine, rows, out, defaults=defaults, on_row=lambda *_: print(".", end="", flush=True))
-"""
-
-
-def start_worker(base: Path, adapters: dict[str, Path], rows: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", WORKER, base, adapters["red"], adapters["blue"], rows, out]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def test_killed_at_any_moment_it_ends_as_the_uninterrupted_run(
-    base: Path, adapters: dict[str, Path], engine: Engine, tmp_path: Path
-) -> None:
-    rows = write_rows(tmp_path / "in.jsonl", [*some_rows(60), "{bad", *({"prompt": f"no id {i}"} for i in range(20))])
-    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    run(engine, rows, whole)
-    rng, kills = random.Random(0), 0
-    while True:
-        worker = start_worker(base, adapters, rows, out)
-        assert worker.stdout is not None
-        n_seen = len(worker.stdout.read(rng.randint(1, 25)))
-        time.sleep(rng.random() * 0.01)
-        worker.send_signal(signal.SIGKILL)
-        worker.communicate()
-        kept = out.read_bytes()
-        assert whole.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
-        if worker.returncode == 0 or not n_seen:
-            break
-        kills += 1
-    assert kills >= 3
-    assert run(engine, rows, out).written == 0
-    assert out.read_bytes() == whole.read_bytes()
-
-
 def test_ctrl_c_keeps_what_was_written(base: Path, adapters: dict[str, Path], engine: Engine, tmp_path: Path) -> None:
     rows, out = write_rows(tmp_path / "in.jsonl", some_rows(200)), tmp_path / "out.jsonl"
     worker = start_worker(base, adapters, rows, out)
@@ -528,7 +475,7 @@ def test_standard_input_and_output(base: Path, adapters: dict[str, Path], engine
     rows, out = write_rows(tmp_path / "in.jsonl", some_rows()), tmp_path / "out.jsonl"
     run(engine, rows, out)
     script = WORKER.replace(', on_row=lambda *_: print(".", end="", flush=True)', "")
-    command = [sys.executable, "-c", script, base, adapters["red"], adapters["blue"], "-", "-"]
+    command = [sys.executable, "-c", script, base, adapters["red"], adapters["blue"], "-", "-", "ordered"]
     piped = subprocess.run(command, input=rows.read_bytes(), capture_output=True, check=True)
     assert piped.stdout == out.read_bytes()
     assert piped.stderr == b""
