@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,6 +16,8 @@ from converters.fingerprint import TOKENS
 from converters.model import Model, understand
 from converters.reader import ARRAY, STRING, GGUFHeader
 from converters.safetensors_file import StoredTensor
+from edgelora.bundle_reading import BundledAdapter, bundled_adapters
+from edgelora.contract import Contract
 from edgelora.description import Fit, TemplateSummary, command_line, fits, text, whole
 from edgelora.entry import members, place_of, quantization_of
 from edgelora.store import Looking, Store
@@ -34,6 +36,34 @@ _SIZES: Mapping[str, str] = {  # what is said of a model, and its key under the 
 
 
 @dataclass(frozen=True)
+class BundledDescription:
+    """An adapter inside a bundle: what chooses it, and what its contract says."""
+
+    name: str
+    token: str
+    token_id: int
+    scale: float
+    content_hash: str
+    template: TemplateSummary | None
+    system: str
+    training: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, adapter: BundledAdapter) -> BundledDescription:
+        contract = adapter.contract or Contract()
+        return cls(
+            name=adapter.name,
+            token=adapter.text,
+            token_id=adapter.token,
+            scale=adapter.scale,
+            content_hash=adapter.content_hash,
+            template=TemplateSummary.of(contract.chat_template),
+            system=contract.system,
+            training=contract.training,
+        )
+
+
+@dataclass(frozen=True)
 class BaseDescription:
     """Attributes:
     parameters: values in all tensors; a tied output is counted once.
@@ -43,6 +73,7 @@ class BaseDescription:
     is_tied: the output is the embeddings; None where that is not known.
     problem: why it cannot be converted or used.
     merged: adapters that are part of its weights.
+    bundled: adapters that it has inside, by name, of a bundle.
     """
 
     kind: str
@@ -65,6 +96,7 @@ class BaseDescription:
     notices: tuple[str, ...]
     problem: str
     use: str
+    bundled: tuple[BundledDescription, ...] = ()
 
 
 def describe_gguf(path: Path, store: Store, looking: Looking | None) -> BaseDescription:
@@ -72,9 +104,9 @@ def describe_gguf(path: Path, store: Store, looking: Looking | None) -> BaseDesc
     path = path.parent / place_of(path).name  # of a split base, the first part stands for all
     header, entry = read_base_header(path), store.look(path)
     metadata, tensors = header.metadata, header.tensors.values()
-    merged = metadata.get(MERGED)
+    merged, bundled = metadata.get(MERGED), bundled_adapters(header)
     return BaseDescription(
-        kind="GGUF base",
+        kind="GGUF bundle" if bundled else "GGUF base",
         path=path,
         name=text(metadata.get("general.name")) or entry.name,
         architecture=header.architecture,
@@ -93,8 +125,13 @@ def describe_gguf(path: Path, store: Store, looking: Looking | None) -> BaseDesc
         adapters=tuple(fits(entry.fingerprint, [entry.name], store, looking, bases=False)),
         notices=(),
         problem=entry.problem,
-        use="" if entry.problem else command_line("edgelora", "chat", "--base", path),
+        use="" if entry.problem else command_line("edgelora", "chat", "--base", path, *_first_of(bundled)),
+        bundled=tuple(map(BundledDescription.of, bundled)),
     )
+
+
+def _first_of(bundled: Sequence[BundledAdapter]) -> list[str]:
+    return ["--adapter", bundled[0].name] if bundled else []
 
 
 def describe_folder(folder: Path, store: Store, looking: Looking | None) -> BaseDescription:

@@ -15,7 +15,8 @@ from edgelora.store import BASE_VARIABLE, FoundBase, Store
 
 @dataclass(frozen=True)
 class ResolvedFiles:
-    """A GGUF base, GGUF adapters, and how the base was found (empty where it was named)."""
+    """A GGUF base, GGUF adapters, and how the base was found (empty where it was named). Adapters that a bundle has
+    inside are none of them."""
 
     base: Path
     adapters: tuple[AdapterRef, ...]
@@ -39,6 +40,7 @@ def resolve_files(
     names = [adapter.name for adapter in adapters]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SettingsError(f"two adapters are called {', '.join(twice)}", hint="Give them names: NAME=PATH.")
+    adapters = _not_inside(adapters, base)
     kinds = {adapter.path: detect(adapter.path) for adapter in adapters}
     for path, kind in kinds.items():
         if kind not in (SourceKind.GGUF_ADAPTER, SourceKind.PEFT_ADAPTER):
@@ -55,6 +57,28 @@ def resolve_files(
         for a in adapters
     )
     return ResolvedFiles(base, ready, note)
+
+
+def _not_inside(adapters: Sequence[AdapterRef], base: Path | None) -> list[AdapterRef]:
+    """The adapters that are files; those that are named as the base, a bundle, has them are left out.
+
+    Raises:
+        SettingsError: one of a bundle at a scale.
+    """
+    from converters.base_file import read_base_header
+    from edgelora.bundle_reading import bundled_adapters
+
+    named = [adapter for adapter in adapters if not adapter.path.exists()]
+    if not named or base is None or not base.is_file():
+        return [*adapters]
+    inside = {each.name for each in bundled_adapters(read_base_header(base))}
+    taken = [adapter for adapter in named if adapter.name == str(adapter.path) and adapter.name in inside]
+    if scaled := [adapter for adapter in taken if adapter.scale != 1.0]:
+        raise SettingsError(
+            f"adapter {scaled[0].name} is in {base} for good: it cannot be scaled there",
+            hint="Bundle it again at that scale: --adapter NAME=PATH@SCALE.",
+        )
+    return [adapter for adapter in adapters if adapter not in taken]
 
 
 def contract_of(path: Path) -> Contract | None:

@@ -22,7 +22,7 @@ from edgelora.cli.screen import (
 
 if TYPE_CHECKING:
     from edgelora.adapter_description import AdapterDescription, CertificateSummary, Exactness, ModuleGroup
-    from edgelora.base_description import BaseDescription
+    from edgelora.base_description import BaseDescription, BundledDescription
     from edgelora.description import Description, Fit, TemplateSummary
     from edgelora.peft_description import PeftDescription
 
@@ -84,11 +84,20 @@ def _base(base: BaseDescription) -> list[Row]:
         ("template", _template(base.template, "none: a base that was not taught to chat")),
         ("fingerprint", base.fingerprint),
         ("merged", cell(", ".join(base.merged))),
-        ("adapters", _fits(base.adapters) or "none known that fit"),
+        ("inside", _lines(_inside(adapter) for adapter in base.bundled)),
+        ("adapters", "" if base.bundled else _fits(base.adapters) or "none known that fit"),
         ("notices", _lines(base.notices)),
         ("problem", base.problem),
         ("use", base.use),
     ]
+
+
+def _inside(adapter: BundledDescription) -> str:
+    scale = f", scale {adapter.scale:g}" if adapter.scale != 1.0 else ""
+    training = _training(adapter.training)
+    return cell(
+        f"{adapter.name}: {adapter.token} (token {adapter.token_id}){scale}{f'; {training}' if training else ''}"
+    )
 
 
 def _layers(sizes: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from converters.reader import GGUFHeader
 from edgelora.adapter_ref import BASE_NAMES, AdapterRef
+from edgelora.bundle_reading import BundledAdapter, bundled_adapters, check_no_bundle
 from edgelora.contract import Contract
 from edgelora.engine.low_rank import Weights, problem_of, read_weights
 from edgelora.engine.mixing import Mixer
@@ -69,6 +70,7 @@ class Adapter:
         template: the contract's chat template.
         sampling: the contract's sampling defaults.
         notices: what could not be checked, or was overruled.
+        bundled: where the base has it inside: its place there, for good at its own scale.
     """
 
     name: str
@@ -79,10 +81,11 @@ class Adapter:
     sampling: Sampling = field(default_factory=Sampling)
     notices: tuple[str, ...] = ()
     file: AdapterFile | None = field(default=None, repr=False, compare=False)
+    bundled: BundledAdapter | None = None
 
     @property
     def scale(self) -> float:
-        return self.ref.scale if self.ref else 1.0
+        return self.bundled.scale if self.bundled else self.ref.scale if self.ref else 1.0
 
     @property
     def is_mixable(self) -> bool:
@@ -144,6 +147,7 @@ def prepare(ref: AdapterRef, base: GGUFHeader, *, mixing: bool) -> Prepared:
     """
     before = _state(ref.path)
     header = read_checked(ref.path, "adapter")
+    check_no_bundle(ref.path, base)
     check_adapter(header, base)
     check_finite(header)
     contract = Contract.from_metadata(header.metadata, str(ref.path))
@@ -192,7 +196,7 @@ class Adapters:
         self._model, self.mixer, self._budget = model, mixer, budget_bytes
         self._detach, self._wake, self._threads = detach, wake, threads
         self._proven: dict[str, bool] = {}  # matrix that adapters were seen to be mixed on: whether the graph uses it
-        self._named: dict[str, Adapter] = {}
+        self._named: dict[str, Adapter] = {adapter.name: adapter for adapter in _bundled(model)}
         self._pinned: set[str] = set()
         self._files: dict[str, AdapterFile] = {}
         self._clock = 0
@@ -245,6 +249,8 @@ class Adapters:
         """
         if self.get(name) is BARE:
             raise SettingsError("the bare base cannot be unloaded")
+        if self.get(name).bundled:
+            raise SettingsError(f"adapter {name} is a part of the base {self._model.path}, and cannot be unloaded")
         self._pinned.discard(name)
         self._free_if_nameless(self._named.pop(name).file)
 
@@ -437,6 +443,15 @@ def _init(model: Model, file: AdapterFile) -> Handle:
     return handle
 
 
+def _bundled(model: Model) -> Iterator[Adapter]:
+    """The adapters that a base has inside."""
+    for each in bundled_adapters(model.header):
+        contract = each.contract
+        template = ChatTemplate(contract.chat_template) if contract and contract.chat_template else None
+        sampling = _sampling(AdapterRef(each.name, model.path), contract)
+        yield Adapter(each.name, None, each.content_hash, contract, template, sampling, bundled=each)
+
+
 def _sampling(ref: AdapterRef, contract: Contract | None) -> Sampling:
     try:
         return Sampling.from_mapping(contract.sampling if contract else {})
@@ -458,7 +473,7 @@ def _check_contract(
         return
     checks = (
         partial(check_fingerprint, contract, ref.path, model.header),
-        partial(_check_golden, ref.path, contract, template, model),
+        partial(check_golden, ref.path, contract, template, model),
     )
     for check in checks:
         try:
@@ -469,7 +484,12 @@ def _check_contract(
             yield f"{ref.name}: {error.message} (used all the same: force)"
 
 
-def _check_golden(path: Path, contract: Contract, template: ChatTemplate | None, model: Model) -> None:
+def check_golden(path: Path, contract: Contract, template: ChatTemplate | None, model: Model) -> None:
+    """The contract's conversation becomes on this base the tokens that it became in training.
+
+    Raises:
+        ModelFileError: it becomes others.
+    """
     if template is None or not contract.golden_messages or not contract.golden_tokens:
         return
     made = encode_prompt(model.tokenizer, template, contract.golden_messages)

@@ -112,7 +112,7 @@ class Engine:
             self.n_ctx, self.base_name, self._notices = self._call(Runtime.describe)
             self._header = self._call(lambda runtime: runtime.model.header)
             self._mixes = self._call(lambda runtime: runtime.mixer is not None)
-            self._adapters |= self._call(lambda runtime: {name: runtime.adapters.get(name) for name in runtime.adapters})
+            self._adapters |= self._call(Runtime.bundled)
             for reference in references:
                 self._load(reference)
         except BaseException:

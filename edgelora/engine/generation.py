@@ -25,9 +25,10 @@ class Plan:
     """A request with everything looked up: which adapters, which tokens, which rules.
 
     Attributes:
-        adapters: each with its scale; empty for the bare base.
+        adapters: each with its scale; empty for the bare base, and for what a bundle has inside.
         tokens: the prompt, fewer than `n_ctx`.
         n_ctx: tokens that prompt and reply may take together.
+        bundled: the adapter that a control token in `tokens` switches on.
     """
 
     adapters: tuple[tuple[Adapter, float], ...]
@@ -35,6 +36,12 @@ class Plan:
     sampling: Sampling
     n_ctx: int
     deterministic: bool
+    bundled: Adapter | None = None
+
+    @property
+    def answering(self) -> list[Adapter]:
+        """Who answers, for the account."""
+        return [self.bundled] if self.bundled else [adapter for adapter, _ in self.adapters]
 
     @property
     def key(self) -> Key:
@@ -111,7 +118,7 @@ class Generation:
         self._say(self._text.end())
         self._sampler.close()
         decoding, count = self._last_token - self._first_token, self._completion_tokens
-        adapters = [adapter for adapter, _ in self.plan.adapters]
+        adapters = self.plan.answering
         return Completion(
             text="".join(self._pieces),
             finish_reason=self.reason,
@@ -145,7 +152,7 @@ class Generation:
 
 def unstarted(task: Task, plan: Plan, reason: str) -> Completion:
     """The account of a reply that was given up before it began."""
-    adapters = [adapter for adapter, _ in plan.adapters]
+    adapters = plan.answering
     names, hashes = (adapter.name for adapter in adapters), (adapter.content_hash for adapter in adapters)
     waited = time.perf_counter() - task.submitted
     return Completion("", reason, len(plan.tokens), 0, 0, "+".join(names) or "none", "+".join(hashes), waited, 0.0, 0.0)

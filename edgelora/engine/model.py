@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.reader import GGUFHeader
+from edgelora.bundle_reading import base_template, is_bundle
 from edgelora.engine.base_check import check_base
 from edgelora.engine.native import Handle, forget_log, llama, reason
 from edgelora.engine.preflight import read_checked
@@ -65,8 +66,9 @@ class Model:
         return self.header.architecture
 
     def chat_template(self) -> ChatTemplate | None:
-        """The template in the base's own metadata."""
-        source = self.header.metadata.get("tokenizer.chat_template")
+        """The template in the base's own metadata; a bundle's base's, where nothing is said of adapters."""
+        is_inside = is_bundle(self.header)
+        source = base_template(self.header) if is_inside else self.header.metadata.get("tokenizer.chat_template")
         return ChatTemplate(source) if isinstance(source, str) and source else None
 
     @property

@@ -136,6 +136,10 @@ class Runtime:
     def add_adapter(self, prepared: Prepared) -> Adapter:
         return self.adapters.add(prepared, force=self.settings.force)
 
+    def bundled(self) -> dict[str, Adapter]:
+        """The adapters that the base has inside."""
+        return {name: adapter for name in self.adapters if (adapter := self.adapters.get(name)).bundled}
+
     def load_adapter(self, ref: AdapterRef) -> Adapter:
         return self.adapters.load(ref, force=self.settings.force)
 
@@ -232,7 +236,7 @@ def _as_bundled(adapters: tuple[tuple[Adapter, float], ...]) -> tuple[tuple[Adap
     for adapter, scale in inside:
         if not math.isclose(scale, adapter.scale, rel_tol=1e-6):
             raise SettingsError(
-                f"adapter {adapter.name} is in the bundle at scale {adapter.scale:g} for good, and {scale:g} was asked for",
+                f"adapter {adapter.name} is in the bundle at scale {adapter.scale:g} for good; asked for was {scale:g}",
                 hint="Bundle it again at that scale: --adapter NAME=PATH@SCALE.",
             )
     return adapters

@@ -92,6 +92,11 @@ class Tokenizer(ABC):
         native = {t for t in candidates if t >= 0 and library.llama_vocab_is_eog(self.vocab, t)}
         return frozenset(native | {t for t in self._ends if 0 <= t < self.size})
 
+    @property
+    def bos(self) -> int:
+        """Id of the token that begins a text; negative where the vocabulary has none."""
+        return int(llama().llama_vocab_bos(self.vocab))
+
     def text_of(self, which: str) -> str:
         """The text of the `bos` or `eos` token; empty where the vocabulary has none."""
         library = llama()
