@@ -20,11 +20,12 @@ could not be answered has both a status code of 400 or 404 and an `error`, which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from edgelora.engine.engine import Completion
+from edgelora.engine.stream import TokenLogprob
 from edgelora.errors import ContextOverflowError, EdgeloraError, ModelFileError, SettingsError
 from edgelora.messages import Row
 from edgelora.openai_body import plain_fields
@@ -88,15 +89,14 @@ class Plain:
         return data
 
     def reply(self, named: Named, completion: Completion) -> dict[str, Any]:
-        return self._row(
-            named,
-            {
-                "text": completion.text,
-                "finish_reason": completion.finish_reason,
-                "usage": _usage(completion),
-                "adapter_hash": completion.adapter_hash or None,
-            },
-        )
+        body = {
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "usage": _usage(completion),
+            "adapter_hash": completion.adapter_hash or None,
+        }
+        logprobs = {"logprobs": _logprobs(completion.logprobs)} if completion.logprobs is not None else {}
+        return self._row(named, {**body, **logprobs})
 
     def error(self, named: Named, error: EdgeloraError) -> dict[str, Any]:
         return self._row(named, {"error": error.message})
@@ -132,7 +132,7 @@ class OpenAIBatch:
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": completion.text},
-            "logprobs": None,
+            "logprobs": None if completion.logprobs is None else {"content": _logprobs(completion.logprobs)},
             "finish_reason": completion.finish_reason,
         }
         body = {
@@ -190,6 +190,19 @@ def result_of(row: Any) -> Result | None:
 
 def _usage(completion: Completion) -> dict[str, int]:
     return {"prompt_tokens": completion.prompt_tokens, "completion_tokens": completion.completion_tokens}
+
+
+def _logprobs(tokens: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
+    """As OpenAI has them. A token may end inside a character: its `bytes` are exact, its `token` is not."""
+    return [
+        {
+            "token": token.text.decode("utf-8", errors="replace"),
+            "logprob": token.logprob,
+            "bytes": list(token.text),
+            "top_logprobs": _logprobs(token.top),
+        }
+        for token in tokens
+    ]
 
 
 def _list(names: Mapping[str, Any]) -> str:

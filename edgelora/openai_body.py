@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgelora.errors import SettingsError
@@ -10,11 +10,9 @@ from edgelora.sampling import Sampling
 
 # Fields that change nothing here, and those that must have one of these values, since nothing else is done.
 _WITHOUT_MEANING = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+_ONLY: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "stream": (False,),
-    "logprobs": (False,),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
 }
@@ -22,32 +20,40 @@ _RENAMED = {"max_completion_tokens": "max_tokens", "model": "adapter"}
 
 
 def plain_fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A chat completion's request as a plain row.
+    """A chat completion's request as the fields of a plain row.
 
     Raises:
-        SettingsError: a field, or a value of it, that cannot be followed here.
+        SettingsError: fields, or values of them, that cannot be followed here; all of them in one message.
     """
-    settings = Sampling.field_names()
     fields, problems = dict[str, Any](), list[str]()
     for name, value in body.items():
-        renamed = _RENAMED.get(name, name)
         if value is None or name in _WITHOUT_MEANING:
             continue
-        if name == "messages":
-            fields[name] = [_message(message) for message in value] if isinstance(value, list) else value
-        elif name == "response_format" and "schema" in settings and (schema := _schema(value)) is not None:
-            fields["schema"] = schema
-        elif name in _NEUTRAL:
-            if value not in _NEUTRAL[name]:
-                wanted = " or ".join(map(repr, _NEUTRAL[name]))
-                problems.append(f"{name} is {value!r}, only {wanted} can be followed here")
-        elif renamed == "adapter" or renamed in settings or renamed == "scale":
-            fields[renamed] = value
-        else:
-            problems.append(f"unknown field {name}")
+        try:
+            fields |= _field(name, value, body)
+        except SettingsError as error:
+            problems.append(error.message)
     if problems:
         raise SettingsError("body: " + "; ".join(problems))
     return fields
+
+
+def _field(name: str, value: Any, body: Mapping[str, Any]) -> dict[str, Any]:
+    renamed = _RENAMED.get(name, name)
+    if name in _READERS:
+        return _READERS[name](value, body)
+    if name in _ONLY:
+        if value in _ONLY[name]:
+            return {}
+        wanted = " or ".join(map(repr, _ONLY[name]))
+        raise SettingsError(f"{name} is {value!r}, only {wanted} can be followed here")
+    if renamed in ("adapter", "scale", *Sampling.field_names()):
+        return {renamed: value}
+    raise SettingsError(f"unknown field {name}")
+
+
+def _messages(value: Any, _body: Mapping[str, Any]) -> dict[str, Any]:
+    return {"messages": [_message(message) for message in value] if isinstance(value, list) else value}
 
 
 def _message(message: Any) -> Any:
@@ -60,9 +66,35 @@ def _message(message: Any) -> Any:
     return {**message, "role": "system" if role == "developer" else role, "content": content}
 
 
-def _schema(response_format: Any) -> Any:
-    """The JSON schema of a `response_format`, None where it has none."""
-    if not isinstance(response_format, Mapping) or response_format.get("type") != "json_schema":
-        return None
-    described = response_format.get("json_schema")
-    return described.get("schema") if isinstance(described, Mapping) else None
+def _response_format(value: Any, _body: Mapping[str, Any]) -> dict[str, Any]:
+    described = value if isinstance(value, Mapping) else {}
+    inner = described.get("json_schema")
+    match described.get("type"):
+        case "text":
+            return {}
+        case "json_object":
+            return {"schema": {}}
+        case "json_schema" if isinstance(inner, Mapping) and "schema" in inner:
+            return {"schema": inner["schema"]}
+    raise SettingsError(f"response_format is {value!r}, expected text, json_object, or json_schema with its schema")
+
+
+def _logprobs(value: Any, body: Mapping[str, Any]) -> dict[str, Any]:
+    """`logprobs` says whether, `top_logprobs` how many candidates; the second makes no sense without the first."""
+    if not isinstance(value, bool):
+        raise SettingsError(f"logprobs is {value!r}, expected true or false")
+    return {"logprobs": body.get("top_logprobs") or 0} if value else {}
+
+
+def _top_logprobs(value: Any, body: Mapping[str, Any]) -> dict[str, Any]:
+    if value and body.get("logprobs") is not True:
+        raise SettingsError(f"top_logprobs is {value!r} without logprobs")
+    return {}
+
+
+_READERS: Mapping[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
+    "messages": _messages,
+    "response_format": _response_format,
+    "logprobs": _logprobs,
+    "top_logprobs": _top_logprobs,
+}

@@ -29,6 +29,10 @@ def engine(base: Path, adapters: dict[str, Path]) -> Iterator[Engine]:
         yield engine
 
 
+def user(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
 def run(
     engine: Engine, rows: Path, out: Path | str, *, defaults: Defaults = DEFAULTS, on_row: Any = None, **options: Any
 ) -> BatchSummary:
@@ -87,6 +91,21 @@ def test_a_row_has_its_own_settings(engine: Engine, adapters: dict[str, Path], t
     assert system["usage"]["prompt_tokens"] > engine.count_tokens("x")
     assert (path["text"], path["adapter"]) == (scaled["text"], by_path)
     assert " " not in stopped["text"]
+
+
+def test_logprobs_are_written_where_a_row_asks_for_them(engine: Engine, tmp_path: Path) -> None:
+    openai = {"custom_id": "q", "body": {"logprobs": True, "top_logprobs": 2, "messages": user("Hello!")}}
+    for name, rows in (("plain", [{"prompt": "x"}, {"prompt": "x", "logprobs": 2}]), ("openai", [openai])):
+        out = tmp_path / f"{name}.out"
+        assert run(engine, write_rows(tmp_path / name, rows), out).errors == 0
+        row = read_rows(out)[-1]
+        found = row["logprobs"] if name == "plain" else row["response"]["body"]["choices"][0]["logprobs"]["content"]
+        assert 0 < len(found) <= 8
+        for token in found:
+            assert len(token["top_logprobs"]) == 2
+            assert token["logprob"] <= 0
+            assert bytes(token["bytes"]).decode("utf-8", "replace") == token["token"]
+    assert "logprobs" not in read_rows(tmp_path / "plain.out")[0]
 
 
 BAD_ROWS: dict[str, tuple[Any, str]] = {

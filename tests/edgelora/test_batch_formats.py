@@ -13,6 +13,7 @@ import pytest
 from edgelora.batch import BatchOptions, BatchSummary, Defaults, run_batch
 from edgelora.errors import DataFileError, MissingExtraError, SettingsError
 from edgelora.messages import read_rows
+from edgelora.openai_body import plain_fields
 from tests.edgelora.fake_engine import FakeEngine
 
 MESSAGES = [{"role": "user", "content": "Is it waterproof?"}]
@@ -93,6 +94,22 @@ def test_settings_and_harmless_fields_are_followed(tmp_path: Path) -> None:
     assert "top_p" not in request.sampling
 
 
+SCHEMA = {"type": "object", "properties": {"good": {"type": "boolean"}}}
+
+
+@pytest.mark.parametrize(
+    ("response_format", "schema"),
+    [
+        ({"type": "json_schema", "json_schema": {"name": "review", "schema": SCHEMA}}, SCHEMA),
+        ({"type": "json_object"}, {}),
+        ({"type": "text"}, None),
+        (None, None),
+    ],
+)
+def test_a_response_format_is_a_schema(response_format: Any, schema: Any) -> None:
+    assert plain_fields({"response_format": response_format}).get("schema") == schema
+
+
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "another endpoint": (asked(url="/v1/embeddings"), 400, "url is '/v1/embeddings'"),
     "another method": (asked(method="GET"), 400, "method is 'GET'"),
@@ -100,6 +117,13 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "no body": (asked(body=[]), 400, "body is no object"),
     "an id that is no text": (asked(7), 400, "custom_id is 7, expected text"),
     "several answers": (asked(body={"messages": MESSAGES, "n": 2}), 400, "n is 2, only 1 can be followed here"),
+    "a format without its schema": (
+        asked(body={"messages": MESSAGES, "response_format": {"type": "json_schema"}}),
+        400,
+        "response_format is",
+    ),
+    "several problems": (asked(body={"n": 2, "best_of": 3}), 400, "n is 2, only 1 can be followed here; unknown field"),
+    "candidates without logprobs": (asked(body={"messages": MESSAGES, "top_logprobs": 2}), 400, "top_logprobs is 2"),
     "tools": (asked(body={"messages": MESSAGES, "tools": [{}]}), 400, "tools is"),
     "a setting we do not know": (
         asked(body={"messages": MESSAGES, "reasoning_effort": "low"}),
