@@ -196,8 +196,8 @@ def _compare(source: str, base: str, choices: Sequence[Choice], texts: Texts, kn
             wanted = _rendered(own[choice.template], messages, texts)
             wanted = None if wanted is None else choice.applied(wanted)
             compared += _same(wanted, _rendered(made, sample, texts, adapter=choice.name))
-            if knows_system:
-                _same(wanted, _rendered(made, _named_in_system(messages, choice), texts))
+            if knows_system:  # a token alone in the system message leaves the adapter its own
+                _same(wanted, _rendered(made, _named_in_system(sample, choice), texts))
     if not compared:
         raise ModelFileError("the chat template cannot be adapted: it refuses every conversation")
 
@@ -220,5 +220,5 @@ def _with_system(messages: Sequence[Message], system: str) -> Sequence[Message]:
 
 def _named_in_system(messages: Sequence[Message], choice: Choice) -> Sequence[Message]:
     if messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{choice.token} {messages[0]['content'].strip()}"}, *messages[1:]]
+        return [{"role": "system", "content": f"{choice.token} {messages[0]['content']}"}, *messages[1:]]
     return [{"role": "system", "content": choice.token}, *messages]

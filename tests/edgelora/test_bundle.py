@@ -23,7 +23,7 @@ from edgelora.engine.engine import Engine, Request
 from edgelora.engine.preflight import content_hash
 from edgelora.errors import BaseMismatchError, ModelFileError, SettingsError
 from edgelora.store import Store
-from edgelora.template import BUILTIN
+from edgelora.template import BUILTIN, ChatTemplate
 from tests.conftest import TINY_BASE
 from tests.converters.bundle_files import copy_of
 from tests.edgelora.conftest import MakeAdapter
@@ -156,28 +156,27 @@ def test_scales_and_folders(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_base_whose_conversations_begin_with_bos(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    keys = {"tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": BUILTIN["plain"]}
+    keys = {"tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": "{{ bos_token }}" + BUILTIN["chatml"]}
     with_bos = copy_of(base, tmp_path / "bos.gguf", metadata=keys)
     report = bundle_adapters(with_bos, refs(adapters), tmp_path / "out.gguf")
     assert {token.substitute for token in report.tokens} == {0}
     assert any("adds no <|endoftext|>" in notice for notice in report.notices)
     with Engine(with_bos, adapters, threads=1) as beside, Engine(report.path, threads=1) as engine:
-        assert texts(engine, "red") == texts(beside, "red")
+        assert texts(engine, "red") == texts(beside, "red") != texts(beside, "blue")
 
 
 def test_a_template_that_leaves_bos_to_llama_cpp(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    source = "{% for m in messages %}Q {{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     keys = {"tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": source}
     with_bos = copy_of(base, tmp_path / "bos.gguf", metadata=keys)
     report = bundle_adapters(with_bos, refs(adapters), tmp_path / "out.gguf")
     assert {token.substitute for token in report.tokens} == {0}
-    with (
-        Engine(with_bos, adapters, threads=1, chat_template="plain") as beside,
-        Engine(report.path, threads=1) as engine,
-    ):
-        assert texts(engine, "red") == texts(
-            beside, "red"
-        )  # "plain" writes the BOS that llama.cpp would have put there
+    written = ChatTemplate("{{ bos_token }}" + source)
+    with Engine(with_bos, adapters, threads=1, chat_template=written) as beside:
+        wanted = {name: texts(beside, name) for name in adapters}
+    with Engine(report.path, threads=1) as engine:
+        assert {name: texts(engine, name) for name in adapters} == wanted
+    assert wanted["red"] != wanted["blue"]
 
 
 def test_conversations_without_a_first_token_are_refused(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
