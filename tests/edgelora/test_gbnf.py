@@ -73,6 +73,14 @@ def test_recursion_without_an_end_is_refused(endless: str, twin: str) -> None:
     assert not problems(twin)
 
 
+def test_a_rule_of_thousands_of_alternatives_is_refused() -> None:
+    def words(count: int) -> str:
+        return "root ::= " + " | ".join(f'"{number}"' for number in range(count))
+
+    assert "more than 5000 ways" in problems(words(6000))[0]
+    assert not problems(words(2000))
+
+
 def test_a_grammar_that_can_begin_in_too_many_ways_is_refused_at_once() -> None:
     chain = [f"r{index} ::= r{index + 1} | r{index + 1}" for index in range(60)]
     began = time.perf_counter()

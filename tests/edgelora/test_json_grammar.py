@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+from datetime import date
 from typing import Any
 
 import pytest
@@ -22,6 +25,102 @@ def test_a_supported_schema_is_a_grammar(name: str) -> None:
 def test_every_shared_rule_is_well_formed() -> None:
     text = "".join(f"{name} ::= {rule}\n" for name, rule in {"root": " | ".join(RULES), **RULES}.items())
     assert gbnf.problems(text) == ()
+
+
+WORDS = re.compile(r'("(?:[^"\\]|\\.)*")|(\[(?:[^\]\\]|\\.)*\])|(\{[\d,]+\})|([a-z][a-z0-9-]*)| ')
+
+
+def pattern(schema: Any) -> re.Pattern[str]:
+    """The grammar of a schema as a regular expression, which only grammars without recursion have."""
+    assert problems_of(json.dumps(schema)) == ()
+    rules = dict(line.split(" ::= ", 1) for line in grammar_of(json.dumps(schema)).strip().split("\n"))
+
+    def of(rule: str) -> str:
+        return WORDS.sub(part, rule)
+
+    def part(match: re.Match[str]) -> str:
+        literal, characters, times, name = match.groups()
+        if literal:
+            return f"(?:{re.escape(ast.literal_eval(literal))})"
+        return characters or times or (f"(?:{of(rules[name])})" if name else "")
+
+    return re.compile(of(rules["root"]))
+
+
+BOUNDS = [(0, 0), (0, 9), (1, 10), (5, 250), (99, 100), (-7, -3), (-120, 45), (100, 1999), (-1, 0), (987, 6543)]
+
+
+@pytest.mark.parametrize(("low", "high"), BOUNDS)
+def test_bounded_integers_are_those_between_the_bounds(low: int, high: int) -> None:
+    fits = pattern({"type": "integer", "minimum": low, "maximum": high})
+    numbers = range(low - 300, high + 300)
+    assert [number for number in numbers if fits.fullmatch(str(number))] == list(range(low, high + 1))
+    open_ended = pattern({"type": "integer", "exclusiveMinimum": low})
+    assert [number for number in numbers if open_ended.fullmatch(str(number))] == list(range(low + 1, high + 300))
+    assert not fits.fullmatch(f"0{high}")
+
+
+@pytest.mark.parametrize(("low", "high"), BOUNDS)
+def test_bounded_numbers_are_those_between_the_bounds(low: int, high: int) -> None:
+    fits = pattern({"type": "number", "minimum": low, "maximum": high})
+    texts = [f"{number}{rest}" for number in range(low - 12, high + 12) for rest in ("", ".0", ".01", ".999")]
+    texts.append("-0.5")
+    accepted = [text for text in texts if fits.fullmatch(text)]
+    assert all(low <= float(text) <= high for text in accepted)
+    assert {float(text) for text in texts if low <= float(text) <= high} <= {float(text) for text in accepted}
+
+
+def test_every_date_is_one_and_only_leap_days_are_left_out() -> None:
+    fits = pattern({"type": "string", "format": "date"})
+    days = [f"{year}-{month:02}-{day:02}" for year in (2023, 2024) for month in range(14) for day in range(33)]
+    assert [day for day in days if not fits.fullmatch(f'"{day}"') and _is_date(day)] == ["2024-02-29"]
+    assert [day for day in days if fits.fullmatch(f'"{day}"') and not _is_date(day)] == []
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return bool(date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, 0), (0, 1), (0, 3), (1, 1), (2, 2), (2, 5), (3, None)])
+@pytest.mark.parametrize("first", [[], [{"const": 1}], [{"const": 1}, {"const": 1}]])
+def test_arrays_have_as_many_items_as_they_may(least: int, most: int | None, first: list[Any]) -> None:
+    schema = {"type": "array", "prefixItems": first, "items": {"const": 1}, "minItems": least}
+    fits = pattern(schema if most is None else {**schema, "maxItems": most})
+    counts = [count for count in range(9) if fits.fullmatch(json.dumps([1] * count))]
+    fewest = max(least, len(first) if most is None else min(len(first), most))
+    assert counts == list(range(fewest, 9 if most is None else most + 1))
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, 0), (1, 1), (2, 7), (0, 1000), (999, 1001), (0, 2500), (1500, 3500)])
+def test_strings_are_as_long_as_they_may_be(least: int, most: int) -> None:
+    fits = pattern({"type": "string", "minLength": least, "maxLength": most})
+    near = {0, 1, least - 1, least, least + 1, (least + most) // 2, 1000, 2000, most - 1, most, most + 1, most + 1000}
+    assert all(bool(fits.fullmatch(json.dumps("é" * n))) == (least <= n <= most) for n in near if n >= 0)
+
+
+def test_other_keys_are_none_of_the_named_ones() -> None:
+    names = ["a", "ab", "abc", "b", "", 'q"', "é"]
+    schema = {"properties": {name: {"type": "null"} for name in names}, "additionalProperties": {"type": "boolean"}}
+    fits = pattern(schema)
+    for name in names:
+        assert fits.fullmatch(json.dumps({name: None}, ensure_ascii=False))
+        assert not fits.fullmatch(json.dumps({name: True}, ensure_ascii=False))
+    for other in ("c", "aa", "abd", "abcd", "bb", "q", "éa", " "):
+        assert fits.fullmatch(json.dumps({other: True}, ensure_ascii=False))
+        assert fits.fullmatch(json.dumps({"ab": None, other: True, "x": False}, ensure_ascii=False))
+    assert not fits.fullmatch('{"\\u0061": true}')
+
+
+def test_characters_that_json_has_to_escape_are_escaped() -> None:
+    fits = pattern({"type": "string", "minLength": 1})
+    assert all(fits.fullmatch(json.dumps(chr(code), ensure_ascii=False)) for code in range(0xD800) if code != 0x7F)
+    assert not any(fits.fullmatch(f'"{chr(code)}"') for code in (*range(0x20), 0x22, 0x5C))
+    assert not fits.fullmatch(r'"\ud800"')
+    value = 'a"b\\c\n\u2028'
+    assert pattern({"const": value}).fullmatch(json.dumps(value, ensure_ascii=False))
 
 
 @pytest.mark.parametrize("schema", [{}, {"type": "object"}, {"type": "object", "title": "anything"}])

@@ -17,6 +17,7 @@ from edgelora.engine.engine import Engine
 from edgelora.engine.grammar import GrammarDecoder
 from edgelora.engine.model import Model
 from edgelora.engine.sampler import Sampler, likeliest, log_probabilities
+from edgelora.engine.tokenizer import LlamaTokenizer
 from edgelora.errors import EdgeloraError, SettingsError
 from edgelora.sampling import Sampling
 from tests.edgelora.json_schemas import PERSON, SCHEMAS, breaks
@@ -82,8 +83,13 @@ def test_a_reply_follows_a_grammar(engine: Engine) -> None:
     assert engine.chat(QUESTION, sampling=GREEDY).text not in said
 
 
-def test_a_space_that_the_grammar_wants_is_there(engine: Engine) -> None:
-    assert engine.chat(QUESTION, sampling={**GREEDY, "grammar": 'root ::= " red"'}).text == " red"
+def test_a_space_that_the_grammar_wants_is_there(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sentencepiece(vocab: Any, _metadata: Any) -> LlamaTokenizer:
+        return LlamaTokenizer(vocab, strip_first_space=True)
+
+    monkeypatch.setattr("edgelora.engine.model.open_tokenizer", sentencepiece)
+    with Engine(base, threads=1) as engine:
+        assert engine.chat(QUESTION, sampling={**GREEDY, "grammar": 'root ::= " red"'}).text == " red"
 
 
 def test_max_tokens_end_a_reply_under_a_grammar(engine: Engine) -> None:
@@ -114,6 +120,8 @@ def test_control_tokens_are_no_text_of_a_grammar(model: Model) -> None:
     control = next(t for t in model.tokenizer.control_tokens.values() if t.id not in model.tokenizer.end_tokens)
     with pytest.raises(EdgeloraError, match="cannot write"):
         write(model, Sampling(grammar=f"root ::= <[{control.id}]>"), 1)
+    bias = {control.id: 100.0}
+    assert len((write(model, Sampling(grammar="root ::= [^{}]{20}", logit_bias=bias), 1) or b"").decode()) == 20
     ordinary = model.tokenizer.encode("red", special=False)[0]
     assert write(model, Sampling(grammar=f"root ::= <[{ordinary}]>"), 1)
 
