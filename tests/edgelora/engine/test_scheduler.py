@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 from edgelora.engine import mixing, scheduler
-from edgelora.engine.adapters import Adapters
 from edgelora.engine.engine import Engine
 from edgelora.engine.runtime import Settings
 from edgelora.engine.stream import Request
 from edgelora.errors import ModelFileError, SettingsError
 from tests.edgelora.conftest import write_adapter
 from tests.edgelora.engine.runtimes import runtime
-from tests.edgelora.engine.traces import Trace, Traced, alone, assert_same_reply, together
+from tests.edgelora.engine.traces import Trace, Traced, alone, assert_same_reply, largest_difference, together
 
 needs_kernels = pytest.mark.skipif(bool(mixing.why_not()), reason=mixing.why_not() or "-")
 QUESTION = "Tell me about Fennick."
@@ -45,18 +44,6 @@ def traced(base: Path, adapters: dict[str, Path], **settings: Any) -> Iterator[T
         yield Traced(made)
 
 
-@pytest.fixture(autouse=True)
-def closing_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`test_adapter_memory` shows that it does not where llama.cpp's own adapters are loaded."""
-    close = Adapters.close
-
-    def careful(self: Adapters) -> None:
-        self._detach = lambda: None
-        close(self)
-
-    monkeypatch.setattr(Adapters, "close", careful)
-
-
 # Joining, reading, leaving
 
 
@@ -73,8 +60,8 @@ def test_a_stream_flows_while_a_long_prompt_is_read(base: Path, adapters: dict[s
             unread.append(reader.unread)
             written.append(len(first.logits))
             steps.step()
-        assert len(unread) > 5
-        assert all(0 < a - b <= scheduler.SHORT_CHUNK for a, b in itertools.pairwise(unread))
+        assert len(unread) > 4
+        assert all(0 < a - b <= scheduler.PAUSE for a, b in itertools.pairwise(unread))
         assert all(b - a == 1 for a, b in itertools.pairwise(written)), "a step without a token of the first"
         assert len(first.pieces) > 5
 
@@ -243,7 +230,6 @@ def test_who_comes_back_has_no_credit_from_the_time_away(base: Path, adapters: d
     assert order.index("red0") <= 3, "red waited until blue had as much as it had before"
 
 
-@pytest.mark.xfail(reason="an account is of (adapter, scale): each new scale is a new one", strict=True)
 def test_changing_scales_is_no_way_past_the_others(base: Path, adapters: dict[str, Path]) -> None:
     with traced(base, adapters, parallel=1) as steps:
         steps.submit(Request("hi", "blue", sampling=greedy(4)))
@@ -255,7 +241,6 @@ def test_changing_scales_is_no_way_past_the_others(base: Path, adapters: dict[st
         assert begun(steps, traces).index("blue") <= 2
 
 
-@pytest.mark.xfail(reason="what was ever served is kept for ever", strict=True)
 def test_accounts_of_who_is_gone_are_closed(base: Path, adapters: dict[str, Path]) -> None:
     with traced(base, adapters) as steps:
         for i in range(40):
@@ -264,7 +249,6 @@ def test_accounts_of_who_is_gone_are_closed(base: Path, adapters: dict[str, Path
         assert len(steps.made.scheduler._served) < 10
 
 
-@pytest.mark.xfail(reason="of all that read, whoever has least left is first, for ever", strict=True)
 def test_a_long_prompt_is_read_while_short_ones_keep_coming(base: Path, adapters: dict[str, Path]) -> None:
     with traced(base, adapters, parallel=2) as steps:
         long = steps.submit(Request(LONG, "red", sampling=greedy(1)))
@@ -305,7 +289,7 @@ def first_waits(steps: Traced, traces: dict[str, Trace]) -> dict[str, int]:
 def test_groups_take_turns(base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "QUANTUM", 16)
     with traced(base, adapters, parallel=3, mode="switching") as steps:
-        traces = {name: steps.submit(Request("hi", name, sampling=endless(80, 5))) for name in ("red", "blue", "none")}
+        traces = {name: steps.submit(Request("hi", name, sampling=endless(60, 5))) for name in ("red", "blue", "none")}
         turns: list[str] = []
         counts = {name: 0 for name in traces}
         while not any(trace.is_done for trace in traces.values()):
@@ -319,7 +303,6 @@ def test_groups_take_turns(base: Path, adapters: dict[str, Path], monkeypatch: p
         assert max(counts.values()) - min(counts.values()) <= 2 * 16
 
 
-@pytest.mark.xfail(reason="after a group that ended, it is the oldest one's turn again", strict=True)
 def test_nobody_waits_longer_than_a_quantum_for_each_group(
     base: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,12 +354,11 @@ def test_deterministic_requests_are_the_same_bits_beside_others(
 
 
 @needs_kernels
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("quant", ["f32", "q8_0"])
+@pytest.mark.parametrize(("quant", "threads"), [("f32", 1), ("q8_0", 2)])
 def test_a_reproducible_engine_needs_no_decodes_alone(
     quant: str, threads: int, bases: dict[str, Path], adapters: dict[str, Path]
 ) -> None:
-    asked = Request(f"{QUESTION} " * 20, "red", sampling=greedy(20), deterministic=True)
+    asked = Request(f"{QUESTION} " * 20, "red", sampling=greedy(12), deterministic=True)
     lengths = (2, 60, 160)  # of the neighbours' prompts: llama.cpp attends over more cells where one is long
     found = []
     for n_others in range(4):
@@ -448,21 +430,50 @@ def test_a_place_that_held_no_number_is_good_again(base: Path, adapters: dict[st
     assert_same_reply(after, before, ROUNDING)
 
 
-@pytest.mark.xfail(reason="what is raised while a decode is prepared ends the engine's thread", strict=True)
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@needs_kernels
 def test_what_fails_before_a_decode_is_the_requests_error(
     base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever it is: the engine is other callers' too."""
-    parts = scheduler.Scheduler._apply
+    fill = mixing.Mixer.fill
 
-    def failing(self: scheduler.Scheduler, each: Any, *rest: Any) -> None:
-        if each.task.request.adapter == "blue":
+    def failing(self: mixing.Mixer, rows: mixing.Runs, outputs: mixing.Runs) -> None:
+        if any(len(parts) > 1 for _, parts in rows):
             raise MemoryError("no room for the tables")
-        parts(self, each, *rest)
+        fill(self, rows, outputs)
 
-    monkeypatch.setattr(scheduler.Scheduler, "_apply", failing)
+    monkeypatch.setattr(mixing.Mixer, "fill", failing)
     with Engine(base, adapters, threads=1) as engine:
         with pytest.raises(MemoryError):
-            engine.chat("hi", adapter="blue", sampling=greedy(2))
+            engine.chat("hi", adapter={"red": 0.5, "blue": 0.5}, sampling=greedy(2))
         assert engine.chat("hi", adapter="red", sampling=greedy(2)).text
+
+
+def gaps(steps: Traced) -> list[Trace]:
+    """Replies under way at the first and the last of four places; between them nobody."""
+    traces = [steps.submit(Request(f"{i} hello", sampling=endless(60, i))) for i in range(4)]
+    steps.until(lambda: all(len(trace.logits) > 2 for trace in traces))
+    traces[1].task.interrupt.set()
+    traces[2].task.interrupt.set()
+    return [traces[0], traces[3]]
+
+
+def test_gaps_between_places_are_closed(base: Path) -> None:
+    with traced(base, {}, parallel=4) as steps:
+        left = gaps(steps)
+        steps.step(2)
+        places = sorted(each.sequence.id for each in steps.made.scheduler._running)
+        assert places[1] - places[0] == 1
+        steps.finish()
+        lone = alone(steps.made, [trace.task.request for trace in left])
+    for got, want in zip(left, lone, strict=True):
+        assert largest_difference(got, want) <= ROUNDING
+
+
+@pytest.mark.xfail(reason="`close_gaps` and `share` are called where nobody catches what they raise", strict=True)
+def test_a_move_that_fails_does_not_end_the_engine(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with traced(base, {}, parallel=4) as steps:
+        left = gaps(steps)
+        monkeypatch.setattr(steps.made.context, "put_state", lambda sequence, state: False)
+        steps.finish()
+        assert all(trace.is_done for trace in left)
