@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, TypeGuard
 
 from edgelora import gbnf
+from edgelora.json_pattern import PatternError, expression_of, quoted
 
 MAX_DEPTH = 64
 MAX_TIMES = 100_000
@@ -58,7 +59,7 @@ COMBINERS = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
 KEYWORDS: Mapping[str, frozenset[str]] = {
     "object": frozenset(("properties", "required", "additionalProperties")),
     "array": frozenset(("items", "prefixItems", "minItems", "maxItems")),
-    "string": frozenset(("minLength", "maxLength", "format")),
+    "string": frozenset(("minLength", "maxLength", "format", "pattern")),
     "integer": frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")),
     "number": frozenset(("minimum", "maximum")),
     "boolean": frozenset(),
@@ -217,7 +218,7 @@ class _Converter:
         if not fitting:
             return self._problem("no value fits the enum or const", at)
         texts = dict.fromkeys(json.dumps(value, ensure_ascii=False) for value in fitting)
-        return self._add(" | ".join(map(_quoted, texts)))
+        return self._add(" | ".join(map(quoted, texts)))
 
     def _exclude_each_other(self, schemas: Sequence[Any]) -> bool:
         return all(self._apart(one, other) for index, one in enumerate(schemas) for other in schemas[:index])
@@ -257,7 +258,7 @@ class _Converter:
         self._shared("comma")
         pairs = [
             (
-                self._pair(_quoted(json.dumps(name, ensure_ascii=False)), part, f"{at}/properties/{name}"),
+                self._pair(quoted(json.dumps(name, ensure_ascii=False)), part, f"{at}/properties/{name}"),
                 name in required,
             )
             for name, part in wanted.items()
@@ -362,6 +363,9 @@ class _Converter:
 
     def _string(self, schema: Mapping[str, Any], at: str) -> str:
         lengths = schema.keys() & {"minLength", "maxLength"}
+        if "pattern" in schema:
+            beside = sorted(schema.keys() & {"minLength", "maxLength", "format"})
+            return self._problem(f"{', '.join(beside)} beside pattern", at) if beside else self._pattern(schema, at)
         if "format" in schema:
             name = schema["format"]
             if name not in FORMATS or lengths:
@@ -374,6 +378,13 @@ class _Converter:
         if bounds is None:
             return self._shared("null")
         return self._add(rf'"\"" {self._times(self._shared("char"), *bounds)} "\""')
+
+    def _pattern(self, schema: Mapping[str, Any], at: str) -> str:
+        self._shared("char")
+        try:
+            return self._add(rf'"\"" ({expression_of(str(schema["pattern"]))}) "\""')
+        except PatternError as error:
+            return self._problem(str(error), at)
 
     def _number(self, schema: Mapping[str, Any], at: str) -> str:
         is_integer = schema.get("type", "integer") == "integer"
@@ -407,7 +418,7 @@ def _between(low: int, high: int, fraction: str) -> Iterator[str]:
 
 def _magnitudes(low: int, high: int, fraction: str) -> Iterator[str]:
     if fraction:
-        yield _quoted(str(high))
+        yield quoted(str(high))
         high -= 1
     for length in range(len(str(low)), len(str(max(high, 0))) + 1):
         first, last = max(low, 10 ** (length - 1) if length > 1 else 0), min(high, 10**length - 1)
@@ -443,10 +454,6 @@ def _implied(keywords: set[str]) -> str | None:
     """The one type that the keywords are of."""
     types = [name for name, known in KEYWORDS.items() if known & keywords]
     return "integer" if types == ["integer", "number"] else types[0] if len(types) == 1 else None
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _in_set(character: str) -> str:

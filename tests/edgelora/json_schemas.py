@@ -51,6 +51,14 @@ SCHEMAS: dict[str, Any] = {
         "required": ["day", "id", "more"],
         "additionalProperties": {"type": "boolean"},
     },
+    "patterns": {
+        "type": "array",
+        "prefixItems": [
+            {"type": "string", "pattern": r"^[A-Z]{2}-\d+$"},
+            {"type": "string", "pattern": r'^[^a-z]{3}"?$'},
+        ],
+        "items": False,
+    },
     "tree": {
         "$defs": {
             "node": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import random
 import re
 from datetime import date
 from typing import Any
@@ -123,6 +124,50 @@ def test_characters_that_json_has_to_escape_are_escaped() -> None:
     assert pattern({"const": value}).fullmatch(json.dumps(value, ensure_ascii=False))
 
 
+PATTERNS = [
+    r"^[A-Z]{3}-\d+$",
+    r"^(?:red|dark (?:red|blue))$",
+    r"^\w+@[\w.-]+\.(com|org)$",
+    r"^[^\s\"]*$",
+    r"a.c",
+    r"^a|b$",
+    r"^\$[1-9][0-9]{0,2}(?:\.[0-9]{2})?$",
+    r"^[\]\\^-]+$",
+    r"\n",
+    r"^\u00e9?\x41{2,}$",
+    r"^[a-c-]+?$",
+    r"^$",
+    r"^\D\S\W$",
+]
+
+
+@pytest.mark.parametrize("expression", PATTERNS)
+def test_strings_match_their_pattern_and_those_that_match_are_allowed(expression: str) -> None:
+    fits = pattern({"type": "string", "pattern": expression})
+    rng = random.Random(expression)
+    alphabet = 'ABCabc019 -_.@$^]\\"\n\té€🙂redbluekorgm'
+    texts = ["".join(rng.choices(alphabet, k=rng.randrange(5))) for _ in range(4000)]
+    texts += [
+        "ABC-12",
+        "red",
+        "dark blue",
+        "a@b.com",
+        "a@b-c.org",
+        "xabcx",
+        "b",
+        "$5.20",
+        "$120",
+        "éAA",
+        "a-c",
+        "\\]^-",
+    ]
+    standard = re.compile(re.sub(r"\$$", r"\\Z", expression), re.ASCII)  # what ECMA-262 means by $ and \W
+    wanted = {text for text in texts if standard.search(text)}
+    assert {text for text in texts if fits.fullmatch(json.dumps(text, ensure_ascii=False))} == wanted
+    assert wanted
+    assert len(wanted) < len(texts)
+
+
 @pytest.mark.parametrize("schema", [{}, {"type": "object"}, {"type": "object", "title": "anything"}])
 def test_no_keywords_are_any_object(schema: Any) -> None:
     assert grammar_of(json.dumps(schema)).startswith("root ::= object\n")
@@ -131,7 +176,18 @@ def test_no_keywords_are_any_object(schema: Any) -> None:
 @pytest.mark.parametrize(
     ("schema", "named"),
     [
-        ({"type": "string", "pattern": "^(?=a)b$"}, "pattern"),
+        ({"type": "string", "pattern": "^(?=a)b$"}, "look-around"),
+        ({"type": "string", "pattern": r"(a)\1"}, r"\1"),
+        ({"type": "string", "pattern": r"\bword\b"}, r"\b"),
+        ({"type": "string", "pattern": r"\p{L}"}, r"\p"),
+        ({"type": "string", "pattern": "(^a$)"}, "^ in this place"),
+        ({"type": "string", "pattern": "(a"}, "( without )"),
+        ({"type": "string", "pattern": "a)"}, ") without ("),
+        ({"type": "string", "pattern": "[z-a]"}, "a range that is none"),
+        ({"type": "string", "pattern": "[a"}, "too early"),
+        ({"type": "string", "pattern": "(a*)*"}, "may be empty"),
+        ({"type": "string", "pattern": "^\\x01$"}, "no short form"),
+        ({"type": "string", "pattern": "a", "maxLength": 3}, "maxLength beside pattern"),
         ({"type": "string", "format": "email"}, "email"),
         ({"type": "string", "contentEncoding": "base64"}, "contentEncoding"),
         ({"type": "number", "multipleOf": 0.5}, "multipleOf"),
