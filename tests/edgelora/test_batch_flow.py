@@ -13,7 +13,8 @@ import pytest
 
 from edgelora.batch import BatchOptions, BatchSummary, Defaults, Selection, run_batch
 from edgelora.batch_answers import READ_AHEAD
-from edgelora.errors import DataFileError, EdgeloraError
+from edgelora.errors import DataFileError, EdgeloraError, SettingsError
+from edgelora.results import parallel_of
 from tests.edgelora.fake_engine import FakeEngine, FakeStream
 
 
@@ -136,6 +137,23 @@ def test_ctrl_c_cancels_what_is_under_way(tmp_path: Path) -> None:
     assert all(cancelled)
 
 
+def test_rows_decoded_in_another_number_are_not_mixed(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", numbered(20)), tmp_path / "out.jsonl"
+    assert parallel_of(out) is None
+    run(FakeEngine(tmp_path, parallel=3), source, out)
+    assert parallel_of(out) == 3
+    assert run(FakeEngine(tmp_path, parallel=3), source, out).resumed == 20
+    with pytest.raises(DataFileError, match=r"decoded 3 rows at a time and not 4 \(--parallel\)"):
+        run(FakeEngine(tmp_path, parallel=4), source, out)
+
+
+@pytest.mark.parametrize("content", ["", "[1]\n", "{\n", '{"key": "a.b.c", "adapter": "red"}\n'])
+def test_a_file_that_is_no_output_says_nothing_of_it(content: str, tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_text(content)
+    assert parallel_of(tmp_path / "out.jsonl") is None
+    assert parallel_of("-") is None
+
+
 def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", numbered(2000)), tmp_path / "out.jsonl"
 
@@ -243,8 +261,9 @@ def test_a_column_that_no_row_has_ends_the_batch_before_it_begins(tmp_path: Path
     (tmp_path / "in.csv").write_text("review,stars\nx,1\n")
     write_rows(tmp_path / "in.jsonl", [{"review": "x"}, {"review": "y"}])
     defaults = Defaults(prompt="{reveiw}")
-    for name, known in (("in.csv", "review, stars"), ("in.jsonl", "review")):
-        with pytest.raises(EdgeloraError, match=rf"names {{reveiw}}; the columns are {known}"):
+    cases = (("in.csv", SettingsError, "review, stars"), ("in.jsonl", DataFileError, "review"))
+    for name, kind, known in cases:  # a header says at once what there is; without one, every row was asked
+        with pytest.raises(kind, match=rf"names {{reveiw}}; the columns are {known}"):
             run_batch(FakeEngine(tmp_path), tmp_path / name, tmp_path / "out.jsonl", defaults=defaults)  # type: ignore[arg-type]
         assert not (tmp_path / "out.jsonl").exists()
 
