@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from edgelora.engine.engine import Completion, Request
+
+
+_NO_FIGURES: dict[str, Any] = {each.name: 0 for each in fields(Completion) if each.default is MISSING}
 
 
 class FakeStream:
@@ -24,7 +28,8 @@ class FakeStream:
             self._engine.ended.append(text)
             self._engine.n_under_way -= 1
         reason = "cancelled" if self.cancelled.is_set() else "stop"
-        return Completion(text, reason, 10, 0, len(text), str(self.request.adapter), "", 0.0, 0.0, 0.0)
+        said = {"text": text, "finish_reason": reason, "prompt_tokens": 10, "completion_tokens": len(text)}
+        return Completion(**{**_NO_FIGURES, **said, "adapter": str(self.request.adapter), "adapter_hash": ""})
 
     def cancel(self) -> None:
         self.cancelled.set()
