@@ -11,7 +11,6 @@ from typing import Any
 
 from edgelora.engine.engine import Completion, Request
 
-
 _NO_FIGURES: dict[str, Any] = {each.name: 0 for each in fields(Completion) if each.default is MISSING}
 
 
