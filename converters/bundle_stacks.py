@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -126,7 +126,8 @@ def open_stacks(
         )
     scaled = tuple(_scaled(file.pairs, member.scale) for member, file in opened)
     dtype = (dtype or _common_type([file for _, file in opened])).lower()
-    checks = [AdapterFile.of(BASE_ARCHITECTURE, pairs, dtype) for pairs in scaled]
+    # Of what one adapter is encoded to for the check, nothing is kept for the next.
+    checks = [replace(AdapterFile.of(BASE_ARCHITECTURE, pairs, dtype), encoded={}) for pairs in scaled]
     if broken := [f"adapter {member.name}: {problem}" for member, check in zip(members, checks, strict=True)
                   for problem in check.problems]:  # fmt: skip
         raise UnsupportedAdapterError(f"{base.path}: adapters that cannot be stored:{listed(broken)}",

@@ -210,7 +210,9 @@ def _template(
     notices = []
     if added is not None:
         text = header.metadata[_TOKENS][added]
-        notices.append(f"llama.cpp adds no {text} to this file's prompts: one without a control token begins with it")
+        notices.append(
+            f"llama.cpp adds no {text} to this file's prompts: a raw one has to begin with it, or with a control token"
+        )
         without = [each.ref.name for each in members if each.substitute != added]
         if without:
             notices.append(f"conversations begin without {text}, as their template has it: {', '.join(without)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -455,3 +456,20 @@ def test_a_split_base(base: Path, adapters: dict[str, Path], tmp_path: Path) -> 
 
 def tensors_of(header: GGUFHeader) -> dict[str, tuple[Any, ...]]:
     return {name: (tensor.shape, tensor.type_name) for name, tensor in header.tensors.items()}
+
+
+def test_memory_does_not_grow_with_the_adapters(base: Path, tmp_path: Path) -> None:
+    many = {f"a{n}": write_adapter(tmp_path / f"a{n}.gguf", base, n, rank=256) for n in range(5)}
+    one = {"a0": many["a0"]}
+    peaks = [peak_bytes(lambda made=made: bundle(base, members(made), tmp_path / "out.gguf", force=True))  # type: ignore[misc]
+             for made in (one, one, many)]  # fmt: skip
+    assert peaks[2] < peaks[1] + many["a0"].stat().st_size / 2
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from converters.bundle import BundleReport
+from converters.bundle import TEMPLATE, BundleReport
 from converters.errors import OutputExistsError, UnsupportedError
 from converters.reader import read_header
 from edgelora.adapter_ref import AdapterRef
@@ -20,6 +21,7 @@ from edgelora.bundling import bundle_adapters
 from edgelora.cli import cli
 from edgelora.contract import Contract
 from edgelora.engine.engine import Engine, Request
+from edgelora.engine.model import Model
 from edgelora.engine.preflight import content_hash
 from edgelora.errors import BaseMismatchError, ModelFileError, SettingsError
 from edgelora.store import Store
@@ -75,6 +77,21 @@ def test_the_account_names_the_adapter(inside: Engine, adapters: dict[str, Path]
     assert (completion.adapter, completion.adapter_hash) == ("red", content_hash(adapters["red"]))
     assert inside.chat("Hello", sampling=GREEDY).adapter == "none"
     assert completion.prompt_tokens == inside.count_tokens("Hello", "red") == inside.count_tokens("Hello")
+
+
+def test_a_token_typed_in_a_message_is_text(inside: Engine, engine: Engine, made: BundleReport) -> None:
+    """edgelora knows text from tokens, and renders with the base's own template, which spaces nothing out."""
+    messages = "Say <|red|> and <|blue|>, then <|red|>"
+    for name in ("red", None):
+        assert inside.count_tokens(messages, name) == engine.count_tokens(messages, name)
+        assert (
+            inside.chat(messages, adapter=name, sampling=GREEDY).text
+            == engine.chat(messages, adapter=name, sampling=GREEDY).text
+        )
+    with contextlib.closing(Model(made.path, vocab_only=True)) as model:
+        own = model.chat_template()
+        assert own is not None
+        assert own.source == read_header(engine.base).metadata[TEMPLATE] != model.header.metadata[TEMPLATE]
 
 
 def test_many_at_once_are_what_each_is_alone(inside: Engine) -> None:

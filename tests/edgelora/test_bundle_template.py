@@ -97,7 +97,10 @@ def test_an_adapter_keeps_its_own_template_and_system_prompt() -> None:
     assert render(source, [USER]) == render(CHATML, [USER])
 
 
-@pytest.mark.parametrize("template", [BUILTIN["llama2"], "{% for m in messages %}### {{ m.content }}\n{% endfor %}"])
+@pytest.mark.parametrize(
+    "template",
+    [BUILTIN["llama2"], "{% for m in messages %}### {{ m.content }}\n{% endfor %}", "\n{{ messages[-1].content }}\n\n"],
+)
 def test_where_llama_cpp_puts_bos_in_front(template: str) -> None:
     texts = Texts("<s>", "</s>", added="<s>")
     first = "<s>" if template == BUILTIN["llama2"] else ""
