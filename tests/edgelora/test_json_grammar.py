@@ -148,6 +148,7 @@ def test_strings_match_their_pattern_and_those_that_match_are_allowed(expression
     alphabet = 'ABCabc019 -_.@$^]\\"\n\té€🙂redbluekorgm'
     texts = ["".join(rng.choices(alphabet, k=rng.randrange(5))) for _ in range(4000)]
     texts += [
+        "a\nc",
         "ABC-12",
         "red",
         "dark blue",
