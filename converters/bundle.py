@@ -247,10 +247,12 @@ class _Fused:
         more = sum(self._otherwise.tensor_bytes(t.shape) for t in tensors) - sum(t.size_bytes for t in tensors)
         kinds = ", ".join(f"{name} {kind}" for name, kind in types.items())
         rounds = "every value as it was" if self._otherwise.name == "F32" else "values rounded to it"
+        alike = types[ATTENTION[0]]
+        others = [f"--tensor-type {name}={alike.lower()}" for name, kind in types.items() if kind != alike]
         yield (
             f"{len(mixed)} of {self._sizes.layers} layers have queries, keys and values of different types ({kinds}), "
-            f"which share one tensor here: it is {self._otherwise.name}, {rounds}, {more / 1e6:+.1f} MB. A base made "
-            "with `edgelora convert --tensor-type attn_v=TYPE` of their type needs none of it"
+            f"which share one tensor here: it is {self._otherwise.name}, {rounds}, {more / 1e6:+.1f} MB. A base with "
+            f"one type for them (`edgelora convert {' '.join(others)}`) needs none of it"
         )
 
 

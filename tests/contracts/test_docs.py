@@ -12,7 +12,7 @@ import pytest
 from edgelora.cli import cli
 from tests.contracts.generated_docs import README, ROOT, rendered
 
-COMMAND_LINE = re.compile(r"^(?:\$ | {4,}|\s*)(edgelora (?:train|convert|chat|batch|doctor)\b[^|&#\n]*)", re.MULTILINE)
+COMMAND_LINE = re.compile(r"^(?:\$ | {4,}|\s*)(edgelora (?:train|convert|bundle|chat|batch|doctor)\b[^|&#\n]*)", re.MULTILINE)
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "examples").rglob("*.md")]
 
 
