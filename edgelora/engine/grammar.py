@@ -20,7 +20,7 @@ from edgelora.errors import EdgeloraError, ModelFileError, SettingsError
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """`llama_token_data`, llama.h."""
 Candidates = npt.NDArray[np.void]
-MAX_SECONDS = 5.0
+MAX_SECONDS = 2.0
 """A grammar with ever more ways to read the reply takes ever longer for a token; here it is given up."""
 
 
