@@ -223,7 +223,7 @@ def soaked(base: Path, shelf: dict[str, list[Path]], seed: int, n_requests: int,
             soak.done.clear()
             judge.known.clear()
             yield soak
-        assert finished > n_requests // 2, "most were cancelled or refused, so this showed nothing"
+        assert finished > n_requests // 3, "most were cancelled or refused, so this showed nothing"
         assert soak.refused > 0
 
 
