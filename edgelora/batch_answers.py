@@ -1,9 +1,9 @@
 """Many requests in the engine at once, and their replies as they come.
 
-Rows are read `READ_AHEAD` at a time, and those of a block begin in an order in which neighbours share what the engine
-can reuse: the adapter and the messages before the last one (a system prompt is read once), then a like length. Replies
-come in the order in which they are done, or in the input's: then no more than `READ_AHEAD` finished ones wait for an
-earlier one, and nothing new begins until it is there.
+Rows are read a block at a time, and those of a block begin in an order in which neighbours share what the engine can
+reuse: the adapter and the messages before the last one (a system prompt is read once), then a like length. Replies come
+in the order in which they are done, or in the input's: then no more finished ones than a block has wait for an earlier
+one, nothing new begins until it is there, and blocks are smaller, since a kill loses what waits.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from edgelora.engine.engine import BATCH_WINDOW, Completion, Engine, Request, St
 from edgelora.errors import EdgeloraError, SettingsError
 
 READ_AHEAD = 256
+"""Rows of a block; in the order of the input, a block is twice what is in the engine."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Answers:
     ) -> None:
         self._engine, self._items, self._request, self._ordered = engine, items, request, ordered
         self._limit = max(BATCH_WINDOW, 2 * engine.parallel)
+        self._block = 2 * self._limit if ordered else READ_AHEAD
         self._done: SimpleQueue[Answer | BaseException] = SimpleQueue()
         self._streams: set[Stream] = set()
         self._waiting: deque[_Ready] = deque()
@@ -101,7 +103,7 @@ class Answers:
 
     def _begin(self, threads: ThreadPoolExecutor) -> bool:
         """Begin as many requests as there is room for. False: there is nothing to wait for any more."""
-        while self._n_begun < self._limit and len(self._held) < READ_AHEAD and (self._waiting or self._read()):
+        while self._n_begun < self._limit and len(self._held) < self._block and (self._waiting or self._read()):
             ready = self._waiting.popleft()
             self._n_begun += 1
             if isinstance(ready.request, EdgeloraError):
@@ -113,7 +115,7 @@ class Answers:
         return self._n_begun > 0
 
     def _read(self) -> bool:
-        block = [self._ready(item, problem) for item, problem in itertools.islice(self._items, READ_AHEAD)]
+        block = [self._ready(item, problem) for item, problem in itertools.islice(self._items, self._block)]
         if self._ordered:
             self._order.extend(ready.item.place for ready in block)
         self._waiting.extend(sorted(block, key=lambda ready: ready.likeness))

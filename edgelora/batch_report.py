@@ -61,12 +61,14 @@ class AdapterCharts:
     length: Chart
 
 
-def check_report(path: Path | None) -> None:
-    """Before the work: whether a report can be written there.
+def check_report(path: Path | None, *used: Path) -> None:
+    """Before the work: whether a report can be written there, and is not one of the files that are `used`.
 
     Raises:
-        DataFileError: it cannot.
+        DataFileError: it cannot, or is.
     """
+    if path is not None and path.resolve() in [other.resolve() for other in used]:
+        raise DataFileError(f"{path}: is a file of rows too", hint="Name another page with --report.")
     if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
         problem = "it is a folder" if path.is_dir() else f"there is no folder {path.resolve().parent}"
         raise DataFileError(f"{path}: cannot be written ({problem})", hint="Name another page with --report.")

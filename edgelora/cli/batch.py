@@ -93,7 +93,7 @@ def command(
     from edgelora.results import parallel_of
 
     sampling = sampling_of(options)
-    check_report(report)
+    check_report(report, input, out)
     parallel = parallel or parallel_of(out)
     with open_engine(adapters, base, parallel=parallel, reproducible=True, **options) as engine:
         defaults = Defaults(adapters[0].name if adapters else None, system, sampling, prompt)

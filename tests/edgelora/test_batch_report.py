@@ -139,5 +139,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 def test_a_page_that_cannot_be_written_is_told_before_the_work(path: str, tmp_path: Path) -> None:
     with pytest.raises(DataFileError, match="cannot be written"):
         check_report(tmp_path / path)
-    check_report(tmp_path / "report.html")
+    check_report(tmp_path / "report.html", tmp_path / "out.jsonl")
+    with pytest.raises(DataFileError, match="is a file of rows too"):
+        check_report(tmp_path / "x" / ".." / "out.jsonl", tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     check_report(None)
