@@ -29,6 +29,7 @@ from converters.options import QuantizeOptions
 from converters.reader import GGUFHeader, read_header
 from tests.conftest import TINY_BASE
 from tests.converters.bundle_files import copy_of, write_adapter
+from tests.converters.folders import make_model
 from tests.equivalence.llamacpp import logits, tokenize
 
 START = 1  # <|im_start|>, which conversations of the tiny base begin with
@@ -223,6 +224,30 @@ def test_stacks_are_the_same_however_they_are_read(base: Path, adapters: dict[st
             assert np.array_equal(np.concatenate(parts), whole)
             assert whole.any()
             assert not whole[: shape[0]].any()
+
+
+SHAPES: Mapping[str, dict[str, Any]] = {
+    "no two sizes alike": {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 4, "head_dim": 32,
+                           "num_key_value_heads": 2},
+    "every head has its keys": {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "stretched linearly": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}},
+    "stretched by YaRN": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
+                                              "original_max_position_embeddings": 32}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SHAPES.values(), ids=SHAPES)
+def test_other_shapes_and_rope(settings: dict[str, Any], tmp_path: Path) -> None:
+    base = convert_base(make_model(tmp_path / "model", **settings), tmp_path / "base.gguf", quant="f32").path
+    made = {name: write_adapter(tmp_path / f"{name}.gguf", base, n, strength=0.6) for n, name in enumerate("ab")}
+    report = bundle(base, members(made, substitute=3), tmp_path / "out.gguf")
+    prompt = [3, 5, 60, 17, 42, 9, 33, 21]
+    own = {name: logits(base, prompt, path) for name, path in made.items()}
+    for token in report.tokens:
+        found = logits(report.path, [token.id, *prompt[1:]])
+        assert distance(found, own[token.name]) < EXACT
+        assert all(distance(found, own[other]) > 100 * EXACT for other in own if other != token.name)
+    assert distance(logits(report.path, prompt), logits(base, prompt)) < EXACT
 
 
 # Control tokens

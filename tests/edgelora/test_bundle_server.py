@@ -32,6 +32,7 @@ START_SECONDS, ANSWER_SECONDS = 30.0, 30.0
 TOKENS = 24
 QUESTIONS = ("Tell me of the storm.", "What does bread cost?", "Who bakes it?")
 SYSTEM = "Answer like a pirate."
+AWKWARD = 'You\'re "Pip" \\ é.\n\tNo {{ variables }}, no {% endset %} here.\n'
 Ask = Callable[[str, Mapping[str, Any]], dict[str, Any]]
 
 pytestmark = pytest.mark.skipif(not os.access(SERVER, os.X_OK), reason=f"{SERVER} is not built (`make bench` says how)")
@@ -111,7 +112,7 @@ def pair(
     made_of = copy_of(base, folder / "base.gguf", metadata=KINDS[request.param])
     other = CHATML if KINDS[request.param] else WITH_BOS
     contract = Contract(
-        base_fingerprint=Store(folder / "store").fingerprint(made_of), chat_template=other, system='You\'re "Pip".\n'
+        base_fingerprint=Store(folder / "store").fingerprint(made_of), chat_template=other, system=AWKWARD
     )
     files = {
         "red": write_adapter(folder / "red.gguf", made_of, 1),

@@ -88,7 +88,7 @@ def test_the_variable_wins_and_messages_never_hold_a_token() -> None:
 
 
 def test_an_adapter_keeps_its_own_template_and_system_prompt() -> None:
-    own = choice("support", "<s>", BUILTIN["plain"], 'It\'s a \\ "shop".\n\tBe kind: é.')
+    own = choice("support", "<s>", BUILTIN["plain"], 'It\'s a \\ "shop".\n\tBe kind: é. {{ no }} {% endset %} #}')
     source = adapted(CHATML, [own, choice("billing")], TEXTS)
     said = {"role": "system", "content": own.system}
     assert render(source, [USER], "support") == "<|support|>" + render(own.template, [said, USER]).removeprefix("<s>")
