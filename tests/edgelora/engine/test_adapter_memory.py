@@ -303,6 +303,8 @@ def test_a_stream_ends_on_the_version_that_it_began_with(
         waiting = steps.submit(Request(QUESTION, "x", sampling=GREEDY))
         steps.made.load_adapter(AdapterRef("x", ten["a1"]))
         after = steps.submit(Request(QUESTION, "x", sampling=GREEDY))
+        steps.until(lambda: len(waiting.logits) > 1)
+        assert steps.made.adapters.loaded_bytes == (size if budget == "none" else 2 * size)
         steps.finish()
         assert [trace.text for trace in (running, waiting, after)] == [lone["a0"], lone["a0"], lone["a1"]]
         assert steps.made.adapters.loaded_bytes == (0 if budget == "none" else size)

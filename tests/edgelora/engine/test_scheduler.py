@@ -250,11 +250,15 @@ def test_accounts_of_who_is_gone_are_closed(base: Path, adapters: dict[str, Path
 
 
 def test_a_long_prompt_is_read_while_short_ones_keep_coming(base: Path, adapters: dict[str, Path]) -> None:
-    with traced(base, adapters, parallel=2) as steps:
+    """Each of them takes more than a step's share of reading, and is shorter than what the long one has left."""
+    with traced(base, adapters, parallel=3) as steps:
         long = steps.submit(Request(LONG, "red", sampling=greedy(1)))
-        for i in range(60):
-            steps.submit(Request(f"hi {i}", "blue", sampling=greedy(1)))
+        for i in range(40):
+            steps.submit(Request(f"{i} boats " * 50, "blue", sampling=greedy(1)))
             steps.step()
+            if long.is_done:
+                break
+        assert i > 3
         assert long.is_done
 
 
@@ -358,10 +362,10 @@ def test_deterministic_requests_are_the_same_bits_beside_others(
 def test_a_reproducible_engine_needs_no_decodes_alone(
     quant: str, threads: int, bases: dict[str, Path], adapters: dict[str, Path]
 ) -> None:
-    asked = Request(f"{QUESTION} " * 20, "red", sampling=greedy(12), deterministic=True)
+    asked = Request(f"{QUESTION} " * 20, "red", sampling=greedy(8), deterministic=True)
     lengths = (2, 60, 160)  # of the neighbours' prompts: llama.cpp attends over more cells where one is long
     found = []
-    for n_others in range(4):
+    for n_others in (0, 1, 3):
         settings = Settings(bases[quant], n_ctx=1024, threads=threads, parallel=4, reproducible=True)
         with runtime(settings, adapters) as made:
             steps = Traced(made)
@@ -470,7 +474,6 @@ def test_gaps_between_places_are_closed(base: Path) -> None:
         assert largest_difference(got, want) <= ROUNDING
 
 
-@pytest.mark.xfail(reason="`close_gaps` and `share` are called where nobody catches what they raise", strict=True)
 def test_a_move_that_fails_does_not_end_the_engine(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with traced(base, {}, parallel=4) as steps:
         left = gaps(steps)
