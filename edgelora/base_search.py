@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.detect import SourceKind
-from converters.errors import MAX_LISTED
+from converters.errors import MAX_LISTED, ConversionError
 from edgelora.contract import Contract
 from edgelora.discovery import SOURCES, Source
 from edgelora.entry import Entry, place_of
@@ -47,6 +47,8 @@ def find_base(store: Store, contract: Contract | None, adapter: Path) -> FoundBa
             trusted.append(found)
             note = f"fingerprint {entry.fingerprint[:12]}" if entry.fingerprint else entry.problem
             looked.append((found.how, f"{found.path} ({note})" if wanted else str(found.path)))
+    if not wanted:  # a bundle is nobody's base
+        trusted = [found for found in trusted if found.how == _VARIABLE or not _is_bundle(found.path)]
     if not wanted and trusted and (len(trusted) == 1 or trusted[0].how == _VARIABLE):
         return trusted[0]
     raise _not_found(store, adapter, contract, looked)
@@ -80,6 +82,16 @@ def _remembered(store: Store) -> list[tuple[str, Path]]:
 def _from_variable() -> list[Path]:
     value = os.environ.get(BASE_VARIABLE)
     return [Path(value).expanduser()] if value else []
+
+
+def _is_bundle(path: Path) -> bool:
+    from converters.base_file import read_base_header
+    from edgelora.bundle_reading import is_bundle
+
+    try:
+        return is_bundle(read_base_header(path))
+    except ConversionError:
+        return False
 
 
 def _gguf_beside(adapter: Path) -> list[Path]:

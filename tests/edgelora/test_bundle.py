@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from edgelora.contract import Contract
 from edgelora.engine.engine import Engine, Request
 from edgelora.engine.model import Model
 from edgelora.engine.preflight import content_hash
-from edgelora.errors import BaseMismatchError, ModelFileError, SettingsError
+from edgelora.errors import BaseMismatchError, BaseNotFoundError, ModelFileError, SettingsError
 from edgelora.store import Store
 from edgelora.template import BUILTIN, ChatTemplate
 from tests.conftest import TINY_BASE
@@ -167,6 +168,20 @@ def test_scales_and_folders(base: Path, tmp_path: Path) -> None:
         assert found["whole"] == texts(beside, "peft")
         assert found["half"] == texts(beside, "peft", scale=0.5)
         assert found["half"] != found["whole"]
+
+
+def test_a_bundle_is_nobodys_base(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """An adapter that names no base takes the only one beside it, which a bundle of it is not."""
+    for source in (base, adapters["red"]):
+        shutil.copy(source, tmp_path)
+    beside, red, store = tmp_path / base.name, tmp_path / "red.gguf", Store()
+    assert store.find_base(None, red).path == beside
+    report = bundle_adapters(beside, [AdapterRef("red", red)], tmp_path / "bundle.gguf")
+    assert store.find_base(None, red).path == beside
+    shutil.copy(base, tmp_path / "another.gguf")
+    with pytest.raises(BaseNotFoundError):
+        store.find_base(None, red)
+    assert store.fingerprint(report.path) != store.fingerprint(beside)
 
 
 # What a control token stands for
