@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from converters.errors import (
 from converters.gguf_adapter import open_gguf_adapter
 from converters.options import QuantizeOptions
 from converters.reader import GGUFHeader, read_header
+from converters.requantize import requantize
 from tests.conftest import TINY_BASE
 from tests.converters.bundle_files import copy_of, write_adapter
 from tests.converters.folders import make_model
@@ -42,6 +44,8 @@ the other side where the next product's input is rounded to 8 bits. 0.15 was mea
 OTHER_TYPE = 0.5
 """Where queries, keys and values are held in F32 for what was Q4_K and Q6_K: their input is no longer rounded to 8 bits
 before it is multiplied. Another adapter's logits are 5 and more away."""
+QUANTIZED = 1.5
+"""Of weights in 8 bits against those in 32: two models, of which the same adapter makes nearly the same."""
 ROUNDED = 0.5
 """Of adapters in 8 or 16 bits: llama.cpp rounds what they are multiplied by to their type, and a bundle to its own."""
 APART = 2.0
@@ -163,6 +167,19 @@ def test_a_mixture_of_types_keeps_every_value(
             assert np.array_equal(after.rows(name), np.concatenate(parts))
             assert (after.header.tensors[name].type_name == "F32") == (layer in mixed)
     assert_computes_the_same(base, adapters, report, OTHER_TYPE)
+
+
+def test_a_bundle_is_quantized_as_any_base(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """So a mixture of types needs no float32: bundle first, and quantize then."""
+    report = bundle(base, members(adapters), tmp_path / "f32.gguf")
+    small = requantize(report.path, tmp_path / "q8_0.gguf", QuantizeOptions("q8_0")).path
+    with BaseFile(report.path) as before, BaseFile(small) as after:
+        for name, tensor in after.header.tensors.items():
+            if ".lora_" in name:
+                assert np.array_equal(after.blocks(name), before.blocks(name))
+            else:
+                assert tensor.type_name == ("F32" if "norm" in name else "Q8_0")
+    assert_computes_the_same(base, adapters, replace(report, path=small), QUANTIZED)
 
 
 def test_a_smaller_type_for_mixtures_is_asked_for_and_said(
