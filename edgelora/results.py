@@ -169,7 +169,7 @@ class ResultFile:
         with _open(self.path, "rb") as file:
             for line, raw in enumerate(_lines(file, self._size), start=1):
                 yield self._row(raw, line)
-            torn = file.read(1 << 20)
+            torn = file.read(min(1 << 20, os.fstat(file.fileno()).st_size - self._size))
         if torn and line == 0 and not _begins_row(torn):
             raise self._foreign(1)
         try:

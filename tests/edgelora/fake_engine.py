@@ -27,7 +27,13 @@ class FakeStream:
             self._engine.ended.append(text)
             self._engine.n_under_way -= 1
         reason = "cancelled" if self.cancelled.is_set() else "stop"
-        said = {"text": text, "finish_reason": reason, "prompt_tokens": 10, "completion_tokens": len(text)}
+        said: dict[str, Any] = {
+            "text": text,
+            "finish_reason": reason,
+            "prompt_tokens": 10,
+            "completion_tokens": len(text),
+        }
+        said |= {"seconds_waiting": 60.0}  # all of its time: of its own it took none
         return Completion(**{**_NO_FIGURES, **said, "adapter": str(self.request.adapter), "adapter_hash": ""})
 
     def cancel(self) -> None:
