@@ -17,6 +17,8 @@ The only package that imports `llama_cpp`, and only its low-level half:
     cache.py        KV prefixes, keyed by adapter content and scale
     sampler.py      sampler chains
     reply.py        token bytes to text: stop strings, whole characters
+    grammar.py      what a grammar allows next
+    planning.py     from a request to its adapters, tokens and rules; overflow.py makes it fit
     generation.py   one request at work, step by step
     scheduler.py    who is decoded next
     runtime.py      everything above, on the engine's own thread

@@ -24,7 +24,7 @@ from edgelora.engine.mixing import Mixer
 from edgelora.engine.mixing_proof import prove
 from edgelora.engine.model import Model
 from edgelora.engine.native import Handle, forget_log, llama, reason
-from edgelora.engine.preflight import check_adapter, check_fingerprint, check_finite, read_checked
+from edgelora.engine.preflight import INVOCATION, check_adapter, check_fingerprint, check_finite, read_checked
 from edgelora.engine.prompt import encode_prompt
 from edgelora.errors import ModelFileError, SettingsError
 from edgelora.sampling import Sampling
@@ -70,6 +70,7 @@ class Adapter:
         template: the contract's chat template.
         sampling: the contract's sampling defaults.
         notices: what could not be checked, or was overruled.
+        invocation: the tokens from which on an activated LoRA acts; empty for any other.
         bundled: where the base has it inside: its place there, for good at its own scale.
     """
 
@@ -82,6 +83,7 @@ class Adapter:
     notices: tuple[str, ...] = ()
     file: AdapterFile | None = field(default=None, repr=False, compare=False)
     bundled: BundledAdapter | None = None
+    invocation: tuple[int, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -195,6 +197,7 @@ class Adapters:
     ) -> None:
         self._model, self.mixer, self._budget = model, mixer, budget_bytes
         self._detach, self._wake, self._threads = detach, wake, threads
+        self.mixing_problem = "" if mixer else "this engine does not mix adapters"
         self._proven: dict[str, bool] = {}  # matrix that adapters were seen to be mixed on: whether the graph uses it
         self._named: dict[str, Adapter] = {adapter.name: adapter for adapter in _bundled(model)}
         self._pinned: set[str] = set()
@@ -226,15 +229,16 @@ class Adapters:
         file = self._files.get(prepared.digest)
         if file is None:
             file = AdapterFile(prepared.header, prepared.digest, self._problem(prepared.header))
-        if not file.problem and prepared.weights:
+        if not file.problem and prepared.weights and self.mixer:
             notices += self._prove(ref.name, file, prepared.weights)
         file.header = prepared.header  # the newest path of this content
         if not file.is_loaded:
             self._install(file, prepared.weights)
         self._files[prepared.digest] = file
+        invocation = tuple(map(int, prepared.header.metadata.get(INVOCATION, ())))
         replaced = self._named.get(ref.name)
         self._named[ref.name] = Adapter(
-            ref.name, ref, prepared.digest, contract, template, sampling, tuple(notices), file
+            ref.name, ref, prepared.digest, contract, template, sampling, tuple(notices), file, invocation=invocation
         )
         self._touch(file)
         self._free_if_nameless(replaced.file if replaced else None)
@@ -300,11 +304,18 @@ class Adapters:
 
     def stop_mixing(self, problem: str) -> None:
         """Let llama.cpp apply its own adapters from now on, also in what is under way."""
+        mixer, self.mixer, self.mixing_problem = self.mixer, None, problem
         for file in self._files.values():
+            if file.weights and mixer:
+                mixer.unplug(file.weights)
             file.problem = file.problem or problem
             file.weights = file.loading = None
             if file.users:
                 file.handle = file.handle or _init(self._model, file)
+        if mixer:
+            mixer.stand_aside()
+            self._detach()
+            mixer.close()
 
     @property
     def loaded_bytes(self) -> int:
@@ -327,7 +338,7 @@ class Adapters:
             self.mixer.close()
 
     def _problem(self, header: GGUFHeader) -> str:
-        return problem_of(header) if self.mixer else "this engine does not mix adapters"
+        return problem_of(header) if self.mixer else self.mixing_problem
 
     def _prove(self, name: str, file: AdapterFile, weights: Weights) -> Iterator[str]:
         """Try matrices that no adapter changed before; notices of what came out."""

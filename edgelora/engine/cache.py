@@ -34,6 +34,7 @@ class KVSequence:
 
     Attributes:
         key: what its KV was computed under; None while empty.
+        begins: the first position that the key's adapters act on; before it, the KV is the bare base's.
         tokens: the tokens whose KV it holds, from position 0.
         exact: how many of the first tokens were computed in whole, aligned chunks.
         last_used: a counter; the lowest is evicted first.
@@ -42,6 +43,7 @@ class KVSequence:
 
     id: int
     key: Key | None = None
+    begins: int = 0
     tokens: list[int] = field(default_factory=list)
     exact: int = 0
     last_used: int = 0
@@ -57,15 +59,32 @@ class KVSequence:
             self.exact += CHUNK
         self.tokens.extend(tokens)
 
-    def usable(self, key: Key, tokens: Sequence[int], deterministic: bool) -> int:
-        """How many of the first `tokens` need not be computed again; the last one always is, for its logits."""
-        return _usable(self, key, tokens, deterministic)
+    def usable(self, wanted: Wanted) -> int:
+        """How many of the first tokens need not be computed again; the last one always is, for its logits."""
+        return _usable(self, wanted)
 
 
-def _usable(held: KVSequence | Kept, key: Key, tokens: Sequence[int], deterministic: bool) -> int:
-    if held.key != key:
+@dataclass(frozen=True)
+class Wanted:
+    """What a request is going to read, and under what: see `KVSequence`.
+
+    Attributes:
+        deterministic: it starts from exact KV only.
+    """
+
+    key: Key
+    tokens: Sequence[int]
+    begins: int = 0
+    deterministic: bool = False
+
+
+def _usable(held: KVSequence | Kept, wanted: Wanted) -> int:
+    if held.key is None:
         return 0
+    tokens, deterministic = wanted.tokens, wanted.deterministic
     limit = min(held.exact if deterministic else len(held.tokens), len(tokens) - 1)
+    if (held.key, held.begins) != (wanted.key, wanted.begins):
+        limit = min(limit, *(each.begins for each in (held, wanted) if each.key))
     same = next((at for at in range(limit) if held.tokens[at] != tokens[at]), limit)
     return same // CHUNK * CHUNK if deterministic else same
 
@@ -75,18 +94,28 @@ class Kept:
     """The KV of a sequence that had to make room."""
 
     key: Key
+    begins: int
     tokens: Sequence[int]
     exact: int
     state: State
 
-    def usable(self, key: Key, tokens: Sequence[int], deterministic: bool) -> int:
-        return _usable(self, key, tokens, deterministic)
+    def usable(self, wanted: Wanted) -> int:
+        return _usable(self, wanted)
+
+
+class SequencesLost(EdgeloraError):
+    """What these held could not be put back: whoever was writing to them cannot go on."""
+
+    def __init__(self, sequences: Sequence[KVSequence]) -> None:
+        super().__init__("llama.cpp has no room for a conversation that it held before")
+        self.sequences = sequences
 
 
 class Memory(Protocol):
     """What the cache needs of a context."""
 
     def trim(self, sequence: int, length: int) -> bool: ...
+    def clear(self) -> None: ...
     def state(self, sequence: int) -> State: ...
     def put_state(self, sequence: int, state: State) -> bool: ...
 
@@ -107,6 +136,7 @@ class KVCache:
         self._memory, self._budget, self._can_cut = memory, budget_bytes, can_cut
         self._kept: list[Kept] = []  # the most recently used is the last
         self._clock = 0
+        self._spoiled = False
 
     @property
     def kept_bytes(self) -> int:
@@ -117,44 +147,46 @@ class KVCache:
         """Whether a sequence is idle."""
         return any(not sequence.busy for sequence in self.sequences)
 
-    def take(self, key: Key, tokens: Sequence[int], *, deterministic: bool = False) -> KVSequence:
-        """An idle sequence, busy from now on and cut to what may be reused: `sequence.tokens` is a prefix of `tokens`,
-        computed under `key`.
+    def take(self, wanted: Wanted) -> KVSequence:
+        """An idle sequence, busy from now on and cut to what may be reused: `sequence.tokens` is a prefix of the wanted
+        ones, computed under their key.
 
         The longest usable prefix wins, unless that would throw away most of a sequence while another is older. What
         makes room is copied first, where that is worth it.
         """
         self._clock += 1
         idle = [sequence for sequence in self.sequences if not sequence.busy]
-        best = max(idle, key=lambda s: (s.usable(key, tokens, deterministic), -s.last_used, -s.id))
-        kept = best.usable(key, tokens, deterministic)
+        best = max(idle, key=lambda s: (s.usable(wanted), -s.last_used, -s.id))
+        kept = best.usable(wanted)
         oldest = min(idle, key=lambda s: (s.last_used, s.id))
         if 2 * kept < len(best.tokens):
-            best, kept = oldest, oldest.usable(key, tokens, deterministic)
+            best, kept = oldest, oldest.usable(wanted)
         copies = list(self._kept)  # what makes room may push out the copy that is wanted
         if kept < len(best.tokens):
             self._keep(best, lost=len(best.tokens) - kept)
         self._cut(best, kept)
-        best.key, best.last_used, best.busy = key, self._clock, True
-        self._share(best, tokens, deterministic, copies)
+        best.key, best.begins, best.last_used, best.busy = wanted.key, wanted.begins, self._clock, True
+        self._share(best, wanted, copies)
         return best
 
-    def share(self, sequence: KVSequence, tokens: Sequence[int], *, deterministic: bool = False) -> None:
-        """Copy into a busy sequence, which holds a prefix of `tokens`, a longer one that another holds, or a copy."""
-        self._share(sequence, tokens, deterministic, self._kept)
+    def share(self, sequence: KVSequence, wanted: Wanted) -> None:
+        """Copy into a busy sequence, which holds a prefix of what is wanted, a longer one that another holds, or a
+        copy."""
+        self._share(sequence, wanted, self._kept)
 
-    def _share(self, sequence: KVSequence, tokens: Sequence[int], deterministic: bool, copies: Sequence[Kept]) -> None:
-        key, others = sequence.key, [each for each in self.sequences if each is not sequence]
-        if key is None:
-            return
+    def _share(self, sequence: KVSequence, wanted: Wanted, copies: Sequence[Kept]) -> None:
+        others = [each for each in self.sequences if each is not sequence]
         sources: list[KVSequence | Kept] = [*others, *copies]
-        best = max(sources, key=lambda each: each.usable(key, tokens, deterministic), default=None)
-        length = best.usable(key, tokens, deterministic) if best else 0
+        best = max(sources, key=lambda each: each.usable(wanted), default=None)
+        length = best.usable(wanted) if best else 0
         if best is None or length < len(sequence.tokens) + MIN_COPY:
             return
         if not self._can_cut and length < len(best.tokens):
             return
-        state = best.state if isinstance(best, Kept) else self._memory.state(best.id)
+        try:
+            state = best.state if isinstance(best, Kept) else self._memory.state(best.id)
+        except MemoryError:  # then it is read again
+            return
         if best in self._kept:
             self._kept = [*(each for each in self._kept if each is not best), best]
         held = list(best.tokens)
@@ -168,39 +200,66 @@ class KVCache:
         sequence.busy = False
 
     def drop(self, sequence: KVSequence) -> None:
-        """Forget a sequence whose state is not known any more."""
+        """Forget a sequence whose state is not known any more, and may be no numbers.
+
+        llama.cpp begins a recurrent state by multiplying what was there with 0, and a NaN stays one: such a place is
+        not given to anybody before `heal`.
+        """
         self._memory.trim(sequence.id, 0)
         sequence.cut(0)
         sequence.key = None
-        sequence.busy = False
+        sequence.busy = not self._can_cut
+        if not self._can_cut:
+            self._spoiled = True
+
+    def heal(self) -> None:
+        """While nobody is under way: clear the memory, where a place of it may hold no numbers."""
+        if not self._spoiled:
+            return
+        self._memory.clear()
+        self._spoiled = False
+        for sequence in self.sequences:
+            sequence.cut(0)
+            sequence.key, sequence.busy = None, False
 
     def close_gaps(self, writing: Sequence[KVSequence]) -> None:
         """Move these to places that follow each other, for they are decoded together: the last one into the first gap
-        between them."""
+        between them.
+
+        Raises:
+            SequencesLost: see there.
+        """
         while (places := sorted(each.id for each in writing)) and places[-1] - places[0] >= len(places):
             gaps = (id for id in range(places[0], places[-1]) if id not in places and not self.sequences[id].busy)
             gap = next(gaps, None)
-            if gap is None:
+            if gap is None or not self._swap(gap, places[-1]):
                 return
-            self._swap(gap, places[-1])
 
-    def _swap(self, one: int, other: int) -> None:
-        """Exchange the places of two sequences.
+    def _swap(self, one: int, other: int) -> bool:
+        """Exchange the places of two sequences. False: there is no memory for copies, and everything is as it was.
 
         Raises:
-            EdgeloraError: llama.cpp has no room for what it held before.
+            SequencesLost: llama.cpp has no room for what it held before.
         """
         ids = (one, other)
-        states = [self._memory.state(id) if self.sequences[id].tokens else None for id in ids]
         pair = [self.sequences[id] for id in ids]
+        try:
+            states = [self._memory.state(id) if self.sequences[id].tokens else None for id in ids]
+        except MemoryError:
+            return False
         for id, state in zip(reversed(ids), states, strict=True):
             if state is None:
                 self._memory.trim(id, 0)
             elif not self._memory.put_state(id, state):
-                raise EdgeloraError("llama.cpp has no room for a sequence that it held before")
+                for sequence in pair:
+                    self._memory.trim(sequence.id, 0)
+                    sequence.cut(0)
+                    sequence.key = None
+                raise SequencesLost(pair)
         for id, sequence in zip(reversed(ids), pair, strict=True):
             sequence.id = id
             self.sequences[id] = sequence
+        return True
 
     def _cut(self, sequence: KVSequence, length: int) -> None:
         if not self._memory.trim(sequence.id, length):
@@ -213,10 +272,16 @@ class KVCache:
         if sequence.key is None or lost < MIN_COPY or not self._budget:
             return
         held = tuple(sequence.tokens)
-        if any(each.key == sequence.key and each.tokens[: len(held)] == held for each in self._kept):
+        under = (sequence.key, sequence.begins)
+        alike = [each for each in self._kept if (each.key, each.begins) == under]
+        if any(each.tokens[: len(held)] == held for each in alike):
             return
-        copy = Kept(sequence.key, held, sequence.exact, self._memory.state(sequence.id))
-        self._kept = [each for each in self._kept if each.key != copy.key or held[: len(each.tokens)] != each.tokens]
+        try:
+            copy = Kept(*under, held, sequence.exact, self._memory.state(sequence.id))
+        except MemoryError:
+            return
+        shorter = [each for each in alike if held[: len(each.tokens)] == each.tokens]
+        self._kept = [each for each in self._kept if each not in shorter]
         self._kept.append(copy)
         while self.kept_bytes > self._budget:
             self._kept.pop(0)

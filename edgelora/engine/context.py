@@ -157,6 +157,10 @@ class Context:
         """Forget what a sequence holds from `length` on. False: this model's memory cannot be cut there."""
         return bool(llama().llama_memory_seq_rm(self._memory, sequence, length, -1))
 
+    def clear(self) -> None:
+        """Forget all sequences, and what their memory held."""
+        llama().llama_memory_clear(self._memory, True)
+
     def state(self, sequence: int) -> State:
         """A copy of all that the memory holds of a sequence, bit for bit."""
         size = llama().llama_state_seq_get_size(self.pointer, sequence)

@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 
 from edgelora.adapter_ref import AdapterRef, check_name
 from edgelora.engine.adapters import Adapter, find_adapter, prepare
+from edgelora.engine.planning import ERROR, ON_OVERFLOW
 from edgelora.engine.preflight import base_fingerprint
 from edgelora.engine.runtime import Runtime, Settings
 from edgelora.engine.stream import Completion, Request, Stream, Task
@@ -56,6 +57,8 @@ class Engine:
             longest is evicted, and read again when a request wants it.
         cache_bytes: for copies of KV that had to make room for other conversations; None is an eighth of the free
             memory.
+        on_overflow: what becomes of a conversation that does not fit: "error", or "truncate-middle", which leaves out
+            its oldest exchanges, and the middle of a message that is too long alone (`Completion.dropped_tokens`).
         reproducible: every decode has `parallel` rows, so that with a seed (or temperature 0) a `deterministic` request
             gives the same text however many others are under way, without being decoded alone.
 
@@ -83,35 +86,35 @@ class Engine:
         adapter_bytes: int | None = None,
         cache_bytes: int | None = None,
         reproducible: bool = False,
+        on_overflow: str = ERROR,
     ) -> None:
         references = _references(adapters)
         _check_settings(base, n_ctx, threads, gpu_layers, chat_template)
-        _check_sharing(parallel, mode, adapter_bytes, cache_bytes)
         template = ChatTemplate(resolve(chat_template)) if isinstance(chat_template, str) else chat_template
         self.base = Path(base).expanduser()
         self.template_source = template.source if template else ""
         self._adapters: dict[str, Adapter] = {}
-        self._worker = _Worker(
-            Settings(
-                self.base,
-                n_ctx,
-                threads,
-                gpu_layers,
-                template,
-                force,
-                parallel=parallel,
-                mode=mode,
-                adapter_bytes=adapter_bytes,
-                cache_bytes=cache_bytes,
-                reproducible=reproducible,
-            )
+        settings = Settings(
+            self.base,
+            n_ctx,
+            threads,
+            gpu_layers,
+            template,
+            force,
+            parallel=parallel,
+            mode=mode,
+            adapter_bytes=adapter_bytes,
+            cache_bytes=cache_bytes,
+            reproducible=reproducible,
+            on_overflow=on_overflow,
         )
+        _check_sharing(settings)
+        self._worker = _Worker(settings)
         self._close = weakref.finalize(self, _Worker.stop, self._worker)
         try:
             self._worker.start()
             self.n_ctx, self.base_name, self._notices = self._call(Runtime.describe)
             self._header = self._call(lambda runtime: runtime.model.header)
-            self._mixes = self._call(lambda runtime: runtime.mixer is not None)
             self._adapters |= self._call(Runtime.bundled)
             for reference in references:
                 self._load(reference)
@@ -127,7 +130,11 @@ class Engine:
     @property
     def notices(self) -> list[str]:
         """What could not be checked, or was overruled with `force`: worth showing to the user."""
-        return [*self._notices, *(notice for adapter in list(self._adapters.values()) for notice in adapter.notices)]
+        return [
+            *self._notices,
+            *self._call(Runtime.mode)[1],
+            *(notice for adapter in list(self._adapters.values()) for notice in adapter.notices),
+        ]
 
     @property
     def base_fingerprint(self) -> str:
@@ -177,7 +184,7 @@ class Engine:
     @property
     def mode(self) -> str:
         """How requests with different adapters share the machine: "mixed" or "switching"."""
-        return "mixed" if self._mixes else "switching"
+        return self._call(Runtime.mode)[0]
 
     @property
     def parallel(self) -> int:
@@ -245,7 +252,7 @@ class Engine:
 
     def count_tokens(self, messages: Messages, adapter: str | None = None) -> int:
         """How many tokens the conversation takes, with the template and system prompt it would be given."""
-        return self._call(lambda runtime: len(runtime.encode(messages, runtime.adapters.get(adapter))))
+        return self._call(lambda runtime: len(runtime.planner.encode(messages, runtime.adapters.get(adapter))))
 
     def close(self) -> None:
         """Cancel what is under way, free everything, join the thread. May be called again."""
@@ -261,7 +268,7 @@ class Engine:
 
     def _load(self, reference: AdapterRef) -> Adapter:
         # Read and checked on the caller's thread: replies go on meanwhile.
-        prepared = prepare(reference, self._header, mixing=self._mixes)
+        prepared = prepare(reference, self._header, mixing=self.mode == "mixed")
 
         def add(runtime: Runtime) -> Adapter:
             self._adapters[reference.name] = adapter = runtime.add_adapter(prepared)
@@ -302,15 +309,17 @@ def _check_settings(base: object, n_ctx: object, threads: object, gpu_layers: ob
         raise SettingsError("; ".join(problems))
 
 
-def _check_sharing(parallel: object, mode: object, adapter_bytes: object, cache_bytes: object) -> None:
+def _check_sharing(settings: Settings) -> None:
     def whole(value: object, least: int, most: float) -> bool:
         return value is None or (isinstance(value, int) and not isinstance(value, bool) and least <= value <= most)
 
+    parallel, bytes_wanted = f"a whole number from 1 to {MAX_PARALLEL}", "a whole number, 0 or more"
     checks = (
-        ("parallel", parallel, whole(parallel, 1, MAX_PARALLEL), f"a whole number from 1 to {MAX_PARALLEL}"),
-        ("mode", mode, mode in MODES, " or ".join(MODES)),
-        ("adapter_bytes", adapter_bytes, whole(adapter_bytes, 0, math.inf), "a whole number, 0 or more"),
-        ("cache_bytes", cache_bytes, whole(cache_bytes, 0, math.inf), "a whole number, 0 or more"),
+        ("parallel", settings.parallel, whole(settings.parallel, 1, MAX_PARALLEL), parallel),
+        ("mode", settings.mode, settings.mode in MODES, " or ".join(MODES)),
+        ("adapter_bytes", settings.adapter_bytes, whole(settings.adapter_bytes, 0, math.inf), bytes_wanted),
+        ("cache_bytes", settings.cache_bytes, whole(settings.cache_bytes, 0, math.inf), bytes_wanted),
+        ("on_overflow", settings.on_overflow, settings.on_overflow in ON_OVERFLOW, " or ".join(ON_OVERFLOW)),
     )
     if problems := [f"{name} is {value!r}, expected {wanted}" for name, value, ok, wanted in checks if not ok]:
         raise SettingsError("; ".join(problems))

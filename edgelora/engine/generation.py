@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgelora.engine.adapters import Adapter
-from edgelora.engine.cache import Key, KVSequence
+from edgelora.engine.cache import Key, KVSequence, Wanted
 from edgelora.engine.context import Context
 from edgelora.engine.grammar import GrammarDecoder, written
 from edgelora.engine.reply import ReplyText
@@ -28,6 +28,8 @@ class Plan:
         adapters: each with its scale; empty for the bare base, and for what a bundle has inside.
         tokens: the prompt, fewer than `n_ctx`.
         n_ctx: tokens that prompt and reply may take together.
+        begins: the first token that the adapters act on: an activated LoRA's invocation.
+        dropped: tokens of the conversation that were left out, so that it fits.
         bundled: the adapter that a control token in `tokens` switches on.
     """
 
@@ -36,7 +38,17 @@ class Plan:
     sampling: Sampling
     n_ctx: int
     deterministic: bool
+    begins: int = 0
+    dropped: int = 0
     bundled: Adapter | None = None
+
+    def key_at(self, position: int) -> Key:
+        """What the KV of a position is computed under."""
+        return self.key if position >= self.begins else ()
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.key, self.tokens, self.begins, self.deterministic)
 
     @property
     def answering(self) -> list[Adapter]:
@@ -124,6 +136,7 @@ class Generation:
             finish_reason=self.reason,
             prompt_tokens=len(self.plan.tokens),
             cached_tokens=self.read_from or 0,
+            dropped_tokens=self.plan.dropped,
             completion_tokens=count,
             adapter="+".join(adapter.name for adapter in adapters) or "none",
             adapter_hash="+".join(adapter.content_hash for adapter in adapters),
@@ -153,6 +166,17 @@ class Generation:
 def unstarted(task: Task, plan: Plan, reason: str) -> Completion:
     """The account of a reply that was given up before it began."""
     adapters = plan.answering
-    names, hashes = (adapter.name for adapter in adapters), (adapter.content_hash for adapter in adapters)
     waited = time.perf_counter() - task.submitted
-    return Completion("", reason, len(plan.tokens), 0, 0, "+".join(names) or "none", "+".join(hashes), waited, 0.0, 0.0)
+    return Completion(
+        text="",
+        finish_reason=reason,
+        prompt_tokens=len(plan.tokens),
+        cached_tokens=0,
+        dropped_tokens=plan.dropped,
+        completion_tokens=0,
+        adapter="+".join(adapter.name for adapter in adapters) or "none",
+        adapter_hash="+".join(adapter.content_hash for adapter in adapters),
+        seconds_waiting=waited,
+        seconds_to_first_token=0.0,
+        tokens_per_second=0.0,
+    )

@@ -20,7 +20,7 @@ from edgelora.contract import Contract
 from edgelora.errors import BaseMismatchError, ModelFileError
 
 MAX_PROBLEMS_SHOWN = 8
-STRING, FLOAT32 = 8, 6  # GGUF value types
+UINT32, STRING, FLOAT32 = 4, 8, 6  # GGUF value types
 READ_BYTES = 1 << 20
 _VALUE_TYPES = {
     "general.type": STRING,
@@ -32,7 +32,7 @@ WEIGHT_TYPES = (  # what ggml multiplies with; integers and F64 are a crash
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
-_INVOCATION = "adapter.alora.invocation_tokens"
+INVOCATION = "adapter.alora.invocation_tokens"
 _HINTS = {
     "base": "This is an adapter: give it with --adapter, and its base with --base.",
     "adapter": "This is a base: give it with --base.",
@@ -109,8 +109,8 @@ def _metadata_problems(adapter: GGUFHeader) -> Iterator[str]:
             yield f"{key} is {metadata[key]}, expected a finite number"
         elif key == "adapter.type" and metadata[key] != "lora":
             yield f"adapter.type is {metadata[key]!r}, expected 'lora'"
-    if _INVOCATION in metadata:
-        yield "it is an activated LoRA (aLoRA), which this version cannot run"
+    if INVOCATION in metadata and (metadata.raw(INVOCATION).item_kind != UINT32 or not metadata[INVOCATION]):
+        yield f"{INVOCATION} is {metadata[INVOCATION]!r}, expected the numbers of tokens (uint32)"
 
 
 def pairs_of(adapter: GGUFHeader) -> dict[str, Pair]:

@@ -23,7 +23,7 @@ from edgelora.engine.model import Model
 from edgelora.engine.native import InterruptFlag
 from edgelora.engine.prompt import encode_prompt
 from edgelora.engine.threads import threads_for
-from edgelora.errors import SettingsError
+from edgelora.errors import ModelFileError, SettingsError
 from edgelora.messages import Message
 from edgelora.template import ChatTemplate
 
@@ -70,6 +70,11 @@ class Replay:
             adapters = Adapters(self.model)
             undo.callback(adapters.close)
             self._adapter = adapters.load(settings.adapter, force=True)
+            if self._adapter.invocation:
+                raise ModelFileError(
+                    f"{settings.adapter.path} is an activated LoRA, which acts from its invocation on: the logits of "
+                    "every position, with it and without, cannot be compared"
+                )
             self._counter = Counter(_tensors(settings.adapter.path))
             self._context = Context(
                 self.model,

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgelora.adapter_ref import AdapterRef
-from edgelora.engine.adapters import BARE, Adapter, Adapters, Prepared
+from edgelora.engine.adapters import Adapter, Adapters, Prepared
 from edgelora.engine.cache import CHUNK, KVCache
 from edgelora.engine.context import Context
 from edgelora.engine.devices import backend_name
-from edgelora.engine.generation import Plan
 from edgelora.engine.mixing import Mixer, why_not
 from edgelora.engine.model import Model
-from edgelora.engine.prompt import encode_prompt
+from edgelora.engine.planning import ERROR, Planner
 from edgelora.engine.scheduler import Scheduler
-from edgelora.engine.stream import Request, Task
+from edgelora.engine.stream import Task
 from edgelora.engine.threads import LoadFollower, threads_for
-from edgelora.errors import ContextOverflowError, EdgeloraError, ModelFileError, SettingsError
-from edgelora.messages import Message, check_messages, user_message
-from edgelora.sampling import Sampling
+from edgelora.errors import EdgeloraError, SettingsError
 from edgelora.template import ChatTemplate
 
 DEFAULT_N_CTX = 4096
@@ -53,6 +48,7 @@ class Settings:
     adapter_bytes: int | None = None
     cache_bytes: int | None = None
     reproducible: bool = False
+    on_overflow: str = ERROR
 
 
 class Runtime:
@@ -103,7 +99,7 @@ class Runtime:
                 LoadFollower(threads),
                 reproducible=reproducible,
             )
-            self._base_template = self.model.chat_template()
+            self.planner = Planner(self.model, self.adapters, self.n_ctx, settings.chat_template, settings.on_overflow)
             self._undo = undo.pop_all()
 
     def close(self) -> None:
@@ -154,92 +150,20 @@ class Runtime:
         )
         return self.n_ctx, self.model.name, beyond
 
+    def mode(self) -> tuple[str, list[str]]:
+        """How requests share the machine now; a notice, where mixing was given up on the way."""
+        mixes, problem = self.adapters.mixer is not None, self.adapters.mixing_problem
+        given_up = not mixes and self.mixer is not None
+        return "mixed" if mixes else "switching", [f"adapters take turns from now on: {problem}"] if given_up else []
+
     def submit(self, task: Task) -> None:
         """Let a request wait for its turn; one that makes no sense gets its error at once."""
         try:
-            self.scheduler.submit(task, self.plan(task.request))
+            self.scheduler.submit(task, self.planner.plan(task.request))
         except StopIteration as error:  # a stream that raised it would look finished
             task.items.put(RuntimeError(f"a bug: {error!r} escaped"))
         except BaseException as error:
             task.items.put(error)
-
-    def plan(self, request: Request) -> Plan:
-        adapters = self._adapters_of(request)
-        first = adapters[0][0] if adapters else BARE
-        inside = first if first.bundled else None
-        tokens = self.encode(request.messages, first)
-        if len(tokens) >= self.n_ctx:
-            raise ContextOverflowError(
-                f"the conversation is {len(tokens)} tokens long, and the reply needs room too; the context window is "
-                f"{self.n_ctx} tokens",
-                hint=f"Shorten it, or ask for a larger window (this base was trained with {self.model.n_ctx_train}).",
-            )
-        sampling = resolve_sampling(request.sampling, first)
-        _check_numbers(request)
-        return Plan(() if inside else adapters, tokens, sampling, self.n_ctx, request.deterministic, inside)
-
-    def _adapters_of(self, request: Request) -> tuple[tuple[Adapter, float], ...]:
-        """The request's adapters with their scales, none for the bare base."""
-        wanted = request.adapter
-        if not isinstance(wanted, Mapping):
-            adapter = self.adapters.get(wanted)
-            scale = adapter.scale if request.scale is None else _number(request.scale, "scale")
-            return () if adapter is BARE else _as_bundled(((adapter, scale),))
-        times = 1.0 if request.scale is None else _number(request.scale, "scale")
-        blend = [
-            (self.adapters.get(name), times * _number(scale, f"scale of {name}")) for name, scale in wanted.items()
-        ]
-        return _as_bundled(tuple((adapter, scale) for adapter, scale in blend if adapter is not BARE))
-
-    def encode(self, messages: Sequence[Message] | str, adapter: Adapter) -> list[int]:
-        """The prompt's tokens, with the adapter's system prompt where the conversation has none."""
-        if not isinstance(messages, (str, Sequence)):
-            raise SettingsError(f"messages are {messages!r}, expected text or a list of {{role, content}}")
-        conversation = [user_message(messages)] if isinstance(messages, str) else list(messages)
-        if problem := check_messages(conversation):
-            raise SettingsError(problem)
-        if conversation[0]["role"] != "system" and adapter.contract and adapter.contract.system:
-            conversation.insert(0, {"role": "system", "content": adapter.contract.system})
-        if conversation[0]["role"] == "system" and not conversation[0]["content"]:
-            conversation.pop(0)
-        tokens = encode_prompt(self.model.tokenizer, self.template(adapter), conversation)
-        return adapter.bundled.placed(tokens, self.model.tokenizer.bos) if adapter.bundled else tokens
-
-    def template(self, adapter: Adapter) -> ChatTemplate:
-        """The explicit template, else the adapter's, else the base's.
-
-        Raises:
-            ModelFileError: there is none.
-        """
-        found = self.settings.chat_template or adapter.template or self._base_template
-        if found is None:
-            raise ModelFileError(
-                f"{self.model.path} has no chat template"
-                + ("" if adapter is BARE else f", nor has adapter {adapter.name}"),
-                hint="Name one with --chat-template: chatml, llama2, plain, or a Jinja file.",
-            )
-        return found
-
-
-def _as_bundled(adapters: tuple[tuple[Adapter, float], ...]) -> tuple[tuple[Adapter, float], ...]:
-    """These adapters, as they are asked for; of a bundle, one at the scale it was put in at.
-
-    Raises:
-        SettingsError: several of a bundle, or another scale.
-    """
-    inside = [(adapter, scale) for adapter, scale in adapters if adapter.bundled]
-    if inside and len(adapters) > 1:
-        raise SettingsError(
-            f"a blend of {', '.join(adapter.name for adapter, _ in adapters)}: a bundle has one adapter at a time",
-            hint="Blend the files: edgelora convert --blend.",
-        )
-    for adapter, scale in inside:
-        if not math.isclose(scale, adapter.scale, rel_tol=1e-6):
-            raise SettingsError(
-                f"adapter {adapter.name} is in the bundle at scale {adapter.scale:g} for good; asked for was {scale:g}",
-                hint="Bundle it again at that scale: --adapter NAME=PATH@SCALE.",
-            )
-    return adapters
 
 
 def _free_bytes() -> int:
@@ -262,35 +186,3 @@ def _check_context(n_ctx: int, kv_bytes: int, parallel: int) -> None:
         gib = [f"{size / 2**30:.1f} GiB" for size in (kv_bytes * parallel, free)]
         times = f"{parallel} x {n_ctx}" if parallel > 1 else str(n_ctx)
         raise SettingsError(f"a context of {times} tokens takes {gib[0]} of KV cache; {gib[1]} are free", hint=hint)
-
-
-def _check_numbers(request: Request) -> None:
-    """Priority and deadline are numbers.
-
-    Raises:
-        SettingsError: they are not.
-    """
-    if isinstance(request.priority, bool) or not isinstance(request.priority, int):
-        raise SettingsError(f"priority is {request.priority!r}, expected a whole number")
-    if request.deadline is not None and _number(request.deadline, "deadline") <= 0:
-        raise SettingsError(f"deadline is {request.deadline!r}, expected seconds, more than 0")
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise SettingsError(f"{name} is {value!r}, expected a finite number")
-    return float(value)
-
-
-def resolve_sampling(given: Sampling | Mapping[str, Any] | None, adapter: Adapter) -> Sampling:
-    """The request's settings over the adapter's defaults; the adapter's stop strings always hold.
-
-    Raises:
-        SettingsError: an unknown name or a value out of range.
-    """
-    if not isinstance(given, Sampling | Mapping | None):
-        raise SettingsError(f"sampling is {given!r}, expected a Sampling or a mapping")
-    contract = adapter.contract
-    sampling = given if isinstance(given, Sampling) else Sampling.from_mapping(given or {}, adapter.sampling)
-    stops = (*(contract.stop if contract else ()), *sampling.stop)
-    return replace(sampling, stop=tuple(dict.fromkeys(stops)))

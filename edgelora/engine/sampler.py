@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import secrets
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -56,14 +57,16 @@ class Sampler:
             ModelFileError: the logits are not numbers, so there is nothing to draw from.
             EdgeloraError: there is no token that the grammar allows.
         """
-        if logits[0] != logits[0]:
+        values = np.ctypeslib.as_array(logits, (self._n_vocab,))
+        largest = float(values.max())  # NaN where one is; tokens that are suppressed are minus infinity
+        if math.isnan(largest) or math.isinf(largest):
             raise ModelFileError(
-                "the model's output is not a number (NaN)",
+                f"the model's output is not a number ({'NaN' if math.isnan(largest) else 'infinite'})",
                 hint="Its weights or its adapter's are damaged, or the scale is too large.",
             )
         if self._grammar is None:
             return int(self._sample(self._handle.pointer, context, row))
-        return self._draw_within(self._grammar, np.ctypeslib.as_array(logits, (self._n_vocab,)))
+        return self._draw_within(self._grammar, values)
 
     def close(self) -> None:
         self._handle.close()

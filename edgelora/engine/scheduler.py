@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgelora.engine.adapters import Adapters
-from edgelora.engine.cache import CHUNK, KVCache
+from edgelora.engine.cache import CHUNK, KVCache, SequencesLost
 from edgelora.engine.context import Context, Interrupted
 from edgelora.engine.generation import Generation, Plan, unstarted
 from edgelora.engine.mixing import Mixer, Parts, Runs
@@ -132,6 +132,8 @@ class Scheduler:
         for waiting in list(self._waiting):
             if reason := _gone(waiting.task):
                 self._forget(waiting, unstarted(waiting.task, waiting.plan, reason))
+        if not self._running:
+            self._cache.heal()
         places = sum(not sequence.busy for sequence in self._cache.sequences)
         places -= sum(waiting.is_next for waiting in self._waiting)
         for waiting in sorted(self._waiting, key=self._rank):
@@ -151,7 +153,7 @@ class Scheduler:
         try:
             if not self._adapters.ready(plan.adapters, mixed=self._mixes(plan)):
                 return
-            sequence = self._cache.take(plan.key, plan.tokens, deterministic=plan.deterministic)
+            sequence = self._cache.take(plan.wanted)
         except BaseException as error:
             self._forget(waiting, error)
             return
@@ -193,7 +195,7 @@ class Scheduler:
     def _group_of(self, each: Generation) -> Hashable:
         if each.plan.deterministic and not self.reproducible:
             return id(each)
-        return MIXED if self._mixes(each.plan) else each.plan.key
+        return MIXED if self._mixes(each.plan) else each.plan.key_at(len(each.sequence.tokens))
 
     def _mixes(self, plan: Plan) -> bool:
         return self.mixer is not None and all(adapter.is_mixable for adapter, _ in plan.adapters)
@@ -207,14 +209,18 @@ class Scheduler:
         for other in self._running:
             other.passed_over += other.pending is None and other is not each
         if each.read_from is None:  # others may have read what it begins with since it got its place
-            self._cache.share(sequence, plan.tokens, deterministic=plan.deterministic)
+            self._cache.share(sequence, plan.wanted)
             each.read_from = len(sequence.tokens)
-        tokens = each.chunk(CHUNK if plan.deterministic else most)
+        tokens, position = each.chunk(CHUNK if plan.deterministic else most), len(sequence.tokens)
+        before = max(0, min(plan.begins - position, len(tokens)))  # tokens that the adapters do not act on
+        if before and not self._mixes(plan):
+            tokens = tokens[:before]
         parts = self._parts(plan)
+        rows = [(before, ()), (len(tokens) - before, parts)]
 
         def decode() -> None:
-            self._apply(plan, [(len(tokens), parts)], [(1, parts)])
-            self._context.decode(sequence.id, tokens, len(sequence.tokens))
+            self._apply(plan, position, [run for run in rows if run[0]], [(1, parts if before < len(tokens) else ())])
+            self._context.decode(sequence.id, tokens, position)
 
         if self._decoded(decode, [each]):
             sequence.extend(tokens)
@@ -229,8 +235,12 @@ class Scheduler:
             by_place = {each.sequence.id: each for each in writing}
             self._write_rows(0, [by_place.get(id) for id in range(self._context.n_sequences)])
             return
-        self._cache.close_gaps([each.sequence for each in writing])
-        by_place = {each.sequence.id: each for each in writing}
+        try:
+            self._cache.close_gaps([each.sequence for each in writing])
+        except SequencesLost as error:
+            for each in [each for each in self._running if each.sequence in error.sequences]:
+                self._fail(each, error)
+        by_place = {each.sequence.id: each for each in writing if each in self._running}
         for _, places in itertools.groupby(enumerate(sorted(by_place)), key=lambda pair: pair[1] - pair[0]):
             ids = [place for _, place in places]
             self._write_rows(ids[0], [by_place[id] for id in ids])
@@ -249,7 +259,7 @@ class Scheduler:
         tokens = [each.pending if each and each.pending is not None else 0 for each in rows]
 
         def decode() -> None:
-            self._apply(present[0].plan, runs, runs)
+            self._apply(present[0].plan, max(positions), runs, runs)
             self._context.decode_rows(first, tokens, positions)
 
         done = self._decoded(decode, present)
@@ -307,8 +317,8 @@ class Scheduler:
     def _parts(self, plan: Plan) -> Parts:
         return tuple((adapter.weights, scale) for adapter, scale in plan.adapters) if self._mixes(plan) else ()
 
-    def _apply(self, plan: Plan, rows: Runs, outputs: Runs) -> None:
-        """Set what the next decode's rows are computed with."""
+    def _apply(self, plan: Plan, position: int, rows: Runs, outputs: Runs) -> None:
+        """Set what the next decode's rows are computed with; without mixing, that of one plan at a position."""
         if self.mixer is not None and self._mixes(plan):
             self.mixer.fill(rows, outputs)
             self._context.apply(((self.mixer.socket, 1.0),) if self.mixer.socket else ())
@@ -316,9 +326,10 @@ class Scheduler:
         if self.mixer is not None:
             self.mixer.stand_aside()
         scales: dict[Any, float] = {}
-        for adapter, scale in plan.adapters:  # llama.cpp keeps one scale for each adapter, and two names may be one
+        acting = plan.adapters if plan.key_at(position) else ()
+        for adapter, scale in acting:  # llama.cpp keeps one scale for each adapter, and two names may be one
             scales[adapter.file] = scales.get(adapter.file, 0.0) + scale
-        pointers = {adapter.file: adapter.pointer for adapter, _ in plan.adapters}
+        pointers = {adapter.file: adapter.pointer for adapter, _ in acting}
         self._context.apply(tuple((pointers[file], scale) for file, scale in scales.items()))
 
 

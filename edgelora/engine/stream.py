@@ -68,6 +68,7 @@ class Completion:
         finish_reason: "stop" (the model ended it, or a stop string), "length" (max_tokens, or the context is full),
             "cancelled" or "deadline".
         prompt_tokens: tokens of the conversation as rendered; `cached_tokens` of them were in the KV cache already.
+        dropped_tokens: tokens of the conversation that were left out, so that it fits ("truncate-middle").
         completion_tokens: tokens generated, without the one that ended the reply.
         adapter: its name, "none" for the bare base, names joined by "+" for a blend; `adapter_hash` is the SHA-256 of
             its file, empty for the base, joined likewise.
@@ -81,6 +82,7 @@ class Completion:
     finish_reason: str
     prompt_tokens: int
     cached_tokens: int
+    dropped_tokens: int
     completion_tokens: int
     adapter: str
     adapter_hash: str

@@ -74,6 +74,9 @@ def write_adapter(
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, list) and value and type(value[0]) is int:
+        writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, sub_type=gguf.GGUFValueType.UINT32)
+        return
     add = {bool: writer.add_bool, str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
     add.get(type(value), writer.add_array)(key, value)  # type: ignore[operator]
 

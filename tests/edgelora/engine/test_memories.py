@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from converters.base import convert_base
-from edgelora.engine.cache import Key, KVCache, KVSequence
+from edgelora.engine.cache import KVCache, KVSequence, Wanted
 from edgelora.engine.engine import Engine
 from edgelora.engine.runtime import Runtime, Settings
 from edgelora.engine.stream import Request
@@ -101,10 +101,10 @@ def test_twin_a_state_that_was_not_cut_cannot_go_on(
     assert completion.cached_tokens == 0
     assert np.array_equal(got, want)
 
-    def careless(cache: KVCache, key: Key, tokens: list[int], *, deterministic: bool = False) -> KVSequence:
+    def careless(cache: KVCache, wanted: Wanted) -> KVSequence:
         (sequence, *_) = cache.sequences
-        sequence.cut(sequence.usable(key, tokens, deterministic))
-        sequence.key = key
+        sequence.cut(sequence.usable(wanted))
+        sequence.key = wanted.key
         return sequence
 
     monkeypatch.setattr(KVCache, "take", careless)

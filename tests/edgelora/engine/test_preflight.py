@@ -39,7 +39,11 @@ BROKEN: dict[str, tuple[dict[str, Any], type[ModelFileError], str]] = {
         ModelFileError,
         "adapter.lora.alpha has GGUF type 4",
     ),
-    "an activated LoRA": ({"metadata": {"adapter.alora.invocation_tokens": [1, 2]}}, ModelFileError, "aLoRA"),
+    "an invocation without tokens": (
+        {"metadata": {"adapter.alora.invocation_tokens": ["a", "b"]}},
+        ModelFileError,
+        "expected the numbers of tokens",
+    ),
     "half a pair": ({"tensors": {f"{Q}.lora_b": None}}, ModelFileError, f"{Q}: lora_b is missing"),
     "two ranks": ({"tensors": {f"{Q}.lora_a": zeros(8, 256)}}, ModelFileError, "do not share a rank"),
     "too narrow": (

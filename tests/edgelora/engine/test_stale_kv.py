@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,8 @@ def test_twin_a_cache_keyed_by_tokens_alone_is_wrong(
     base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usable = KVSequence.usable
-    monkeypatch.setattr(KVSequence, "usable", lambda self, key, *rest: usable(self, self.key or key, *rest))
+    careless = lambda self, wanted: usable(self, replace(wanted, key=self.key or wanted.key))  # noqa: E731
+    monkeypatch.setattr(KVSequence, "usable", careless)
     question = [{"role": "user", "content": " ".join(WORDS * 3)}]
     red, blue = (Request(question, adapter=n, sampling={"temperature": 0, "max_tokens": 1}) for n in ("red", "blue"))
     with runtime(Settings(base, threads=1), adapters) as stale, runtime(Settings(base, threads=1), adapters) as fresh:

@@ -1,0 +1,203 @@
+"""From a request to a plan: which adapters, which tokens, which rules; what makes no sense is refused here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from edgelora.engine.adapters import BARE, Adapter, Adapters
+from edgelora.engine.generation import Plan
+from edgelora.engine.model import Model
+from edgelora.engine.overflow import shortened
+from edgelora.engine.prompt import encode_prompt
+from edgelora.engine.stream import Request
+from edgelora.errors import ContextOverflowError, ModelFileError, SettingsError
+from edgelora.messages import Message, check_messages, user_message
+from edgelora.sampling import Sampling
+from edgelora.template import ChatTemplate
+
+ERROR, TRUNCATE_MIDDLE = "error", "truncate-middle"
+ON_OVERFLOW = (ERROR, TRUNCATE_MIDDLE)
+REPLY_SHARE = 4
+"""Of the context window, the part that a conversation which is cut leaves for a reply of unknown length."""
+
+
+class Planner:
+    """Looks up what requests ask for.
+
+    Args:
+        n_ctx: tokens that a conversation and its reply may take.
+        template: instead of the adapters' and the base's own.
+        on_overflow: what becomes of a conversation that does not fit, one of `ON_OVERFLOW`.
+    """
+
+    def __init__(
+        self, model: Model, adapters: Adapters, n_ctx: int, template: ChatTemplate | None, on_overflow: str
+    ) -> None:
+        self._model, self._adapters, self._n_ctx = model, adapters, n_ctx
+        self._explicit_template, self._base_template = template, model.chat_template()
+        self._on_overflow = on_overflow
+
+    def plan(self, request: Request) -> Plan:
+        """Everything that a request needs.
+
+        Raises:
+            SettingsError, ModelFileError, ContextOverflowError: as `Engine.stream` says.
+        """
+        adapters = self._adapters_of(request)
+        first = adapters[0][0] if adapters else BARE
+        inside = first if first.bundled else None
+        sampling = resolve_sampling(request.sampling, first)
+        _check_numbers(request)
+        tokens, dropped = self._fitting(self._conversation(request.messages, first), first, sampling)
+        begins = _invocation(adapters, tokens)
+        acting = () if inside else adapters
+        return Plan(acting, tokens, sampling, self._n_ctx, request.deterministic, begins, dropped, inside)
+
+    def encode(self, messages: Sequence[Message] | str, adapter: Adapter) -> list[int]:
+        """The prompt's tokens, with the adapter's system prompt where the conversation has none."""
+        return self._tokens(self._conversation(messages, adapter), adapter)
+
+    def _conversation(self, messages: Sequence[Message] | str, adapter: Adapter) -> list[Message]:
+        if not isinstance(messages, (str, Sequence)):
+            raise SettingsError(f"messages are {messages!r}, expected text or a list of {{role, content}}")
+        conversation = [user_message(messages)] if isinstance(messages, str) else list(messages)
+        if problem := check_messages(conversation):
+            raise SettingsError(problem)
+        if conversation[0]["role"] != "system" and adapter.contract and adapter.contract.system:
+            conversation.insert(0, {"role": "system", "content": adapter.contract.system})
+        if conversation[0]["role"] == "system" and not conversation[0]["content"]:
+            conversation.pop(0)
+        return conversation
+
+    def _tokens(self, conversation: Sequence[Message], adapter: Adapter) -> list[int]:
+        tokens = encode_prompt(self._model.tokenizer, self._template(adapter), conversation)
+        return adapter.bundled.placed(tokens, self._model.tokenizer.bos) if adapter.bundled else tokens
+
+    def _fitting(self, conversation: list[Message], adapter: Adapter, sampling: Sampling) -> tuple[list[int], int]:
+        """The prompt's tokens, and how many of the conversation's were left out."""
+        tokens = self._tokens(conversation, adapter)
+        if len(tokens) < self._n_ctx:
+            return tokens, 0
+        whole = len(tokens)
+        if self._on_overflow == TRUNCATE_MIDDLE:
+            reply = min(sampling.max_tokens or self._n_ctx // REPLY_SHARE, self._n_ctx // 2)
+            room = max(1, self._n_ctx - reply)
+            cut = shortened(conversation, lambda messages: len(self._tokens(messages, adapter)) <= room)
+            if cut is not None:
+                tokens = self._tokens(cut, adapter)
+                return tokens, whole - len(tokens)
+        trained = self._model.n_ctx_train
+        raise ContextOverflowError(
+            f"the conversation is {whole} tokens long, and the reply needs room too; the context window is "
+            f"{self._n_ctx} tokens",
+            hint=f"Shorten it, ask for a larger window (this base was trained with {trained}), or leave out its "
+            f"middle: --on-overflow={TRUNCATE_MIDDLE}.",
+        )
+
+    def _adapters_of(self, request: Request) -> tuple[tuple[Adapter, float], ...]:
+        """The request's adapters with their scales, none for the bare base."""
+        wanted = request.adapter
+        if not isinstance(wanted, Mapping):
+            adapter = self._adapters.get(wanted)
+            scale = adapter.scale if request.scale is None else _number(request.scale, "scale")
+            return () if adapter is BARE else _as_bundled(((adapter, scale),))
+        times = 1.0 if request.scale is None else _number(request.scale, "scale")
+        blend = [
+            (self._adapters.get(name), times * _number(scale, f"scale of {name}")) for name, scale in wanted.items()
+        ]
+        return _as_bundled(tuple((adapter, scale) for adapter, scale in blend if adapter is not BARE))
+
+    def _template(self, adapter: Adapter) -> ChatTemplate:
+        """The explicit template, else the adapter's, else the base's.
+
+        Raises:
+            ModelFileError: there is none.
+        """
+        found = self._explicit_template or adapter.template or self._base_template
+        if found is None:
+            raise ModelFileError(
+                f"{self._model.path} has no chat template"
+                + ("" if adapter is BARE else f", nor has adapter {adapter.name}"),
+                hint="Name one with --chat-template: chatml, llama2, plain, or a Jinja file.",
+            )
+        return found
+
+
+def _invocation(adapters: Sequence[tuple[Adapter, float]], tokens: Sequence[int]) -> int:
+    """The first token that the adapters act on: 0, or where an activated LoRA's invocation comes last, as in PEFT
+    (`calculate_alora_offsets`, peft/tuners/lora/variants.py).
+
+    Raises:
+        SettingsError: the invocation is not in the prompt; or a blend with an activated LoRA.
+    """
+    activated = [adapter for adapter, _ in adapters if adapter.invocation]
+    if not activated:
+        return 0
+    if len(adapters) > 1:
+        names = ", ".join(adapter.name for adapter, _ in adapters)
+        raise SettingsError(f"a blend of {names}: {activated[0].name} is an activated LoRA, which acts alone")
+    wanted = list(activated[0].invocation)
+    starts = range(len(tokens) - len(wanted), -1, -1)
+    found = next((at for at in starts if list(tokens[at : at + len(wanted)]) == wanted), None)
+    if found is None:
+        raise SettingsError(
+            f"adapter {activated[0].name} is an activated LoRA; its invocation, tokens {wanted}, is not in the prompt",
+            hint="Its chat template, or the conversation, has to hold the text that it was trained to begin with.",
+        )
+    return found
+
+
+def _as_bundled(adapters: tuple[tuple[Adapter, float], ...]) -> tuple[tuple[Adapter, float], ...]:
+    """These adapters, as they are asked for; of a bundle, one at the scale it was put in at.
+
+    Raises:
+        SettingsError: several of a bundle, or another scale.
+    """
+    inside = [(adapter, scale) for adapter, scale in adapters if adapter.bundled]
+    if inside and len(adapters) > 1:
+        raise SettingsError(
+            f"a blend of {', '.join(adapter.name for adapter, _ in adapters)}: a bundle has one adapter at a time",
+            hint="Blend the files: edgelora convert --blend.",
+        )
+    for adapter, scale in inside:
+        if not math.isclose(scale, adapter.scale, rel_tol=1e-6):
+            raise SettingsError(
+                f"adapter {adapter.name} is in the bundle at scale {adapter.scale:g} for good; asked for was {scale:g}",
+                hint="Bundle it again at that scale: --adapter NAME=PATH@SCALE.",
+            )
+    return adapters
+
+
+def _check_numbers(request: Request) -> None:
+    """Priority and deadline are numbers.
+
+    Raises:
+        SettingsError: they are not.
+    """
+    if isinstance(request.priority, bool) or not isinstance(request.priority, int):
+        raise SettingsError(f"priority is {request.priority!r}, expected a whole number")
+    if request.deadline is not None and _number(request.deadline, "deadline") <= 0:
+        raise SettingsError(f"deadline is {request.deadline!r}, expected seconds, more than 0")
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise SettingsError(f"{name} is {value!r}, expected a finite number")
+    return float(value)
+
+
+def resolve_sampling(given: Sampling | Mapping[str, Any] | None, adapter: Adapter) -> Sampling:
+    """The request's settings over the adapter's defaults; the adapter's stop strings always hold.
+
+    Raises:
+        SettingsError: an unknown name or a value out of range.
+    """
+    if not isinstance(given, Sampling | Mapping | None):
+        raise SettingsError(f"sampling is {given!r}, expected a Sampling or a mapping")
+    contract = adapter.contract
+    sampling = given if isinstance(given, Sampling) else Sampling.from_mapping(given or {}, adapter.sampling)
+    stops = (*(contract.stop if contract else ()), *sampling.stop)
+    return replace(sampling, stop=tuple(dict.fromkeys(stops)))
