@@ -141,7 +141,7 @@ class OpenAIBatch:
             "created": 0,
             "model": named.adapter,
             "choices": [choice],
-            "usage": {**usage, "total_tokens": sum(usage.values())},
+            "usage": {**usage, "total_tokens": completion.prompt_tokens + completion.completion_tokens},
             "system_fingerprint": f"fp_{completion.adapter_hash[:16] or 'base'}",
         }
         return self._row(named, 200, body, None)
@@ -189,7 +189,9 @@ def result_of(row: Any) -> Result | None:
 
 
 def _usage(completion: Completion) -> dict[str, int]:
-    return {"prompt_tokens": completion.prompt_tokens, "completion_tokens": completion.completion_tokens}
+    counts = {"prompt_tokens": completion.prompt_tokens, "completion_tokens": completion.completion_tokens}
+    dropped = completion.dropped_tokens  # of a conversation that was cut to fit: never silently
+    return counts | ({"dropped_tokens": dropped} if dropped else {})
 
 
 def _logprobs(tokens: Iterable[TokenLogprob]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from edgelora.batch_input import typed
 from edgelora.batch_ledger import Ledger
 from edgelora.batch_template import PromptTemplate
 from edgelora.engine.engine import Engine, Request
+from edgelora.engine.planning import ERROR
 from edgelora.engine.preflight import content_hash
 from edgelora.errors import ContextOverflowError, DataFileError, ModelFileError, SettingsError
 from edgelora.messages import Message, Row, check_messages, read_rows, user_message
@@ -71,7 +72,8 @@ class Rows:
         self._decode_rows = engine.deterministic_rows
         self._loaded_names: dict[str, str] = {}
         self._answer_hashes: dict[str, str] = {}
-        self._base = (engine.base_fingerprint, engine.base.stat().st_size, engine.template_source)
+        cut = () if engine.on_overflow == ERROR else (engine.on_overflow, engine.n_ctx)  # replies depend on the window
+        self._base = (engine.base_fingerprint, engine.base.stat().st_size, engine.template_source, *cut)
 
     def _first_format(self) -> Format:
         first = next((row for row in read_rows(self._source) if not row.problem), None)

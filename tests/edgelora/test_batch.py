@@ -108,6 +108,26 @@ def test_logprobs_are_written_where_a_row_asks_for_them(engine: Engine, tmp_path
     assert "logprobs" not in read_rows(tmp_path / "plain.out")[0]
 
 
+def test_a_row_that_was_cut_to_fit_says_so_and_is_another_result(
+    engine: Engine, base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    source, out = (
+        write_rows(tmp_path / "in.jsonl", [{"prompt": "x"}, {"prompt": "word " * 1000}]),
+        tmp_path / "out.jsonl",
+    )
+    assert run(engine, source, out).errors == 1
+    usages = []
+    for n_ctx in (256, 512):
+        with Engine(
+            base, adapters, threads=1, parallel=4, reproducible=True, on_overflow="truncate-middle", n_ctx=n_ctx
+        ) as cutting:
+            assert run(cutting, source, out, redo=True).errors == 0
+            assert run(cutting, source, out).resumed == 2
+        usages += [row["usage"] for row in read_rows(out)]
+    assert [usage.get("dropped_tokens", 0) > 0 for usage in usages] == [False, True] * 2
+    assert usages[1]["dropped_tokens"] > usages[3]["dropped_tokens"]
+
+
 BAD_ROWS: dict[str, tuple[Any, str]] = {
     "not JSON": ("{bad", "not JSON"),
     "not an object": ("[1]", "a JSON list, expected an object"),
