@@ -39,12 +39,28 @@ pytestmark = pytest.mark.skipif(not os.access(SERVER, os.X_OK), reason=f"{SERVER
 
 
 @contextlib.contextmanager
-def serving(model: Path, log: Path) -> Iterator[Ask]:
+def serving(model: Path, log: Path, *options: object) -> Iterator[Ask]:
     """llama-server with a model; ended by its own process id."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [SERVER, "-m", model, "--host", "127.0.0.1", "--port", port, "-t", 1, "-c", 2048, "-np", 4, "--no-webui"]
+    command = [
+        SERVER,
+        "-m",
+        model,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        "-t",
+        1,
+        "-c",
+        2048,
+        "-np",
+        4,
+        "--no-webui",
+        *options,
+    ]
     with open(log, "wb") as output:
         process = subprocess.Popen([*map(str, command)], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         try:
