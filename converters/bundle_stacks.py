@@ -6,7 +6,7 @@ scale of an adapter, and what its file asks for, is in B before anything is roun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -112,29 +112,12 @@ def open_stacks(
     """
     if not 0 < len(members) <= MAX_ADAPTERS:
         raise UnsupportedError(f"{len(members)} adapters; a bundle has 1 to {MAX_ADAPTERS}")
-    opened = [(member, stack.enter_context(open_gguf_adapter(member.path))) for member in members]
-    if refused := [f"adapter {member.name}: {problem}" for member, file in opened for problem in _refusals(file)]:
-        raise UnsupportedAdapterError(
-            f"{base.path}: adapters that cannot be bundled:{listed(refused)}",
-            hint="Serve them beside the base: edgelora chat --base BASE --adapter ADAPTER.",
-        )
-    misfits = [f"adapter {member.name}: {misfit}" for member, file in opened for misfit in _misfits(file, base, sizes)]
-    if misfits:
-        raise BaseMismatchError(
-            f"{base.path}: adapters that do not fit this base:{listed(misfits)}",
-            hint="Give the base that they were trained on.",
-        )
-    scaled = tuple(_scaled(file.pairs, member.scale) for member, file in opened)
-    dtype = (dtype or _common_type([file for _, file in opened])).lower()
-    # Of what one adapter is encoded to for the check, nothing is kept for the next.
-    checks = [replace(AdapterFile.of(BASE_ARCHITECTURE, pairs, dtype), encoded={}) for pairs in scaled]
-    if broken := [f"adapter {member.name}: {problem}" for member, check in zip(members, checks, strict=True)
-                  for problem in check.problems]:  # fmt: skip
-        raise UnsupportedAdapterError(f"{base.path}: adapters that cannot be stored:{listed(broken)}",
-                                      hint="Convert them again, or give --dtype f32.")  # fmt: skip
+    opened = [stack.enter_context(open_gguf_adapter(member.path)) for member in members]
+    _check_fit(members, opened, base, sizes)
+    scaled = [_scaled(file.pairs, member.scale) for member, file in zip(members, opened, strict=True)]
+    checks = _checked(members, scaled, base, (dtype or _common_type(opened)).lower())
+    dtype = "f32" if any(check.dtype == "f32" for check in checks) else checks[0].dtype
     rank = max(pair.rank for pairs in scaled for pair in pairs)
-    if any(check.dtype == "f32" for check in checks):
-        dtype = "f32"
     return Stacks(
         members=tuple(members),
         pairs=tuple({pair.tensor: pair for pair in pairs} for pairs in scaled),
@@ -142,12 +125,40 @@ def open_stacks(
         rank=rank + rank % 2,  # CUDA multiplies rows of even length (ggml/src/ggml-cuda/mmvf.cu)
         dtype=dtype,
         rounding=0.0 if dtype == "f32" else max(check.rounding for check in checks),
-        notices=tuple(
-            f"{member.name}: {notice}"
-            for member, check in zip(members, checks, strict=True)
-            for notice in check.notices
-        ),
+        notices=tuple(_told(members, [check.notices for check in checks])),
     )
+
+
+def _check_fit(members: Sequence[Member], opened: Sequence[GGUFAdapter], base: GGUFHeader, sizes: Sizes) -> None:
+    if refused := [*_told(members, map(_refusals, opened))]:
+        raise UnsupportedAdapterError(
+            f"{base.path}: adapters that cannot be bundled:{listed(refused)}",
+            hint="Serve them beside the base: edgelora chat --base BASE --adapter ADAPTER.",
+        )
+    if misfits := [*_told(members, (_misfits(file, base, sizes) for file in opened))]:
+        raise BaseMismatchError(
+            f"{base.path}: adapters that do not fit this base:{listed(misfits)}",
+            hint="Give the base that they were trained on.",
+        )
+
+
+def _checked(
+    members: Sequence[Member], scaled: Sequence[Sequence[Pair]], base: GGUFHeader, dtype: str
+) -> list[AdapterFile]:
+    """What storing does to each adapter's values. Of what one is encoded to for that, nothing is kept for the next."""
+    checks = [replace(AdapterFile.of(BASE_ARCHITECTURE, pairs, dtype), encoded={}) for pairs in scaled]
+    if broken := [*_told(members, [check.problems for check in checks])]:
+        raise UnsupportedAdapterError(
+            f"{base.path}: adapters that cannot be stored:{listed(broken)}",
+            hint="Convert them again, or give --dtype f32.",
+        )
+    return checks
+
+
+def _told(members: Sequence[Member], each: Iterable[Iterable[str]]) -> Iterator[str]:
+    """What is said of each adapter, under its name."""
+    for member, problems in zip(members, each, strict=True):
+        yield from (f"adapter {member.name}: {problem}" for problem in problems)
 
 
 def _refusals(file: GGUFAdapter) -> Iterator[str]:
