@@ -77,7 +77,8 @@ def command(
         return
     sampling = sampling_of(options)
     question = _question(prompt)
-    with open_engine(adapters, base, **options) as engine:
+    # One conversation at a time, and as many at once as /compare asks.
+    with open_engine(adapters, base, parallel=min(8, 1 + len(adapters)), **options) as engine:
         first = adapters[0].name if adapters else None
         log = None if no_log else History(default_folder())
         session = Session(engine, adapter=first, system=system, sampling=sampling, history=log)

@@ -112,9 +112,20 @@ engine_options = _chain(
     click.option(
         "--gpu-layers",
         type=click.IntRange(min=-1),
-        default=-1,
-        show_default="all",
-        help="Layers kept on the GPU, where there is one.",
+        show_default="as many as fit",
+        help="Layers kept on the GPU, where there is one; -1 is all.",
+    ),
+    click.option(
+        "--kv-type",
+        type=click.Choice(["f16", "q8_0", "q4_0"]),
+        help="How the KV cache is kept.  [default: f16; q8_0 where only that fits]",
+    ),
+    click.option(
+        "--on-overflow",
+        type=click.Choice(["error", "truncate-middle"]),
+        default="error",
+        show_default=True,
+        help="What becomes of a conversation that does not fit: refused, or its oldest exchanges are left out.",
     ),
     click.option("--force", is_flag=True, help="Use an adapter even where it says that it was made for another base."),
 )

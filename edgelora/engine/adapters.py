@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -102,9 +103,14 @@ class Adapter:
 
     @property
     def pointer(self) -> Any:
-        """llama.cpp's own."""
+        """llama.cpp's own.
+
+        Raises:
+            ModelFileError: it could not be read when mixing was given up.
+        """
         assert self.file is not None
-        assert self.file.handle is not None
+        if self.file.handle is None:
+            raise ModelFileError(f"{self.file.header.path}: cannot be read any more", hint="Load it again.")
         return self.file.handle.pointer
 
 
@@ -311,7 +317,8 @@ class Adapters:
             file.problem = file.problem or problem
             file.weights = file.loading = None
             if file.users:
-                file.handle = file.handle or _init(self._model, file)
+                with suppress(ModelFileError):  # gone: its own requests are told so
+                    file.handle = file.handle or _init(self._model, file)
         if mixer:
             mixer.stand_aside()
             self._detach()

@@ -84,7 +84,7 @@ def _usable(held: KVSequence | Kept, wanted: Wanted) -> int:
     tokens, deterministic = wanted.tokens, wanted.deterministic
     limit = min(held.exact if deterministic else len(held.tokens), len(tokens) - 1)
     if (held.key, held.begins) != (wanted.key, wanted.begins):
-        limit = min(limit, *(each.begins for each in (held, wanted) if each.key))
+        limit = min([limit, *(each.begins for each in (held, wanted) if each.key)])
     same = next((at for at in range(limit) if held.tokens[at] != tokens[at]), limit)
     return same // CHUNK * CHUNK if deterministic else same
 

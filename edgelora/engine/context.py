@@ -13,6 +13,7 @@ from edgelora.engine.model import Model
 from edgelora.engine.native import Handle, InterruptFlag, forget_log, llama, reason
 from edgelora.errors import EdgeloraError
 
+F16 = 1  # enum ggml_type
 DECODED, NO_SLOT, ABORTED = 0, 1, 2  # return values of llama_decode, llama.h
 Applied = tuple[tuple[Any, float], ...]
 """Adapters as llama.cpp applies them, each (native pointer, scale); empty for the bare base."""
@@ -72,6 +73,7 @@ class Context:
     Args:
         n_batch: the most tokens in a decode.
         callback: llama.cpp's `cb_eval` and its argument.
+        kv_type: of keys and values, in `enum ggml_type`.
 
     Raises:
         EdgeloraError: not enough memory, with llama.cpp's reason.
@@ -86,11 +88,13 @@ class Context:
         threads: int,
         n_batch: int,
         callback: tuple[Any, Any] | None = None,
+        kv_type: int = F16,
     ) -> None:
         library = llama()
         params = library.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx * n_sequences, n_sequences, False
         params.n_batch = params.n_ubatch = n_batch
+        params.type_k = params.type_v = kv_type
         params.n_threads = params.n_threads_batch = threads
         if callback:
             params.cb_eval, params.cb_eval_user_data = callback

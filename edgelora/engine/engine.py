@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 
 from edgelora.adapter_ref import AdapterRef, check_name
 from edgelora.engine.adapters import Adapter, find_adapter, prepare
+from edgelora.engine.fit import KV_TYPES
 from edgelora.engine.planning import ERROR, ON_OVERFLOW
 from edgelora.engine.preflight import base_fingerprint
 from edgelora.engine.runtime import Runtime, Settings
@@ -45,7 +46,7 @@ class Engine:
         adapters: name to path, or references as on the command line: `"support.gguf"`, `"vip=tenants/7.gguf@0.5"`.
         n_ctx: tokens that a conversation and its reply may take; None is what the base was trained with, at most 4096.
         threads: to decode with; None is one for each physical core.
-        gpu_layers: layers to put on the GPU, where llama.cpp was built for one; -1 is all.
+        gpu_layers: layers to put on the GPU, where llama.cpp was built for one; -1 is all, None as many as fit.
         chat_template: a built-in template's name, a Jinja file, or a compiled template, instead of the adapter's and
             the base's own.
         force: use adapters whose contract does not fit the base; a notice takes the place of the error.
@@ -59,6 +60,8 @@ class Engine:
             memory.
         on_overflow: what becomes of a conversation that does not fit: "error", or "truncate-middle", which leaves out
             its oldest exchanges, and the middle of a message that is too long alone (`Completion.dropped_tokens`).
+        kv_type: how keys and values are kept, "f16", "q8_0" (half of it) or "q4_0"; None is F16, or Q8_0 where only
+            that has room for `n_ctx`.
         reproducible: every decode has `parallel` rows, so that with a seed (or temperature 0) a `deterministic` request
             gives the same text however many others are under way, without being decoded alone.
 
@@ -78,7 +81,7 @@ class Engine:
         *,
         n_ctx: int | None = None,
         threads: int | None = None,
-        gpu_layers: int = -1,
+        gpu_layers: int | None = None,
         chat_template: str | ChatTemplate | None = None,
         force: bool = False,
         parallel: int | None = None,
@@ -87,6 +90,7 @@ class Engine:
         cache_bytes: int | None = None,
         reproducible: bool = False,
         on_overflow: str = ERROR,
+        kv_type: str | None = None,
     ) -> None:
         references = _references(adapters)
         _check_settings(base, n_ctx, threads, gpu_layers, chat_template)
@@ -108,6 +112,7 @@ class Engine:
             cache_bytes=cache_bytes,
             reproducible=reproducible,
             on_overflow=on_overflow,
+            kv_type=kv_type,
         )
         _check_sharing(settings)
         self._worker = _Worker(settings)
@@ -298,7 +303,12 @@ def _check_settings(base: object, n_ctx: object, threads: object, gpu_layers: ob
             threads is None or whole(threads, 1, MAX_THREADS),
             f"a whole number from 1 to {MAX_THREADS}",
         ),
-        ("gpu_layers", gpu_layers, whole(gpu_layers, -1, 2**31 - 1), "a whole number, or -1 for all layers"),
+        (
+            "gpu_layers",
+            gpu_layers,
+            gpu_layers is None or whole(gpu_layers, -1, 2**31 - 1),
+            "a whole number, or -1 for all layers",
+        ),
         (
             "chat_template",
             chat_template,
@@ -320,6 +330,7 @@ def _check_sharing(settings: Settings) -> None:
         ("mode", settings.mode, settings.mode in MODES, " or ".join(MODES)),
         ("adapter_bytes", settings.adapter_bytes, whole(settings.adapter_bytes, 0, math.inf), bytes_wanted),
         ("cache_bytes", settings.cache_bytes, whole(settings.cache_bytes, 0, math.inf), bytes_wanted),
+        ("kv_type", settings.kv_type, settings.kv_type in (None, *KV_TYPES), " or ".join(KV_TYPES)),
         ("on_overflow", settings.on_overflow, settings.on_overflow in ON_OVERFLOW, " or ".join(ON_OVERFLOW)),
     )
     if problems := [f"{name} is {value!r}, expected {wanted}" for name, value, ok, wanted in checks if not ok]:

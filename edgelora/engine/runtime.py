@@ -11,21 +11,18 @@ from edgelora.adapter_ref import AdapterRef
 from edgelora.engine.adapters import Adapter, Adapters, Prepared
 from edgelora.engine.cache import CHUNK, KVCache
 from edgelora.engine.context import Context
-from edgelora.engine.devices import backend_name
+from edgelora.engine.devices import backend_name, devices
+from edgelora.engine.fit import DEFAULT_N_CTX, KV_TYPES, KVFit, fit_gpu_layers, fit_kv, kv_values_per_token
 from edgelora.engine.mixing import Mixer, why_not
 from edgelora.engine.model import Model
 from edgelora.engine.planning import ERROR, Planner
+from edgelora.engine.preflight import read_checked
 from edgelora.engine.scheduler import Scheduler
 from edgelora.engine.stream import Task
 from edgelora.engine.threads import LoadFollower, threads_for
 from edgelora.errors import EdgeloraError, SettingsError
 from edgelora.template import ChatTemplate
 
-DEFAULT_N_CTX = 4096
-MAX_PARALLEL = 8
-MAX_N_CTX = 2**31
-KV_SHARE = 4
-"""By default, KV sequences beyond the first take no more than this part of the free memory."""
 ADAPTER_SHARE = 4
 """By default, adapters in memory take no more than this part of the free memory."""
 
@@ -40,7 +37,7 @@ class Settings:
     base: Path
     n_ctx: int | None = None
     threads: int | None = None
-    gpu_layers: int = -1
+    gpu_layers: int | None = None
     chat_template: ChatTemplate | None = None
     force: bool = False
     parallel: int | None = None
@@ -49,6 +46,7 @@ class Settings:
     cache_bytes: int | None = None
     reproducible: bool = False
     on_overflow: str = ERROR
+    kv_type: str | None = None
 
 
 class Runtime:
@@ -68,10 +66,10 @@ class Runtime:
     ) -> None:
         self.settings = settings
         with ExitStack() as undo:
-            self.model = Model(settings.base, gpu_layers=settings.gpu_layers, keep_going=keep_going)
+            self.model = Model(settings.base, gpu_layers=_gpu_layers(settings), keep_going=keep_going)
             undo.callback(self.model.close)
-            self.n_ctx = settings.n_ctx or min(self.model.n_ctx_train, DEFAULT_N_CTX)
-            parallel = self._parallel()
+            fit = self._fit()
+            self.n_ctx, parallel, self._notices = fit.n_ctx, fit.parallel, list(fit.notices)
             threads = settings.threads or threads_for(settings.base.stat().st_size)
             n_batch = max(CHUNK, parallel)
             self.mixer = self._mixer(n_batch)
@@ -82,6 +80,7 @@ class Runtime:
                 threads=threads,
                 n_batch=n_batch,
                 callback=self.mixer.callback if self.mixer else None,
+                kv_type=KV_TYPES[fit.kv_type][0],
             )
             self.cache = KVCache(parallel, self.context, self._cache_bytes(), can_cut=not self.model.is_recurrent)
             self.adapters = Adapters(
@@ -107,12 +106,15 @@ class Runtime:
         self.scheduler.close(lambda: EdgeloraError("the engine was closed before this request was answered"))
         self._undo.close()
 
-    def _parallel(self) -> int:
-        per_sequence = max(1, self.model.kv_bytes_per_token() * self.n_ctx)
-        wanted = self.settings.parallel
-        _check_context(self.n_ctx, per_sequence, wanted or 1)
-        return wanted or max(
-            1, min(MAX_PARALLEL, _free_bytes() // KV_SHARE // per_sequence, (MAX_N_CTX - 1) // self.n_ctx)
+    def _fit(self) -> KVFit:
+        settings = self.settings
+        return fit_kv(
+            self.model.kv_bytes_per_token() // 2,
+            self.model.n_ctx_train,
+            _free_bytes() if backend_name() == "CPU" else 0,
+            n_ctx=settings.n_ctx,
+            parallel=settings.parallel,
+            kv_type=settings.kv_type,
         )
 
     def _mixer(self, n_batch: int) -> Mixer | None:
@@ -145,10 +147,8 @@ class Runtime:
     def describe(self) -> tuple[int, str, list[str]]:
         """The context window, the base's name, and what the user should know of them."""
         trained = self.model.n_ctx_train
-        beyond = (
-            [f"a context of {self.n_ctx} tokens; the base was trained with {trained}"] if self.n_ctx > trained else []
-        )
-        return self.n_ctx, self.model.name, beyond
+        beyond = [f"a context of {self.n_ctx} tokens; the base was trained with {trained}"]
+        return self.n_ctx, self.model.name, [*(beyond if self.n_ctx > trained else []), *self._notices]
 
     def mode(self) -> tuple[str, list[str]]:
         """How requests share the machine now; a notice, where mixing was given up on the way."""
@@ -172,17 +172,11 @@ def _free_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _check_context(n_ctx: int, kv_bytes: int, parallel: int) -> None:
-    """llama.cpp ends the process where it cannot allocate.
-
-    Raises:
-        SettingsError: a context beyond what llama.cpp counts, or the memory that is free.
-    """
-    hint = "Give a smaller context window" + (", or fewer sequences." if parallel > 1 else ".")
-    if n_ctx * parallel >= MAX_N_CTX:
-        raise SettingsError(f"a context of {n_ctx * parallel} tokens; llama.cpp counts to {MAX_N_CTX - 1}", hint=hint)
-    free = _free_bytes()
-    if kv_bytes * parallel > free and backend_name() == "CPU":
-        gib = [f"{size / 2**30:.1f} GiB" for size in (kv_bytes * parallel, free)]
-        times = f"{parallel} x {n_ctx}" if parallel > 1 else str(n_ctx)
-        raise SettingsError(f"a context of {times} tokens takes {gib[0]} of KV cache; {gib[1]} are free", hint=hint)
+def _gpu_layers(settings: Settings) -> int:
+    """As many as were asked for, or as fit."""
+    if settings.gpu_layers is not None:
+        return settings.gpu_layers
+    if backend_name() == "CPU":
+        return -1
+    header = read_checked(settings.base, "base")
+    return fit_gpu_layers(header, devices(), kv_values_per_token(header), settings.n_ctx or DEFAULT_N_CTX)

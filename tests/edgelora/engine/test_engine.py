@@ -293,6 +293,7 @@ def test_ctrl_c_cancels_the_reply_and_the_engine_goes_on(base: Path) -> None:
         "    for piece in stream:\n"
         "        print('.', end='', flush=True)\n"
         "except KeyboardInterrupt:\n"
+        "    stream.cancel()  # it may have come while a piece was printed\n"
         "    print('interrupted', stream.completion.finish_reason)\n"
         "print(engine.chat('hello', sampling={'max_tokens': 1}).completion_tokens)\n"
     )
