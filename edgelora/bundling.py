@@ -96,8 +96,15 @@ def bundle_adapters(
         progress=progress,
         force=force,
     )
-    store.register(report.path)
-    return replace(report, notices=(*notices, *doubts, *report.notices))
+    return replace(report, notices=(*notices, *doubts, *report.notices, *_remembered(report.path, store)))
+
+
+def _remembered(path: Path, store: Store) -> Iterator[str]:
+    """Tell the store; the file is written and good, whatever the store says."""
+    try:
+        store.register(path)
+    except ModelFileError as error:
+        yield f"not remembered for later: {error.message}"
 
 
 def _contracts(

@@ -184,6 +184,13 @@ def test_a_bundle_is_nobodys_base(base: Path, adapters: dict[str, Path], tmp_pat
     assert store.fingerprint(report.path) != store.fingerprint(beside)
 
 
+def test_a_store_that_cannot_be_written_is_told(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file")
+    report = bundle_adapters(base, refs(adapters), tmp_path / "out.gguf", store=Store(tmp_path / "store"))
+    assert any("not remembered" in notice for notice in report.notices)
+    assert report.path.is_file()
+
+
 # What a control token stands for
 
 
