@@ -67,12 +67,13 @@ test: setup reference  ## the tests
 test-all: setup reference  ## the tests, the slow ones too
 	$(BIN)/python -m pytest -q
 
-bench: setup reference  ## conversion of bases and adapters, kernels, importance and perplexity beside llama.cpp's own programs (an hour)
+bench: setup reference  ## conversion, kernels, importance, perplexity and the engine beside llama.cpp's own programs (two hours)
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/convert.py --memory
 	$(BIN)/python -m bench.adapters
 	$(BIN)/python -m bench.quantize_kernels
 	$(BIN)/python -m bench.imatrix
+	$(BIN)/python -m bench.engine
 
 adapters-table: setup  ## measure again what becomes of every PEFT method, for the README's tables
 	$(BIN)/python -m bench.adapters_table

@@ -190,6 +190,7 @@ class Adapters:
         detach: lets every context go of llama.cpp's own adapters.
         wake: called, on another thread, when a file was read that a request waits for.
         threads: to try mixing with.
+        must_mix: also where it is slower than taking turns.
     """
 
     def __init__(
@@ -200,9 +201,10 @@ class Adapters:
         detach: Callable[[], None] = lambda: None,
         wake: Callable[[], None] = lambda: None,
         threads: int = 1,
+        must_mix: bool = False,
     ) -> None:
         self._model, self.mixer, self._budget = model, mixer, budget_bytes
-        self._detach, self._wake, self._threads = detach, wake, threads
+        self._detach, self._wake, self._threads, self._must_mix = detach, wake, threads, must_mix
         self.mixing_problem = "" if mixer else "this engine does not mix adapters"
         self._proven: dict[str, bool] = {}  # matrix that adapters were seen to be mixed on: whether the graph uses it
         self._named: dict[str, Adapter] = {adapter.name: adapter for adapter in _bundled(model)}
@@ -352,9 +354,15 @@ class Adapters:
         new = [matrix for matrix in weights.pairs if matrix not in self._proven]
         if new:
             proof = prove(self._model, new, self._threads)
-            if proof.problem:
-                file.problem = proof.problem
-                yield f"{name}: it does not share decodes with other adapters: {proof.problem}"
+            problem = proof.problem
+            if proof.is_slower and not self._must_mix:
+                problem = (
+                    f"a token each of two adapters takes {proof.mixed_seconds * 1e3:.0f} ms in one decode and "
+                    f"{proof.switching_seconds * 1e3:.0f} ms by turns"
+                )
+            if problem:
+                file.problem = problem
+                yield f"{name}: it does not share decodes with other adapters: {problem}"
                 return
             self._proven |= {matrix: matrix not in proof.unused for matrix in new}
         if unused := [matrix for matrix in weights.pairs if not self._proven[matrix]]:

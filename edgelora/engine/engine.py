@@ -68,6 +68,7 @@ class Engine:
     Attributes:
         base_name: what the base calls itself.
         template_source: the text of the explicit chat template; empty where there is none.
+        on_overflow: as it was given.
 
     Raises:
         ModelFileError, BaseMismatchError: a base or adapter that is missing, broken, or does not fit.
@@ -196,6 +197,11 @@ class Engine:
     def parallel(self) -> int:
         """How many replies are written at the same time."""
         return self._call(lambda runtime: runtime.context.n_sequences)
+
+    @property
+    def kv_type(self) -> str:
+        """How keys and values are kept: "f16", "q8_0" or "q4_0"."""
+        return self._call(lambda runtime: runtime.kv_type)
 
     @property
     def deterministic_rows(self) -> int:

@@ -70,6 +70,7 @@ class Runtime:
             undo.callback(self.model.close)
             fit = self._fit()
             self.n_ctx, parallel, self._notices = fit.n_ctx, fit.parallel, list(fit.notices)
+            self.kv_type = fit.kv_type
             threads = settings.threads or threads_for(settings.base.stat().st_size)
             n_batch = max(CHUNK, parallel)
             self.mixer = self._mixer(n_batch)
@@ -84,7 +85,13 @@ class Runtime:
             )
             self.cache = KVCache(parallel, self.context, self._cache_bytes(), can_cut=not self.model.is_recurrent)
             self.adapters = Adapters(
-                self.model, self.mixer, self._adapter_bytes(), lambda: self.context.apply(()), wake, threads
+                self.model,
+                self.mixer,
+                self._adapter_bytes(),
+                lambda: self.context.apply(()),
+                wake,
+                threads,
+                must_mix=settings.mode == "mixed",
             )
             undo.callback(self.adapters.close)
             undo.callback(self.context.close)  # first: it lets go of the adapters, and they of the model
