@@ -145,6 +145,7 @@ def _charts(summary: BatchSummary) -> list[AdapterCharts]:
     answered = {name: figures for name, figures in sorted(summary.by_adapter.items()) if figures.lengths.count}
     if not answered:
         return []
+    shown = _seconds_up_to(max(figures.latency.most for figures in answered.values()))
     times = round_edges(max(figures.latency.most for figures in answered.values()))
     lengths = round_edges(max(figures.lengths.most for figures in answered.values()), least_step=1.0)
     return [
@@ -152,7 +153,7 @@ def _charts(summary: BatchSummary) -> list[AdapterCharts]:
             name,
             f"{figures.rows - figures.errors:,} answered"
             + (f", {_counted(figures.errors, 'error')}" if figures.errors else ""),
-            histogram("Seconds for a reply", figures.latency, times, _seconds),
+            histogram("Seconds for a reply", figures.latency, times, shown),
             histogram("Tokens of a reply", figures.lengths, lengths, lambda value: f"{value:,.0f}"),
         )
         for name, figures in answered.items()
@@ -192,6 +193,11 @@ def _counted(count: int, thing: str) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value * 1000:.3g} ms" if 0 < value < 1 else f"{value:.3g} s"
+
+
+def _seconds_up_to(most: float) -> Callable[[float], str]:
+    """One unit for a whole axis."""
+    return (lambda value: f"{value:.3g} s") if most >= 1 else (lambda value: f"{value * 1000:.3g} ms")
 
 
 def _duration(seconds: float) -> str:

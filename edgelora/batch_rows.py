@@ -72,8 +72,7 @@ class Rows:
         self._decode_rows = engine.deterministic_rows
         self._loaded_names: dict[str, str] = {}
         self._answer_hashes: dict[str, str] = {}
-        cut = () if engine.on_overflow == ERROR else (engine.on_overflow, engine.n_ctx)  # replies depend on the window
-        self._base = (engine.base_fingerprint, engine.base.stat().st_size, engine.template_source, *cut)
+        self._base = (engine.base_fingerprint, engine.base.stat().st_size, engine.template_source, *_unusual(engine))
 
     def _first_format(self) -> Format:
         first = next((row for row in read_rows(self._source) if not row.problem), None)
@@ -235,6 +234,12 @@ class Rows:
             name = f"{reference.name}-{content_hash(reference.path)[:HASH_DIGITS]}"
             self._loaded_names[adapter] = self._engine.load_adapter(name, reference.path, reference.scale).name
         return self._loaded_names[adapter], reference.scale
+
+
+def _unusual(engine: Engine) -> list[Any]:
+    """How this engine computes, where that is not as usual: rounded KV, conversations that are cut to the window."""
+    cut = [] if engine.on_overflow == ERROR else [engine.on_overflow, engine.n_ctx]
+    return [*cut, *([] if engine.kv_type == "f16" else [engine.kv_type])]
 
 
 def _problem(data: Mapping[str, Any]) -> str:

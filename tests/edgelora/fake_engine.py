@@ -51,7 +51,8 @@ class FakeEngine:
         most_under_way: the largest number of requests that were in the engine at once.
     """
 
-    base_fingerprint, base_name, template_source, on_overflow, n_ctx = "f" * 64, "fake", "", "error", 4096
+    base_fingerprint, base_name, template_source = "f" * 64, "fake", ""
+    on_overflow, n_ctx, kv_type = "error", 4096, "f16"
 
     def __init__(
         self, folder: Path, parallel: int = 4, before_end: Callable[[FakeStream], Any] = lambda _: None

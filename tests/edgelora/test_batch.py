@@ -344,6 +344,7 @@ def stranger_cases() -> dict[str, dict[str, Any]]:
         "other settings": {"defaults": Defaults(sampling={"temperature": 0.8, "max_tokens": 4})},
         "another system prompt": {"defaults": Defaults(system="Be brief.", sampling=DEFAULTS.sampling)},
         "a retrained adapter": {"retrain": True},
+        "another type of KV": {"engine": {"kv_type": "q8_0"}},
         "another base": {"quant": "q8_0"},
         "another input": {"rows": [{"id": "z", "prompt": "x"}]},
     }
@@ -366,7 +367,7 @@ def test_results_of_another_batch_are_refused_and_not_mixed(
     if "rows" in change:
         write_rows(rows, change["rows"])
     options = {key: value for key, value in change.items() if key == "defaults"}
-    with Engine(bases[change.get("quant", "f32")], own, threads=1) as engine:
+    with Engine(bases[change.get("quant", "f32")], own, threads=1, **change.get("engine", {})) as engine:
         with pytest.raises(DataFileError, match="do not belong to this batch") as caught:
             run(engine, rows, out, **options)
         assert out.read_bytes() == before

@@ -123,6 +123,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
         "response_format is",
     ),
     "several problems": (asked(body={"n": 2, "best_of": 3}), 400, "n is 2, only 1 can be followed here; unknown field"),
+    "a number of logprobs": (asked(body={"messages": MESSAGES, "logprobs": 3}), 400, "logprobs is 3, expected true"),
     "candidates without logprobs": (asked(body={"messages": MESSAGES, "top_logprobs": 2}), 400, "top_logprobs is 2"),
     "tools": (asked(body={"messages": MESSAGES, "tools": [{}]}), 400, "tools is"),
     "a setting we do not know": (

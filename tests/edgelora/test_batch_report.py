@@ -104,6 +104,18 @@ def test_the_page_shows_each_adapter_and_needs_nothing_else() -> None:
     assert "prefers-color-scheme: dark" in source
 
 
+@pytest.mark.parametrize(
+    ("n", "ticks"),
+    [
+        (20, ["0 s", "0.4 s", "0.8 s", "1.2 s", "1.6 s", "2 s"]),
+        (5, ["0 ms", "100 ms", "200 ms", "300 ms", "400 ms", "500 ms"]),
+    ],
+)
+def test_an_axis_has_one_unit(n: int, ticks: list[str]) -> None:
+    source = render_report(summary(red=n), title="x", when=WHEN)
+    assert re.findall(r">([\d.]+ m?s)</text>", source) == ticks
+
+
 def test_a_name_cannot_become_markup() -> None:
     hostile = '<script>alert("x")</script>'
     page = Page(render_report(summary(**{hostile: 3}), title=hostile, when=WHEN))
