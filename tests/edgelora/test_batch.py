@@ -460,18 +460,26 @@ def test_a_second_process_is_told(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_keeps_what_was_written(base: Path, adapters: dict[str, Path], engine: Engine, tmp_path: Path) -> None:
-    rows, out = write_rows(tmp_path / "in.jsonl", some_rows(400)), tmp_path / "out.jsonl"
+    rows, out = write_rows(tmp_path / "in.jsonl", some_rows(3000)), tmp_path / "out.jsonl"
     worker = start_worker(base, adapters, rows, out, "any")
     assert worker.stdout is not None
     worker.stdout.read(5)
     worker.send_signal(signal.SIGINT)
     _, error = worker.communicate(timeout=60)
-    assert error.rstrip().endswith(b"run the same command to go on")
+    assert error.rstrip().endswith(b"run the same command to go on"), (error, len(read_rows(out)))
     assert out.read_bytes().endswith(b"\n")
     kept = len(read_rows(out))
-    assert 5 <= kept < 400
+    assert 5 <= kept < 3000
     assert not out.with_name("out.jsonl.lock").exists()
-    assert run(engine, rows, out).resumed == kept
+    seen = []
+
+    def stop(_row: Any, progress: Progress) -> None:
+        seen.append(progress.done)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, rows, out, on_row=stop)
+    assert seen == [kept + 1]
 
 
 FULL = """
