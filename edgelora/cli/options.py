@@ -121,6 +121,9 @@ engine_options = _chain(
         help="How the KV cache is kept.  [default: f16; q8_0 where only that fits]",
     ),
     click.option(
+        "--cache-dir", type=FILE, help="Folder in which KV is kept from one run to the next; it holds what was said."
+    ),
+    click.option(
         "--on-overflow",
         type=click.Choice(["error", "truncate-middle"]),
         default="error",

@@ -14,7 +14,8 @@ The only package that imports `llama_cpp`, and only its low-level half:
     low_rank.py     an adapter's weights, as the mixing kernels read them
     mixing.py       different adapters in one decode; kernels/ is its C half
     mixing_proof.py that this model computes with them as llama.cpp does
-    cache.py        KV prefixes, keyed by adapter content and scale
+    cache.py        KV prefixes, keyed by adapter content and scale; kv_files.py keeps them on disk
+    fit.py          how much KV, of which type, and how many GPU layers fit
     sampler.py      sampler chains
     reply.py        token bytes to text: stop strings, whole characters
     grammar.py      what a grammar allows next

@@ -11,7 +11,7 @@ a fresh engine would compute them, so that its logits are the same bits whatever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -91,13 +91,19 @@ def _usable(held: KVSequence | Kept, wanted: Wanted) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The KV of a sequence that had to make room."""
+    """The KV of a sequence that had to make room, or that an earlier engine left.
+
+    Attributes:
+        state: gives the copy; None where it is gone.
+        size_bytes: of memory.
+    """
 
     key: Key
     begins: int
     tokens: Sequence[int]
     exact: int
-    state: State
+    state: Callable[[], State | None]
+    size_bytes: int = 0
 
     def usable(self, wanted: Wanted) -> int:
         return _usable(self, wanted)
@@ -129,19 +135,28 @@ class KVCache:
             the whole sequence.
         budget_bytes: for the copies; the least recently used goes first.
         can_cut: False for recurrent layers: a copy is used whole or not at all.
+        kept: what an earlier engine left.
     """
 
-    def __init__(self, n_sequences: int, memory: Memory, budget_bytes: int = 0, *, can_cut: bool = True) -> None:
+    def __init__(
+        self,
+        n_sequences: int,
+        memory: Memory,
+        budget_bytes: int = 0,
+        *,
+        can_cut: bool = True,
+        kept: Sequence[Kept] = (),
+    ) -> None:
         self.sequences = [KVSequence(id) for id in range(n_sequences)]
         self._memory, self._budget, self._can_cut = memory, budget_bytes, can_cut
-        self._kept: list[Kept] = []  # the most recently used is the last
+        self._kept: list[Kept] = list(kept)  # the most recently used is the last
         self._clock = 0
         self._spoiled = False
 
     @property
     def kept_bytes(self) -> int:
         """Of the copies."""
-        return sum(each.state.nbytes for each in self._kept)
+        return sum(each.size_bytes for each in self._kept)
 
     def has_room(self) -> bool:
         """Whether a sequence is idle."""
@@ -184,8 +199,11 @@ class KVCache:
         if not self._can_cut and length < len(best.tokens):
             return
         try:
-            state = best.state if isinstance(best, Kept) else self._memory.state(best.id)
+            state = best.state() if isinstance(best, Kept) else self._memory.state(best.id)
         except MemoryError:  # then it is read again
+            return
+        if state is None:
+            self._kept = [each for each in self._kept if each is not best]
             return
         if best in self._kept:
             self._kept = [*(each for each in self._kept if each is not best), best]
@@ -261,6 +279,17 @@ class KVCache:
             self.sequences[id] = sequence
         return True
 
+    def all(self) -> Iterator[Kept]:
+        """Copies of what sequences hold, and what was copied before."""
+        yield from self._kept
+        for sequence in self.sequences:
+            if len(sequence.tokens) >= MIN_COPY:
+                yield self._copy(sequence)
+
+    def _copy(self, sequence: KVSequence) -> Kept:
+        state, key = self._memory.state(sequence.id), sequence.key or ()
+        return Kept(key, sequence.begins, tuple(sequence.tokens), sequence.exact, lambda: state, state.nbytes)
+
     def _cut(self, sequence: KVSequence, length: int) -> None:
         if not self._memory.trim(sequence.id, length):
             self._memory.trim(sequence.id, 0)
@@ -277,11 +306,11 @@ class KVCache:
         if any(each.tokens[: len(held)] == held for each in alike):
             return
         try:
-            copy = Kept(*under, held, sequence.exact, self._memory.state(sequence.id))
+            copy = self._copy(sequence)
         except MemoryError:
             return
         shorter = [each for each in alike if held[: len(each.tokens)] == each.tokens]
         self._kept = [each for each in self._kept if each not in shorter]
         self._kept.append(copy)
         while self.kept_bytes > self._budget:
-            self._kept.pop(0)
+            self._kept.remove(next(each for each in self._kept if each.size_bytes))

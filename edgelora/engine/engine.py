@@ -62,6 +62,8 @@ class Engine:
             its oldest exchanges, and the middle of a message that is too long alone (`Completion.dropped_tokens`).
         kv_type: how keys and values are kept, "f16", "q8_0" (half of it) or "q4_0"; None is F16, or Q8_0 where only
             that has room for `n_ctx`.
+        cache_dir: a folder in which KV outlives the engine, within `cache_bytes`: the next one begins where this one
+            ended. It holds the tokens of conversations; None keeps nothing.
         reproducible: every decode has `parallel` rows, so that with a seed (or temperature 0) a `deterministic` request
             gives the same text however many others are under way, without being decoded alone.
 
@@ -92,6 +94,7 @@ class Engine:
         reproducible: bool = False,
         on_overflow: str = ERROR,
         kv_type: str | None = None,
+        cache_dir: str | Path | None = None,
     ) -> None:
         references = _references(adapters)
         _check_settings(base, n_ctx, threads, gpu_layers, chat_template)
@@ -114,6 +117,7 @@ class Engine:
             reproducible=reproducible,
             on_overflow=on_overflow,
             kv_type=kv_type,
+            cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
         )
         _check_sharing(settings)
         self._worker = _Worker(settings)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from edgelora.adapter_ref import AdapterRef
@@ -13,10 +15,12 @@ from edgelora.engine.cache import CHUNK, KVCache
 from edgelora.engine.context import Context
 from edgelora.engine.devices import backend_name, devices
 from edgelora.engine.fit import DEFAULT_N_CTX, KV_TYPES, KVFit, fit_gpu_layers, fit_kv, kv_values_per_token
+from edgelora.engine.kv_files import KVFiles
 from edgelora.engine.mixing import Mixer, why_not
 from edgelora.engine.model import Model
+from edgelora.engine.native import llama
 from edgelora.engine.planning import ERROR, Planner
-from edgelora.engine.preflight import read_checked
+from edgelora.engine.preflight import base_fingerprint, read_checked
 from edgelora.engine.scheduler import Scheduler
 from edgelora.engine.stream import Task
 from edgelora.engine.threads import LoadFollower, threads_for
@@ -47,6 +51,7 @@ class Settings:
     reproducible: bool = False
     on_overflow: str = ERROR
     kv_type: str | None = None
+    cache_dir: Path | None = None
 
 
 class Runtime:
@@ -83,7 +88,14 @@ class Runtime:
                 callback=self.mixer.callback if self.mixer else None,
                 kv_type=KV_TYPES[fit.kv_type][0],
             )
-            self.cache = KVCache(parallel, self.context, self._cache_bytes(), can_cut=not self.model.is_recurrent)
+            self._files = self._kv_files(fit.kv_type)
+            self.cache = KVCache(
+                parallel,
+                self.context,
+                self._cache_bytes(),
+                can_cut=not self.model.is_recurrent,
+                kept=self._files.entries() if self._files else (),
+            )
             self.adapters = Adapters(
                 self.model,
                 self.mixer,
@@ -111,6 +123,8 @@ class Runtime:
     def close(self) -> None:
         """End every reply, and free everything."""
         self.scheduler.close(lambda: EdgeloraError("the engine was closed before this request was answered"))
+        if self._files:
+            self._files.save(self.cache.all())
         self._undo.close()
 
     def _fit(self) -> KVFit:
@@ -129,6 +143,18 @@ class Runtime:
         if problem and self.settings.mode == "mixed":
             raise SettingsError(f"adapters cannot be mixed here: {problem}", hint="Use mode='auto', or 'switching'.")
         return None if problem or self.settings.mode == "switching" else Mixer(self.model, n_batch)
+
+    def _kv_files(self, kv_type: str) -> KVFiles | None:
+        folder = self.settings.cache_dir
+        if folder is None:
+            return None
+        base = self.model.header
+        tensors = [(name, tensor.type_name, tensor.shape, tensor.offset) for name, tensor in base.tensors.items()]
+        states = [path.stat() for path in sorted({tensor.path for tensor in base.tensors.values()})]
+        files = [(state.st_size, state.st_mtime_ns) for state in states]  # another content of one shape and fingerprint
+        build = llama().llama_print_system_info().decode() + version("llama-cpp-python")
+        parts = [base_fingerprint(base.path), files, tensors, kv_type, build]
+        return KVFiles(folder, hashlib.sha256(repr(parts).encode()).hexdigest(), self._cache_bytes())
 
     def _cache_bytes(self) -> int:
         given = self.settings.cache_bytes

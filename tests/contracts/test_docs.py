@@ -12,7 +12,8 @@ import pytest
 from edgelora.cli import cli
 from tests.contracts.generated_docs import README, ROOT, rendered
 
-COMMAND_LINE = re.compile(r"^(?:\$ | {4,}|\s*)(edgelora (?:train|convert|bundle|chat|batch|doctor)\b[^|&#\n]*)", re.MULTILINE)
+COMMANDS = "train|convert|bundle|chat|batch|doctor"
+COMMAND_LINE = re.compile(rf"^(?:\$ | {{4,}}|\s*)(edgelora (?:{COMMANDS})\b[^|&#\n]*)", re.MULTILINE)
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "examples").rglob("*.md")]
 
 
