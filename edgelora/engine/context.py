@@ -53,12 +53,13 @@ class Batch:
         self.native.n_tokens = count
         return self.native
 
-    def fill_rows(self, first: int, tokens: Sequence[int], positions: Sequence[int]) -> Any:
-        """One token each of the sequences from `first` on; all of their logits are asked for."""
-        count = len(tokens)
-        self._tokens[:count], self._positions[:count] = tokens, positions
-        self._wants_logits[:count] = b"\x01" * count
-        self._ids[:count] = range(first, first + count)
+    def fill_rows(self, first: int, rows: Sequence[Sequence[int]], positions: Sequence[int]) -> Any:
+        """As many tokens of each sequence from `first` on, from its position on; the last ones' logits are wanted."""
+        each, count = len(rows[0]), len(rows) * len(rows[0])
+        self._tokens[:count] = [token for row in rows for token in row]
+        self._positions[:count] = [at for position in positions for at in range(position, position + each)]
+        self._wants_logits[:count] = (bytes(each - 1) + b"\x01") * len(rows)
+        self._ids[:count] = [first + index for index in range(len(rows)) for _ in range(each)]
         self.native.n_tokens = count
         return self.native
 
@@ -67,7 +68,7 @@ class Context:
     """A llama.cpp context with `n_sequences` KV sequences of `n_ctx` tokens each.
 
     Sequences have streams of their own (not the unified cache): none attends over its neighbours' cells. A decode is
-    one micro-batch, whose rows lie in the batch's order: tokens of one sequence, or one token each of several that
+    one micro-batch, whose rows lie in the batch's order: tokens of one sequence, or as many of each of several that
     follow each other (llama-batch.cpp, `split_equal`).
 
     Args:
@@ -145,8 +146,17 @@ class Context:
         Raises:
             Interrupted, EdgeloraError: as `decode`.
         """
+        self.decode_together(first, [[token] for token in tokens], positions)
+
+    def decode_together(self, first: int, rows: Sequence[Sequence[int]], positions: Sequence[int]) -> None:
+        """Run as many tokens (n each, n_batch in all) of each of the sequences `first`, `first` + 1 ..., from its
+        position on; the logits of the last one of row i are `logits(n * (i + 1) - 1)`.
+
+        Raises:
+            Interrupted, EdgeloraError: as `decode`.
+        """
         where = f"at positions {list(positions)} of the sequences from {first} on"
-        self._run(self._chunk.fill_rows(first, tokens, positions), where)
+        self._run(self._chunk.fill_rows(first, rows, positions), where)
 
     def _run(self, batch: Any, where: str) -> None:
         code = llama().llama_decode(self.pointer, batch)

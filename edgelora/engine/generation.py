@@ -96,6 +96,11 @@ class Generation:
         """Tokens of the prompt that are still to be decoded."""
         return max(0, len(self.plan.tokens) - len(self.sequence.tokens))
 
+    @property
+    def next_token(self) -> int:
+        """What is decoded next: of the prompt, or the one that was drawn."""
+        return self.plan.tokens[len(self.sequence.tokens)] if self.pending is None else self.pending
+
     def chunk(self, size: int) -> Sequence[int]:
         """The next `size` tokens of the prompt, or what is left."""
         start = len(self.sequence.tokens)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edgelora.adapter_ref import AdapterRef
 from edgelora.engine.adapters import Adapter, Adapters, Prepared
-from edgelora.engine.cache import CHUNK, KVCache
+from edgelora.engine.cache import KVCache
 from edgelora.engine.context import Context
 from edgelora.engine.devices import backend_name, devices
 from edgelora.engine.fit import DEFAULT_N_CTX, KV_TYPES, KVFit, fit_gpu_layers, fit_kv, kv_values_per_token
@@ -21,7 +21,7 @@ from edgelora.engine.model import Model
 from edgelora.engine.native import llama
 from edgelora.engine.planning import ERROR, Planner
 from edgelora.engine.preflight import base_fingerprint, read_checked
-from edgelora.engine.scheduler import Scheduler
+from edgelora.engine.scheduler import READ, Scheduler
 from edgelora.engine.stream import Task
 from edgelora.engine.threads import LoadFollower, threads_for
 from edgelora.errors import EdgeloraError, SettingsError
@@ -77,7 +77,7 @@ class Runtime:
             self.n_ctx, parallel, self._notices = fit.n_ctx, fit.parallel, list(fit.notices)
             self.kv_type = fit.kv_type
             threads = settings.threads or threads_for(settings.base.stat().st_size)
-            n_batch = max(CHUNK, parallel)
+            n_batch = max(READ, parallel)
             self.mixer = self._mixer(n_batch)
             self.context = Context(
                 self.model,

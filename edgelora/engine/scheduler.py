@@ -30,6 +30,13 @@ PAUSE = 64
 their speed with fewer than 16 rows, and at their best from 64 on."""
 QUANTUM = 128
 """Tokens, read or written, after which another group has its turn: switching costs 2 ms, a step 20 and more."""
+READ = 256
+"""Tokens of prompts read in one decode while nobody writes."""
+TAIL = 8
+"""Last tokens of a prompt that are decoded beside those who write, a token a step: as a chunk of their own, which no
+batch is as slow as, they would take as long as several steps."""
+MIN_TOGETHER = 16
+"""Tokens of each prompt that are worth reading several in one decode."""
 MIXED = "mixed"
 
 
@@ -101,13 +108,34 @@ class Scheduler:
         group = self._group()
         writing = [each for each in group if each.pending is not None]
         if writing:
-            self._write(writing)
-        left = PAUSE if writing else CHUNK
-        while left > 0 and (reading := [each for each in group if each.pending is None and not each.reason]):
-            left -= self._read(min(reading, key=_impatience), left)
-            group = [each for each in group if each in self._running]
+            tails = [each for each in group if self._is_tail(each)]
+            self._write([*writing, *tails])
+        most, done = PAUSE if writing else READ, 0
+        while done < most and (reading := self._reading(group)):
+            each = min(reading, key=_impatience)
+            if most - done < min(PAUSE, each.unread):  # a piece that is read slowly
+                break
+            done += self._read(each, reading, most - done)
+            self._leave()
+            if any(each.pending is not None for each in self._running):
+                most = PAUSE
         self._leave()
         return bool(group)
+
+    def _reading(self, group: Sequence[Generation]) -> list[Generation]:
+        """Whose prompts are still to be read."""
+        alive = [each for each in group if each in self._running and each.pending is None and not each.reason]
+        writers = any(each.pending is not None and not each.reason for each in self._running)
+        return [each for each in alive if not (writers and self._is_tail(each))]
+
+    def _is_tail(self, each: Generation) -> bool:
+        """Whether the rest of a prompt can be decoded beside those who write."""
+        begun = each.pending is None and not each.reason and each.read_from is not None
+        return begun and self._is_free(each) and each.unread <= TAIL
+
+    def _is_free(self, each: Generation) -> bool:
+        """Whether its prompt may be read in pieces of any size, with others."""
+        return self._mixes(each.plan) and not each.plan.deterministic and not self.reproducible
 
     def close(self, error: Callable[[], BaseException]) -> None:
         """End everything: what is under way is cancelled, what waits gets the error."""
@@ -200,18 +228,21 @@ class Scheduler:
     def _mixes(self, plan: Plan) -> bool:
         return self.mixer is not None and all(adapter.is_mixable for adapter, _ in plan.adapters)
 
-    def _read(self, each: Generation, most: int) -> int:
+    def _read(self, each: Generation, reading: Sequence[Generation], most: int) -> int:
         """Decode the next chunk of a prompt, at most so many tokens of it; at its end, choose the first token.
 
-        A deterministic prompt is always read in whole chunks. Returns how many tokens were read.
+        Others that are read as well join in where that makes a better batch. A deterministic prompt is always read
+        alone, in whole chunks. Returns how many tokens were read.
         """
-        plan, sequence = each.plan, each.sequence
         for other in self._running:
             other.passed_over += other.pending is None and other is not each
-        if each.read_from is None:  # others may have read what it begins with since it got its place
-            self._cache.share(sequence, plan.wanted)
-            each.read_from = len(sequence.tokens)
-        tokens, position = each.chunk(CHUNK if plan.deterministic else most), len(sequence.tokens)
+        self._begin_reading(each)
+        together = self._companions(each, reading, most)
+        if len(together) > 1:
+            return self._read_together(together, most)
+        plan, sequence = each.plan, each.sequence
+        size = CHUNK if plan.deterministic else _even(each.unread, most)
+        tokens, position = each.chunk(size), len(sequence.tokens)
         before = max(0, min(plan.begins - position, len(tokens)))  # tokens that the adapters do not act on
         if before and not self._mixes(plan):
             tokens = tokens[:before]
@@ -228,6 +259,49 @@ class Scheduler:
                 self._draw(each, -1)
         self._count(each, len(tokens))
         return len(tokens)
+
+    def _begin_reading(self, each: Generation) -> None:
+        """Others may have read what it begins with since it got its place."""
+        if each.read_from is None:
+            self._cache.share(each.sequence, each.plan.wanted)
+            each.read_from = len(each.sequence.tokens)
+
+    def _companions(self, each: Generation, reading: Sequence[Generation], most: int) -> list[Generation]:
+        """Those with short prompts, too, whose places follow each other around this one's; in the order of places."""
+        if not self._is_short(each, most):
+            return [each]
+        others = (other for other in reading if other is not each and self._is_short(other, most))
+        by_place = {each.sequence.id: each}
+        for other in sorted(others, key=lambda other: abs(other.sequence.id - each.sequence.id)):
+            is_next = {other.sequence.id - 1, other.sequence.id + 1} & by_place.keys()
+            if is_next and (len(by_place) + 1) * MIN_TOGETHER <= most:
+                self._begin_reading(other)
+                if self._is_short(other, most):  # and not the same prompt, which is copied once it was read
+                    by_place[other.sequence.id] = other
+        return [by_place[id] for id in sorted(by_place)]
+
+    def _is_short(self, each: Generation, most: int) -> bool:
+        return self._is_free(each) and not each.plan.begins and MIN_TOGETHER <= each.unread <= most // 2
+
+    def _read_together(self, together: Sequence[Generation], most: int) -> int:
+        """As many tokens of each of these prompts as the shortest has, or there is room for."""
+        size = min(most // len(together), *(each.unread for each in together))
+        rows = [each.chunk(size) for each in together]
+        positions = [len(each.sequence.tokens) for each in together]
+        parts = [self._parts(each.plan) for each in together]
+
+        def decode() -> None:
+            self._apply(together[0].plan, 0, [(size, each) for each in parts], [(1, each) for each in parts])
+            self._context.decode_together(together[0].sequence.id, rows, positions)
+
+        done = self._decoded(decode, together)
+        for index, each in enumerate(together):
+            if done:
+                each.sequence.extend(rows[index])
+                if not each.unread:
+                    self._draw(each, size * (index + 1) - 1)
+            self._count(each, size)
+        return size * len(together)
 
     def _write(self, writing: Sequence[Generation]) -> None:
         """Decode a token of each, in as few batches as their places allow, and choose the next ones."""
@@ -250,13 +324,15 @@ class Scheduler:
         is decoded there is forgotten at once."""
         present = [each for each in rows if each]
         sequences = self._cache.sequences[first : first + len(rows)]
-        parts = [self._parts(each.plan) if each else () for each in rows]
+        parts = [
+            self._parts(each.plan) if each and each.plan.key_at(len(each.sequence.tokens)) else () for each in rows
+        ]
         runs = [(len(list(same)), adapters) for adapters, same in itertools.groupby(parts)]
         for each, sequence in zip(rows, sequences, strict=True):
             if each is None and len(sequence.tokens) >= present[0].plan.n_ctx:
                 self._cache.drop(sequence)
         positions = [len(sequence.tokens) for sequence in sequences]
-        tokens = [each.pending if each and each.pending is not None else 0 for each in rows]
+        tokens = [each.next_token if each else 0 for each in rows]
 
         def decode() -> None:
             self._apply(present[0].plan, max(positions), runs, runs)
@@ -268,7 +344,8 @@ class Scheduler:
                 self._context.trim(sequences[index].id, positions[index])
             elif done:
                 each.sequence.extend((tokens[index],))
-                self._draw(each, index)
+                if not each.unread:
+                    self._draw(each, index)
                 self._count(each, 1)
 
     def _decoded(self, decode: Callable[[], None], present: Sequence[Generation]) -> bool:
@@ -341,6 +418,12 @@ def _gone(task: Task) -> str:
 def _impatience(each: Generation) -> tuple[int, int]:
     """Who is read next: the shortest prompt, but each time it is passed over makes a longer one shorter."""
     return each.task.request.priority, each.unread - PAUSE * each.passed_over
+
+
+def _even(unread: int, most: int) -> int:
+    """The size of the first of as few pieces, as even as can be: a short last one would be read slowly."""
+    pieces = -(-unread // most)
+    return min(most, -(-unread // pieces // 4) * 4)
 
 
 def _account(plan: Plan) -> tuple[str, ...]:

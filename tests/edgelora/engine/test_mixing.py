@@ -265,9 +265,9 @@ def test_each_sequence_says_among_others_what_it_says_alone(
         mixed, lone = together(made, REQUESTS), alone(made, REQUESTS)
     for got, want in zip(mixed, lone, strict=True):
         assert_same_reply(got, want, ROUNDING[quant])
-    assert max(largest_difference(got, want) for got, want in zip(mixed, lone, strict=True)) > 0, (
-        "they were never decoded together"
-    )
+    if quant == "f32":  # whose kernels round otherwise where a batch has more rows
+        differences = [largest_difference(got, want) for got, want in zip(mixed, lone, strict=True)]
+        assert max(differences) > 0, "they were never decoded together"
     # the twin: each with its neighbour's
     for got, other in zip(mixed, lone[1:] + lone[:1], strict=True):
         assert np.abs(got.logits[0] - other.logits[0]).max() > ANOTHER_ADAPTER

@@ -66,13 +66,15 @@ def test_a_stream_flows_while_a_long_prompt_is_read(base: Path, adapters: dict[s
         assert len(first.pieces) > 5
 
 
-def test_a_prompt_is_read_in_whole_chunks_where_nobody_writes(base: Path) -> None:
+def test_a_prompt_is_read_in_few_even_pieces_where_nobody_writes(base: Path) -> None:
     with traced(base, {}, parallel=2) as steps:
         trace = steps.submit(Request(LONG, sampling=greedy(1)))
         steps.step()
         reader = steps.generation(trace)
         assert reader is not None
-        assert len(reader.sequence.tokens) == scheduler.CHUNK
+        whole = len(reader.plan.tokens)
+        assert 1 < whole / scheduler.READ < 2
+        assert abs(len(reader.sequence.tokens) - whole / 2) <= 4
 
 
 @needs_kernels
@@ -258,7 +260,7 @@ def test_a_long_prompt_is_read_while_short_ones_keep_coming(base: Path, adapters
             steps.step()
             if long.is_done:
                 break
-        assert i > 3
+        assert i > 1
         assert long.is_done
 
 
@@ -268,8 +270,11 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(base: Path, adapters: dict[
         long = steps.submit(Request(LONG, "red", sampling=greedy(1)))
         steps.step()
         short = steps.submit(Request("hi", "blue", sampling=greedy(1)))
-        steps.until(lambda: short.is_done)
-        assert not long.is_done
+        steps.finish()
+    first, second = (
+        trace.task.submitted + trace.completion.seconds_to_first_token for trace in (short, long) if trace.completion
+    )
+    assert first < second
 
 
 # Turns of those that cannot share a decode
