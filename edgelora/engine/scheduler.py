@@ -30,8 +30,8 @@ PAUSE = 64
 their speed with fewer than 16 rows, and at their best from 64 on."""
 QUANTUM = 128
 """Tokens, read or written, after which another group has its turn: switching costs 2 ms, a step 20 and more."""
-READ = 256
-"""Tokens of prompts read in one decode while nobody writes."""
+READ = 512
+"""Tokens of prompts read in one decode while nobody writes; who comes meanwhile waits for no more."""
 TAIL = 8
 """Last tokens of a prompt that are decoded beside those who write, a token a step: as a chunk of their own, which no
 batch is as slow as, they would take as long as several steps."""
@@ -113,7 +113,7 @@ class Scheduler:
         most, done = PAUSE if writing else READ, 0
         while done < most and (reading := self._reading(group)):
             each = min(reading, key=_impatience)
-            if most - done < min(PAUSE, each.unread):  # a piece that is read slowly
+            if done and each.unread > most - done:  # the next step has room for a piece that is read fast
                 break
             done += self._read(each, reading, most - done)
             self._leave()

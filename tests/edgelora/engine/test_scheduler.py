@@ -66,7 +66,8 @@ def test_a_stream_flows_while_a_long_prompt_is_read(base: Path, adapters: dict[s
         assert len(first.pieces) > 5
 
 
-def test_a_prompt_is_read_in_few_even_pieces_where_nobody_writes(base: Path) -> None:
+def test_a_prompt_is_read_in_few_even_pieces_where_nobody_writes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "READ", 256)
     with traced(base, {}, parallel=2) as steps:
         trace = steps.submit(Request(LONG, sampling=greedy(1)))
         steps.step()
@@ -265,7 +266,10 @@ def test_a_long_prompt_is_read_while_short_ones_keep_coming(base: Path, adapters
 
 
 @needs_kernels
-def test_a_short_prompt_does_not_wait_for_a_long_one(base: Path, adapters: dict[str, Path]) -> None:
+def test_a_short_prompt_does_not_wait_for_a_long_one(
+    base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "READ", 128)
     with traced(base, adapters, parallel=2) as steps:
         long = steps.submit(Request(LONG, "red", sampling=greedy(1)))
         steps.step()
