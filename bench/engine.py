@@ -185,9 +185,9 @@ class Bench:
 
     def mixed_load(self) -> Iterator[Row]:
         load = Row("64 requests, 16 adapters of mixed rank", ">= 1.6 of llama-server", at_least=1.6)
-        waits = Row("the same: longest request beside the mean (s)", "<= 2.0", at_most=2.0)
+        waits = Row("the same: longest from request to end beside the mean (s)", "<= 2.0", at_most=2.0)
         rng = np.random.default_rng(7)
-        with self.engine(self.mixed, parallel=2 * STREAMS) as engine, self.server(self.mixed) as server:
+        with self.engine(self.mixed, parallel=4 * STREAMS) as engine, self.server(self.mixed) as server:
             names = engine.adapters
             for _ in range(max(1, self.runs // 2)):
                 lengths = [(int(rng.integers(8, 96)), int(rng.integers(4, self.scale))) for _ in range(64)]
@@ -199,7 +199,7 @@ class Bench:
                 start = time.perf_counter()
                 replies = server.together(work)
                 load.theirs.append(sum(each.completion_tokens for each in replies) / (time.perf_counter() - start))
-                ends = [each.seconds_waiting for each in done]
+                ends = [_seconds(each) for each in done]
                 waits.ours.append(max(ends))
                 waits.theirs.append(max(statistics.mean(ends), 1e-9))
         yield from (load, waits)
@@ -256,6 +256,12 @@ class Bench:
 
     def _speed(self, engine: Engine) -> float:
         return engine.submit(request(self.fresh(16), 2 * self.scale, engine.adapters[0])).completion.tokens_per_second
+
+
+def _seconds(done: Completion) -> float:
+    """From a request to its reply's end."""
+    decoding = (done.completion_tokens - 1) / done.tokens_per_second if done.tokens_per_second else 0.0
+    return done.seconds_to_first_token + decoding
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {

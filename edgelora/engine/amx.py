@@ -8,17 +8,17 @@ base reads is a segmentation fault, in each of llama.cpp's programs. So a proces
 from __future__ import annotations
 
 import ctypes
-import os
+import itertools
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 TRIAL = Path(__file__).with_name("amx_trial.py")
 TRY_SECONDS = 20
+CPU = 0  # ggml_backend_dev_type, ggml/include/ggml-backend.h
+TILES = b"AMX"  # the name of ggml's way to store weights for them
 
 
 def is_broken(libraries: Path) -> bool:
@@ -46,58 +46,39 @@ def _dies(command: list[str]) -> bool:
 
 
 def hide_from(ggml: ctypes.CDLL) -> None:
-    """Let ggml make its list of ways to store weights, which it makes once, while the system refuses tiles.
+    """Take tiles out of ggml's list of ways to store weights, which llama.cpp goes through for each tensor.
 
     Args:
         ggml: the library, before it has loaded a model.
     """
-    device = _function(ggml, "ggml_backend_dev_by_type", ctypes.c_void_p, ctypes.c_int)(0)
-    registry = _function(ggml, "ggml_backend_dev_backend_reg", ctypes.c_void_p, ctypes.c_void_p)(device)
-    find = _function(ggml, "ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
-    if found := find(registry, b"ggml_backend_dev_get_extra_bufts"):
-        list_ways = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(found)
-        with _silence(), refused():
-            list_ways(device)
+    if ways := _list_of_ways(ggml):
+        name_of = _function(ggml, "ggml_backend_buft_name", ctypes.c_char_p, ctypes.c_void_p)
+        kept = [way for way in _until_null(ways) if name_of(way) != TILES]
+        for place, way in enumerate([*kept, None]):
+            ways[place] = way
+
+
+def ways_to_store(ggml: ctypes.CDLL) -> list[bytes]:
+    """Names of ggml's ways to store weights, beside the plain one."""
+    name_of = _function(ggml, "ggml_backend_buft_name", ctypes.c_char_p, ctypes.c_void_p)
+    return [name_of(way) for way in _until_null(_list_of_ways(ggml))]
+
+
+def _list_of_ways(ggml: ctypes.CDLL) -> Any:
+    """ggml's own array of addresses, a null at its end; None where it has no such list."""
+    pointer = ctypes.c_void_p
+    device = _function(ggml, "ggml_backend_dev_by_type", pointer, ctypes.c_int)(CPU)
+    registry = _function(ggml, "ggml_backend_dev_backend_reg", pointer, pointer)(device)
+    find = _function(ggml, "ggml_backend_reg_get_proc_address", pointer, pointer, ctypes.c_char_p)
+    found = find(registry, b"ggml_backend_dev_get_extra_bufts")
+    return ctypes.CFUNCTYPE(ctypes.POINTER(pointer), pointer)(found)(device) if found else None
+
+
+def _until_null(ways: Any) -> list[int]:
+    return list(itertools.takewhile(bool, (ways[place] for place in itertools.count()))) if ways else []
 
 
 def _function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
     function = getattr(library, name)
     function.restype, function.argtypes = result, list(arguments)
     return function
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """ggml says on stderr, not in its log, that there are no tiles."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-class _SignalStack(ctypes.Structure):
-    _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
-
-
-@contextmanager
-def refused() -> Iterator[None]:
-    """While it lasts, the system refuses tiles to this process.
-
-    It does so where a thread's alternate signal stack could not hold their state (kernel's Documentation/arch/x86/
-    xstate.rst), so this thread gets a small one: enough for every other register, too little for 8 KiB of tiles.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    memory = ctypes.create_string_buffer(8192)
-    small = _SignalStack(ctypes.cast(memory, ctypes.c_void_p), 0, len(memory))
-    before = _SignalStack()
-    if libc.sigaltstack(ctypes.byref(small), ctypes.byref(before)):
-        yield
-        return
-    try:
-        yield
-    finally:
-        libc.sigaltstack(ctypes.byref(before), None)

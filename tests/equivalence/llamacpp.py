@@ -17,22 +17,8 @@ from edgelora.engine.native import forget_log, llama, reason
 
 F32 = 0  # ggml_type
 FLASH_ATTENTION_OFF = 0
-_log: list[str] = []
 
-
-@llama_cpp.llama_log_callback
-def _collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-    _log.append(text.decode("utf-8", errors="replace"))
-
-
-llama()  # it hides matrix tiles where they would end the process
-llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
-llama_cpp.llama_backend_init()
-
-
-def said() -> str:
-    """The last that llama.cpp logged: to us, or to the engine, if that has been imported since."""
-    return "".join(_log[-20:]) or reason()
+llama()  # hides matrix tiles where they would end the process, and keeps llama.cpp's log: `reason` tells what it said
 
 
 @contextlib.contextmanager
@@ -41,7 +27,7 @@ def loaded(path: Path, *, vocab_only: bool = False) -> Iterator[Any]:
     params.n_gpu_layers, params.vocab_only = 0, vocab_only
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
-        raise RuntimeError("llama.cpp cannot load it: " + said())
+        raise RuntimeError("llama.cpp cannot load it: " + reason())
     try:
         yield model
     finally:
@@ -76,7 +62,7 @@ def logits(
 def _apply(model: Any, context: Any, path: Path) -> None:
     adapter = llama_cpp.llama_adapter_lora_init(model, str(path).encode())
     if not adapter:
-        raise RuntimeError("llama.cpp cannot load the adapter: " + said())
+        raise RuntimeError("llama.cpp cannot load the adapter: " + reason())
     adapters, scales = (type(adapter) * 1)(adapter), (ctypes.c_float * 1)(1.0)
     if llama_cpp.llama_set_adapters_lora(context, adapters, 1, scales):
         raise RuntimeError("llama.cpp cannot apply the adapter")
@@ -140,10 +126,9 @@ def quantize(
         params.imatrix = entries
     if tensor_types:
         params.tt_overrides = patterns
-    _log.clear()
     forget_log()
     if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)):
-        raise RuntimeError("llama_model_quantize failed: " + said())
+        raise RuntimeError("llama_model_quantize failed: " + reason())
 
 
 def _imatrix_array(imatrix: Mapping[str, npt.NDArray[np.float32]]) -> Any:
