@@ -159,7 +159,7 @@ class _Verification:
         """Why llama.cpp must not load it; empty where it may."""
         try:
             check_adapter(self._header, self._base)
-            check_finite(self._header)
+            check_finite(self._header, self._header.path.read_bytes())
         except ModelFileError as error:
             self._add_fit("fits", "fits the base, can be run", error.message)
             return "the adapter cannot be run"

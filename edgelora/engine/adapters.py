@@ -157,11 +157,11 @@ def prepare(ref: AdapterRef, base: GGUFHeader, *, mixing: bool) -> Prepared:
     header = read_checked(ref.path, "adapter")
     check_no_bundle(ref.path, base)
     check_adapter(header, base)
-    check_finite(header)
     contract = Contract.from_metadata(header.metadata, str(ref.path))
     data = _read(ref.path)
     if _state(ref.path) != before:
         raise ModelFileError(f"{ref.path}: changed while it was being loaded", hint="Try again.")
+    check_finite(header, data)
     weights = read_weights(header, data) if mixing and not problem_of(header) else None
     return Prepared(ref, header, hashlib.sha256(data).hexdigest(), contract, weights)
 

@@ -52,7 +52,7 @@ def hide_from(ggml: ctypes.CDLL) -> None:
         ggml: the library, before it has loaded a model.
     """
     if ways := _list_of_ways(ggml):
-        name_of = _function(ggml, "ggml_backend_buft_name", ctypes.c_char_p, ctypes.c_void_p)
+        name_of = declared(ggml, "ggml_backend_buft_name", ctypes.c_char_p, ctypes.c_void_p)
         kept = [way for way in _until_null(ways) if name_of(way) != TILES]
         for place, way in enumerate([*kept, None]):
             ways[place] = way
@@ -60,16 +60,16 @@ def hide_from(ggml: ctypes.CDLL) -> None:
 
 def ways_to_store(ggml: ctypes.CDLL) -> list[bytes]:
     """Names of ggml's ways to store weights, beside the plain one."""
-    name_of = _function(ggml, "ggml_backend_buft_name", ctypes.c_char_p, ctypes.c_void_p)
+    name_of = declared(ggml, "ggml_backend_buft_name", ctypes.c_char_p, ctypes.c_void_p)
     return [name_of(way) for way in _until_null(_list_of_ways(ggml))]
 
 
 def _list_of_ways(ggml: ctypes.CDLL) -> Any:
     """ggml's own array of addresses, a null at its end; None where it has no such list."""
     pointer = ctypes.c_void_p
-    device = _function(ggml, "ggml_backend_dev_by_type", pointer, ctypes.c_int)(CPU)
-    registry = _function(ggml, "ggml_backend_dev_backend_reg", pointer, pointer)(device)
-    find = _function(ggml, "ggml_backend_reg_get_proc_address", pointer, pointer, ctypes.c_char_p)
+    device = declared(ggml, "ggml_backend_dev_by_type", pointer, ctypes.c_int)(CPU)
+    registry = declared(ggml, "ggml_backend_dev_backend_reg", pointer, pointer)(device)
+    find = declared(ggml, "ggml_backend_reg_get_proc_address", pointer, pointer, ctypes.c_char_p)
     found = find(registry, b"ggml_backend_dev_get_extra_bufts")
     return ctypes.CFUNCTYPE(ctypes.POINTER(pointer), pointer)(found)(device) if found else None
 
@@ -78,7 +78,8 @@ def _until_null(ways: Any) -> list[int]:
     return list(itertools.takewhile(bool, (ways[place] for place in itertools.count()))) if ways else []
 
 
-def _function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
+def declared(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
+    """A function of a C library, with the types of its result and arguments."""
     function = getattr(library, name)
     function.restype, function.argtypes = result, list(arguments)
     return function

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
-from edgelora.engine.native import llama
+from edgelora.engine.native import ggml_function, llama
 
 _KINDS = ("CPU", "GPU", "integrated GPU", "accelerator", "meta")  # ggml_backend_dev_type, ggml/include/ggml-backend.h
 
@@ -22,28 +21,20 @@ class Device:
     total_bytes: int
 
 
-def _function(name: str, result: object, *arguments: object) -> Any:
-    # ggml's device functions are not declared by llama-cpp-python; its llama library finds them in the ggml that it is
-    # linked to. Opening libggml by path could load a second copy of it.
-    function = getattr(llama()._lib, name)
-    function.restype, function.argtypes = result, list(arguments)
-    return function
-
-
 def devices() -> list[Device]:
     """The devices that llama.cpp can compute on, in its own order."""
-    count = _function("ggml_backend_dev_count", ctypes.c_size_t)()
-    get = _function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+    count = ggml_function("ggml_backend_dev_count", ctypes.c_size_t)()
+    get = ggml_function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
     return [_describe(get(index)) for index in range(count)]
 
 
 def _describe(device: int) -> Device:
-    name = _function("ggml_backend_dev_name", ctypes.c_char_p, ctypes.c_void_p)(device).decode()
-    description = _function("ggml_backend_dev_description", ctypes.c_char_p, ctypes.c_void_p)(device).decode()
-    kind = _function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)(device)
+    name = ggml_function("ggml_backend_dev_name", ctypes.c_char_p, ctypes.c_void_p)(device).decode()
+    description = ggml_function("ggml_backend_dev_description", ctypes.c_char_p, ctypes.c_void_p)(device).decode()
+    kind = ggml_function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)(device)
     free, total = ctypes.c_size_t(0), ctypes.c_size_t(0)
     size_pointer = ctypes.POINTER(ctypes.c_size_t)
-    memory = _function("ggml_backend_dev_memory", None, ctypes.c_void_p, size_pointer, size_pointer)
+    memory = ggml_function("ggml_backend_dev_memory", None, ctypes.c_void_p, size_pointer, size_pointer)
     memory(device, ctypes.byref(free), ctypes.byref(total))
     return Device(name, description, _KINDS[kind] if kind < len(_KINDS) else f"type {kind}", free.value, total.value)
 

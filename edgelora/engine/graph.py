@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgelora.engine.native import llama
+from edgelora.engine.native import ggml_function
 from edgelora.errors import EdgeloraError
 
 MAX_DIMENSIONS, MAX_SOURCES, MAX_NAME = 4, 10, 64  # GGML_MAX_DIMS, GGML_MAX_SRC, GGML_MAX_NAME, ggml/include/ggml.h
@@ -59,13 +59,6 @@ class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
-def _function(name: str, result: object, *arguments: object) -> Any:
-    # Found through the llama library, which is linked to the one ggml that is loaded; see devices.py.
-    function = getattr(llama()._lib, name)
-    function.restype, function.argtypes = result, list(arguments)
-    return function
-
-
 @cache
 def operations() -> tuple[int, int]:
     """The numbers of MUL_MAT and MUL_MAT_ID in `enum ggml_op`.
@@ -74,13 +67,13 @@ def operations() -> tuple[int, int]:
         EdgeloraError: this build of llama.cpp lays its nodes out otherwise.
     """
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    init = _function("ggml_init", pointer, _InitParams)
-    free = _function("ggml_free", None, pointer)
-    new = _function("ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, size, size, size)
-    set_name = _function("ggml_set_name", pointer, pointer, ctypes.c_char_p)
-    multiply = _function("ggml_mul_mat", pointer, pointer, pointer, pointer)
-    multiply_by_id = _function("ggml_mul_mat_id", pointer, pointer, pointer, pointer, pointer)
-    name_of = _function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
+    init = ggml_function("ggml_init", pointer, _InitParams)
+    free = ggml_function("ggml_free", None, pointer)
+    new = ggml_function("ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, size, size, size)
+    set_name = ggml_function("ggml_set_name", pointer, pointer, ctypes.c_char_p)
+    multiply = ggml_function("ggml_mul_mat", pointer, pointer, pointer, pointer)
+    multiply_by_id = ggml_function("ggml_mul_mat_id", pointer, pointer, pointer, pointer, pointer)
+    name_of = ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
     context = init(_InitParams(1 << 16, None, True))
     try:
         weight, rows, ids = new(context, F32, 8, 5, 3), new(context, F32, 8, 2, 7), new(context, I32, 2, 7, 1)
@@ -114,9 +107,9 @@ def custom_operation(function: Any) -> tuple[int, bytes, int]:
     """
     operations()
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    init, free = _function("ggml_init", pointer, _InitParams), _function("ggml_free", None, pointer)
-    new = _function("ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, size, size, size)
-    custom = _function(
+    init, free = ggml_function("ggml_init", pointer, _InitParams), ggml_function("ggml_free", None, pointer)
+    new = ggml_function("ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, size, size, size)
+    custom = ggml_function(
         "ggml_custom_4d",
         pointer,
         pointer,
@@ -136,7 +129,7 @@ def custom_operation(function: Any) -> tuple[int, bytes, int]:
         number, parameters = int(node.op), bytes(node.op_params)
     finally:
         free(context)
-    name = _function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)(number)
+    name = ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)(number)
     user_at = parameters.find(argument.to_bytes(8, sys.byteorder))
     if name != b"CUSTOM" or user_at < 8 or int.from_bytes(parameters[:8], sys.byteorder) != address.value:
         raise EdgeloraError("this llama.cpp lays out its operations in a way that edgelora does not know", hint=_TESTED)
@@ -154,20 +147,20 @@ def values(node: Node) -> npt.NDArray[Any]:
     dtype = DTYPES.get(node.type)
     if dtype is None:
         raise EdgeloraError(f"the node {weight_name(node)!r} has values of ggml type {node.type}, expected F32 or I32")
-    size = _function("ggml_nbytes", ctypes.c_size_t, ctypes.c_void_p)(ctypes.addressof(node))
+    size = ggml_function("ggml_nbytes", ctypes.c_size_t, ctypes.c_void_p)(ctypes.addressof(node))
     memory: Any
     if is_host(node):
         memory = (ctypes.c_char * size).from_address(node.data)
     else:
         memory = ctypes.create_string_buffer(size)
-        get = _function("ggml_backend_tensor_get", None, *[ctypes.c_void_p] * 2, *[ctypes.c_size_t] * 2)
+        get = ggml_function("ggml_backend_tensor_get", None, *[ctypes.c_void_p] * 2, *[ctypes.c_size_t] * 2)
         get(ctypes.addressof(node), ctypes.addressof(memory), 0, size)
     return np.ndarray(tuple(node.ne[::-1]), dtype, buffer=memory, strides=tuple(node.nb[::-1]))
 
 
 def is_host(node: Node) -> bool:
     """Whether the node's values lie in memory that the CPU can read."""
-    return bool(_function("ggml_backend_buffer_is_host", ctypes.c_bool, ctypes.c_void_p)(node.buffer))
+    return bool(ggml_function("ggml_backend_buffer_is_host", ctypes.c_bool, ctypes.c_void_p)(node.buffer))
 
 
 def weight_name(node: Node) -> str:

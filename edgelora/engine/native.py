@@ -50,6 +50,14 @@ def llama() -> Any:
     return library
 
 
+def ggml_function(name: str, result: object, *arguments: object) -> Any:
+    """A function of ggml's that llama-cpp-python does not declare.
+
+    Its llama library finds them in the ggml that it is linked to; opening libggml by path could load a second copy.
+    """
+    return amx.declared(llama()._lib, name, result, *arguments)
+
+
 def _on_log(level: int, text: bytes, _user_data: Any) -> None:
     if level in (_WARN, _ERROR):
         _log.lines.append(text.decode("utf-8", errors="replace").strip())
