@@ -12,8 +12,10 @@ The only package that imports `llama_cpp`, and only its low-level half:
     adapters.py     which adapters there are, and which of them are in memory
     graph.py        nodes of a compute graph, as they lie in memory
     low_rank.py     an adapter's weights, as the mixing kernels read them
-    mixing.py       different adapters in one decode; kernels/ is its C half
-    mixing_proof.py that this model computes with them as llama.cpp does
+    mixer.py        different adapters in one decode: what a mixer is, and the sockets that llama.cpp is given
+    mixing_rows.py  by kernels of our own, on the CPU; kernels/ has the C
+    mixing_stack.py by a stack with masks, on any backend
+    mixing.py       which of the two; mixing_proof.py: that this model computes with it as llama.cpp does
     cache.py        KV prefixes, keyed by adapter content and scale; kv_files.py keeps them on disk
     fit.py          how much KV, of which type, and how many GPU layers fit
     sampler.py      sampler chains

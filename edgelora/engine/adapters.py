@@ -21,7 +21,7 @@ from edgelora.adapter_ref import BASE_NAMES, AdapterRef
 from edgelora.bundle_reading import BundledAdapter, bundled_adapters, check_no_bundle
 from edgelora.contract import Contract
 from edgelora.engine.low_rank import Weights, problem_of, read_weights
-from edgelora.engine.mixing import Mixer
+from edgelora.engine.mixer import Mixer
 from edgelora.engine.mixing_proof import prove
 from edgelora.engine.model import Model
 from edgelora.engine.native import Handle, forget_log, llama, reason
@@ -308,7 +308,12 @@ class Adapters:
         Raises:
             ModelFileError: a file that is gone, or holds something else by now.
         """
-        return all([self._ready(file, mixed) for file in _files_of(adapters)])
+        if not all([self._ready(file, mixed) for file in _files_of(adapters)]):
+            return False
+        if not mixed or self.mixer is None:
+            return True
+        used = [file.weights for file in self._files.values() if file.users and file.weights]
+        return self.mixer.is_ready(used, self._wake)
 
     def stop_mixing(self, problem: str) -> None:
         """Let llama.cpp apply its own adapters from now on, also in what is under way."""

@@ -11,7 +11,7 @@ a fresh engine would compute them, so that its logits are the same bits whatever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -76,6 +76,12 @@ class Wanted:
     tokens: Sequence[int]
     begins: int = 0
     deterministic: bool = False
+
+
+def _weight(leaving: Iterable[KVSequence]) -> tuple[int, int]:
+    """How many have to change places, and how much they hold."""
+    sizes = [len(each.tokens) for each in leaving]
+    return len(sizes), sum(sizes)
 
 
 def _usable(held: KVSequence | Kept, wanted: Wanted) -> int:
@@ -241,16 +247,24 @@ class KVCache:
             sequence.key, sequence.busy = None, False
 
     def close_gaps(self, writing: Sequence[KVSequence]) -> None:
-        """Move these to places that follow each other, for they are decoded together: the last one into the first gap
-        between them.
+        """Move these to places that follow each other, for they are decoded together. Whoever is there, idle or reading
+        or waiting, changes places with one of them: a decode more would cost more than two copies.
 
         Raises:
             SequencesLost: see there.
         """
-        while (places := sorted(each.id for each in writing)) and places[-1] - places[0] >= len(places):
-            gaps = (id for id in range(places[0], places[-1]) if id not in places and not self.sequences[id].busy)
-            gap = next(gaps, None)
-            if gap is None or not self._swap(gap, places[-1]):
+        ids, size = {each.id for each in writing}, len(writing)
+        if not ids or max(ids) - min(ids) < size:
+            return
+        windows = [self.sequences[first : first + size] for first in range(len(self.sequences) - size + 1)]
+        whole = [each for each in windows if not any(sequence.busy and sequence.key is None for sequence in each)]
+        if not whole:  # there are spoiled places everywhere
+            return
+        window = min(whole, key=lambda each: _weight(sequence for sequence in each if sequence.id not in ids))
+        leaving = [sequence.id for sequence in window if sequence.id not in ids]
+        coming = sorted(ids - {sequence.id for sequence in window})
+        for gap, id in zip(leaving, coming, strict=True):
+            if not self._swap(gap, id):
                 return
 
     def _swap(self, one: int, other: int) -> bool:

@@ -55,7 +55,9 @@ class Node(ctypes.Structure):
         return Node.from_address(self.src[index])
 
 
-class _InitParams(ctypes.Structure):
+class InitParams(ctypes.Structure):
+    """`struct ggml_init_params`."""
+
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
@@ -67,14 +69,14 @@ def operations() -> tuple[int, int]:
         EdgeloraError: this build of llama.cpp lays its nodes out otherwise.
     """
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    init = ggml_function("ggml_init", pointer, _InitParams)
+    init = ggml_function("ggml_init", pointer, InitParams)
     free = ggml_function("ggml_free", None, pointer)
     new = ggml_function("ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, size, size, size)
     set_name = ggml_function("ggml_set_name", pointer, pointer, ctypes.c_char_p)
     multiply = ggml_function("ggml_mul_mat", pointer, pointer, pointer, pointer)
     multiply_by_id = ggml_function("ggml_mul_mat_id", pointer, pointer, pointer, pointer, pointer)
     name_of = ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
-    context = init(_InitParams(1 << 16, None, True))
+    context = init(InitParams(1 << 16, None, True))
     try:
         weight, rows, ids = new(context, F32, 8, 5, 3), new(context, F32, 8, 2, 7), new(context, I32, 2, 7, 1)
         set_name(weight, b"weight")
@@ -98,6 +100,31 @@ def operations() -> tuple[int, int]:
     return operation
 
 
+@cache
+def elementwise_operations() -> tuple[int, int]:
+    """The numbers of MUL and SCALE in `enum ggml_op`.
+
+    Raises:
+        EdgeloraError: this build of llama.cpp lays its nodes out otherwise.
+    """
+    operations()
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    init, free = ggml_function("ggml_init", pointer, InitParams), ggml_function("ggml_free", None, pointer)
+    new = ggml_function("ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, size, size, size)
+    context = init(InitParams(1 << 16, None, True))
+    try:
+        rows = new(context, F32, 8, 2, 1)
+        product = ggml_function("ggml_mul", pointer, pointer, pointer, pointer)(context, rows, rows)
+        scaled = ggml_function("ggml_scale", pointer, pointer, pointer, ctypes.c_float)(context, rows, 2.0)
+        numbers = int(Node.from_address(product).op), int(Node.from_address(scaled).op)
+    finally:
+        free(context)
+    name_of = ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
+    if [name_of(number) for number in numbers] != [b"MUL", b"SCALE"]:
+        raise EdgeloraError("this llama.cpp lays out its operations in a way that edgelora does not know", hint=_TESTED)
+    return numbers
+
+
 def custom_operation(function: Any) -> tuple[int, bytes, int]:
     """How ggml writes down an operation that runs a C function on all threads: its number, its parameters (64 bytes,
     the function first), and where among them the function's own argument is.
@@ -107,7 +134,7 @@ def custom_operation(function: Any) -> tuple[int, bytes, int]:
     """
     operations()
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    init, free = ggml_function("ggml_init", pointer, _InitParams), ggml_function("ggml_free", None, pointer)
+    init, free = ggml_function("ggml_init", pointer, InitParams), ggml_function("ggml_free", None, pointer)
     new = ggml_function("ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, size, size, size)
     custom = ggml_function(
         "ggml_custom_4d",
@@ -122,7 +149,7 @@ def custom_operation(function: Any) -> tuple[int, bytes, int]:
         pointer,
     )
     address, argument, every_thread = ctypes.cast(function, pointer), 0x5AFE5EED5AFE5EED, -1  # GGML_N_TASKS_MAX
-    context = init(_InitParams(1 << 16, None, True))
+    context = init(InitParams(1 << 16, None, True))
     try:
         inputs = (pointer * 1)(new(context, F32, 8, 1, 1))
         node = Node.from_address(custom(context, F32, 8, 1, 1, 1, inputs, 1, address, every_thread, argument))

@@ -13,11 +13,11 @@ from converters.reader import GGUFHeader
 from edgelora.engine.kernels import TILE
 from edgelora.engine.preflight import pairs_of
 
-F32 = 0
+F32, F16, BF16 = 0, 1, 30
 _DTYPES: Mapping[str, tuple[int, type[np.generic]]] = {
     "F32": (F32, np.float32),
-    "F16": (1, np.uint16),
-    "BF16": (30, np.uint16),
+    "F16": (F16, np.uint16),
+    "BF16": (BF16, np.uint16),
 }
 """GGUF type to its number in `enum ggml_type`, and what numpy holds its bits in."""
 MAX_NAME = 63 - len(".lora_a")  # of a matrix: ggml keeps 63 bytes of its socket's name
@@ -101,3 +101,15 @@ def tiled(b: Bits) -> Bits:
     if n_out % TILE:
         b = np.concatenate([b, np.zeros((-n_out % TILE, rank), b.dtype)])
     return np.ascontiguousarray(b.reshape(-1, TILE, rank).transpose(0, 2, 1))
+
+
+def untiled(b: Bits, n_out: int) -> Bits:
+    """(n_out / TILE, rank, TILE) to (n_out, rank)."""
+    return b.transpose(0, 2, 1).reshape(-1, b.shape[1])[:n_out]
+
+
+def widened(bits: Bits, type: int) -> npt.NDArray[np.float32]:
+    """Values of a `LowRank`'s type as float32, exactly."""
+    if type == F16:
+        return bits.view(np.float16).astype(np.float32)
+    return bits if type == F32 else (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from converters.reader import GGUFHeader
 from edgelora.engine.context import Applied, Context
 from edgelora.engine.low_rank import F32, LowRank, Weights, tiled
-from edgelora.engine.mixing import Mixer, Parts, Runs, make_adapter
+from edgelora.engine.mixer import Mixer, Parts, Runs, make_adapter
+from edgelora.engine.mixing import make_mixer
 from edgelora.engine.model import Model
 from edgelora.errors import EdgeloraError
 
@@ -69,7 +70,7 @@ def prove(model: Model, names: Sequence[str], threads: int) -> Proof:
     weights = Weights({name: LowRank(a, tiled(b), F32, 1.0) for name, (a, b) in pairs.items()})
     with ExitStack() as undo:
         try:
-            mixer = Mixer(model, ROWS)
+            mixer = make_mixer(model, ROWS)
             undo.callback(mixer.close)
             own = make_adapter(model, pairs)
             undo.callback(own.close)
@@ -109,15 +110,18 @@ class _Trial:
             EdgeloraError: the graph is not as expected.
         """
         runs: Runs = [(1, each) for each in parts]
+
+        def filled(rows: Runs, outputs: Runs) -> Applied:
+            self._mixer.fill(rows, outputs)
+            return ((self._mixer.socket, 1.0),)
+
         return self._run(
-            ((self._mixer.socket, 1.0),),
-            lambda sequence: self._mixer.fill([(ROWS, parts[sequence])], [(1, parts[sequence])]),
-            lambda: self._mixer.fill(runs, runs),
+            lambda sequence: filled([(ROWS, parts[sequence])], [(1, parts[sequence])]), lambda: filled(runs, runs)
         )
 
     def logits(self, applied: Applied) -> npt.NDArray[np.float32]:
         """All with llama.cpp's own adapters."""
-        return self._run(applied, lambda sequence: None, lambda: None)
+        return self._run(lambda sequence: applied, lambda: applied)
 
     def seconds(self, parts: Sequence[Parts], applied: Sequence[Applied]) -> tuple[float, float]:
         """The best of three times of a token in each sequence: mixed, and adapter after adapter."""
@@ -146,18 +150,15 @@ class _Trial:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    def _run(
-        self, applied: Applied, before_prompt: Callable[[int], None], before_last: Callable[[], None]
-    ) -> npt.NDArray[np.float32]:
+    def _run(self, for_prompt: Callable[[int], Applied], for_last: Callable[[], Applied]) -> npt.NDArray[np.float32]:
         context, found = self._context, []
-        context.apply(applied)
         for sequence, tokens in enumerate(self._tokens):
             context.trim(sequence, 0)
-            before_prompt(sequence)
+            context.apply(for_prompt(sequence))
             context.decode(sequence, tokens, 0)
             found.append(context.all_logits(1).copy())
             self._check()
-        before_last()
+        context.apply(for_last())
         context.decode_rows(0, self._last, [ROWS] * SEQUENCES)
         found.append(context.all_logits(SEQUENCES).copy())
         self._check()

@@ -16,7 +16,8 @@ from edgelora.engine.context import Context
 from edgelora.engine.devices import backend_name, devices
 from edgelora.engine.fit import DEFAULT_N_CTX, KV_TYPES, KVFit, fit_gpu_layers, fit_kv, kv_values_per_token
 from edgelora.engine.kv_files import KVFiles
-from edgelora.engine.mixing import Mixer, why_not
+from edgelora.engine.mixer import Mixer
+from edgelora.engine.mixing import make_mixer, why_not
 from edgelora.engine.model import Model
 from edgelora.engine.native import llama
 from edgelora.engine.planning import ERROR, Planner
@@ -107,7 +108,8 @@ class Runtime:
             )
             undo.callback(self.adapters.close)
             undo.callback(self.context.close)  # first: it lets go of the adapters, and they of the model
-            reproducible = settings.reproducible and not self.model.is_recurrent
+            independent = self.mixer is None or self.mixer.rows_are_independent
+            reproducible = settings.reproducible and independent and not self.model.is_recurrent
             self.scheduler = Scheduler(
                 self.model,
                 self.context,
@@ -142,7 +144,7 @@ class Runtime:
         problem = "" if self.settings.mode == "switching" else why_not()
         if problem and self.settings.mode == "mixed":
             raise SettingsError(f"adapters cannot be mixed here: {problem}", hint="Use mode='auto', or 'switching'.")
-        return None if problem or self.settings.mode == "switching" else Mixer(self.model, n_batch)
+        return None if problem or self.settings.mode == "switching" else make_mixer(self.model, n_batch)
 
     def _kv_files(self, kv_type: str) -> KVFiles | None:
         folder = self.settings.cache_dir

@@ -20,7 +20,7 @@ from edgelora.engine.adapters import Adapters
 from edgelora.engine.cache import CHUNK, KVCache, SequencesLost
 from edgelora.engine.context import Context, Interrupted
 from edgelora.engine.generation import Generation, Plan, unstarted
-from edgelora.engine.mixing import Mixer, Parts, Runs
+from edgelora.engine.mixer import Mixer, Parts, Runs
 from edgelora.engine.model import Model
 from edgelora.engine.stream import Completion, Task
 from edgelora.engine.threads import LoadFollower
@@ -110,7 +110,7 @@ class Scheduler:
         if writing:
             tails = [each for each in group if self._is_tail(each)]
             self._write([*writing, *tails])
-        most, done = PAUSE if writing else READ, 0
+        most, done = self._pause() if writing else READ, 0
         while done < most and (reading := self._reading(group)):
             each = min(reading, key=_impatience)
             if done and each.unread > most - done:  # the next step has room for a piece that is read fast
@@ -118,9 +118,14 @@ class Scheduler:
             done += self._read(each, reading, most - done)
             self._leave()
             if any(each.pending is not None for each in self._running):
-                most = PAUSE
+                most = self._pause()
         self._leave()
         return bool(group)
+
+    def _pause(self) -> int:
+        """For how many tokens of prompts those who write pause now: for twice as many, where more wait than write."""
+        writing = sum(each.pending is not None for each in self._running)
+        return PAUSE if 2 * writing >= len(self._running) else 2 * PAUSE
 
     def _reading(self, group: Sequence[Generation]) -> list[Generation]:
         """Whose prompts are still to be read."""
@@ -226,7 +231,9 @@ class Scheduler:
         return MIXED if self._mixes(each.plan) else each.plan.key_at(len(each.sequence.tokens))
 
     def _mixes(self, plan: Plan) -> bool:
-        return self.mixer is not None and all(adapter.is_mixable for adapter, _ in plan.adapters)
+        if self.mixer is None or (plan.deterministic and not self.mixer.rows_are_independent):
+            return False
+        return all(adapter.is_mixable for adapter, _ in plan.adapters)
 
     def _read(self, each: Generation, reading: Sequence[Generation], most: int) -> int:
         """Decode the next chunk of a prompt, at most so many tokens of it; at its end, choose the first token.

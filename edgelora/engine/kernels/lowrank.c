@@ -1,12 +1,9 @@
 /* Low-rank adapters in llama.cpp's compute graph, each row of a batch with its own.
  *
- * With a LoRA set, llama.cpp builds four nodes for each adapted matrix W (llama-graph.cpp, build_lora_mm):
- *
- *     hidden = A x;   change = B hidden;   scaled = scale change;   sum = W x + scaled
- *
- * Here the LoRA that is set is a socket: of rank 1, zeros. Before a graph is computed, its evaluation callback is asked
- * about every node; `lowrank_on_node` then turns the first and the last of the four into custom operations, which compute
- * on our own weights, and the two between them into none. Nothing is called back while the graph is computed.
+ * The LoRA that is set is a socket: of rank 1, zeros. Before a graph is computed, its evaluation callback is asked about
+ * every node; `lowrank_on_node` then turns the first and the last of the four that a matrix has (graph.h) into custom
+ * operations, which compute on our own weights, and the two between them into none. Nothing is called back while the graph
+ * is computed.
  *
  * A row's arithmetic is the same whatever its neighbours are and however many: the same bits alone and in any batch.
  *
@@ -17,6 +14,8 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "graph.h"
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -32,30 +31,14 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define TILE 32 /* columns of B that lie together, rank by rank */
-#define SUMS 4  /* partial sums of a dot product, each of LANES values */
 #define ROWS 4  /* rows computed with one reading of the weights */
+#define RANKS (LANES == 8 ? 2 : 4) /* of A, computed with one reading of those rows: as many sums as there are registers for */
+#define RANKS_OF_ONE 8             /* and for a row alone: its sums do not wait for each other */
+#define MAX_SUMS 16
 
 typedef float floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-
-enum { F32 = 0, F16 = 1, BF16 = 30 }; /* enum ggml_type */
-
-/* struct ggml_tensor (ggml.h); `edgelora.engine.graph` proves the layout before any of this runs. */
-typedef struct tensor {
-    int32_t type;
-    void *buffer;
-    int64_t ne[4];
-    size_t nb[4];
-    int32_t op;
-    int32_t op_params[16];
-    int32_t flags;
-    struct tensor *src[10];
-    struct tensor *view_src;
-    size_t view_offset;
-    void *data;
-    char name[64];
-} tensor;
 
 /* What one adapter has for one matrix. `a` is (rank, n_in); `b` is (n_out / TILE, rank, TILE). */
 typedef struct {
@@ -87,13 +70,11 @@ typedef struct {
     struct mixer *mixer;
     int32_t n_in, n_out;
     int32_t table, seen; /* which table the rows of this decode follow; how often its nodes were found */
-    char name[64];       /* of the base's tensor */
 } matrix;
 
 typedef struct mixer {
+    names names; /* of the matrices */
     matrix *matrices;
-    int32_t *slots; /* a hash of their names: indices, or -1 */
-    int32_t n_matrices, n_slots;
     table tables[2]; /* of all tokens, and of those whose logits are wanted */
     const part *parts;
     int32_t n_parts, stride; /* parts in all; floats of a row in `hidden` */
@@ -141,46 +122,50 @@ INLINE float widen_one(int type, const void *from) {
 INLINE size_t size_of(int type) { return type == F32 ? 4 : 2; }
 
 INLINE float total(const floats *sums) {
-    floats all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     float halving[LANES];
-    memcpy(halving, &all, sizeof halving);
+    memcpy(halving, sums, sizeof halving);
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++) halving[i] += halving[i + width];
     return halving[0];
 }
 
-/* The dot products of one row of A with `n` rows of x; each is summed in the same order whatever n is. */
-INLINE void dots(int type, const char *a, const float *x, int64_t x_stride, int n, int64_t n_in, float *out, int64_t step) {
-    floats sums[ROWS][SUMS];
-    for (int i = 0; i < n; i++)
-        for (int s = 0; s < SUMS; s++) sums[i][s] = broadcast(0);
+/* The dot products of `ranks` rows of A with `n` rows of x; each is summed in the same order whatever the two are. */
+INLINE void dots(int type, const char *a, int ranks, const float *x, int n, int64_t n_in, float *out, int64_t step) {
+    floats sums[MAX_SUMS];
     int64_t k = 0;
-    for (; k + SUMS * LANES <= n_in; k += SUMS * LANES)
-        for (int s = 0; s < SUMS; s++) {
-            floats weight = widen(type, a + (k + s * LANES) * size_of(type));
-            for (int i = 0; i < n; i++) sums[i][s] += weight * load_floats(x + i * x_stride + k + s * LANES);
+    for (int s = 0; s < ranks * n; s++) sums[s] = broadcast(0);
+    for (; k + LANES <= n_in; k += LANES)
+        for (int r = 0; r < ranks; r++) {
+            floats weight = widen(type, a + (r * n_in + k) * size_of(type));
+            for (int i = 0; i < n; i++) sums[r * n + i] += weight * load_floats(x + i * n_in + k);
         }
-    for (int s = 0; k + LANES <= n_in; k += LANES, s++) {
-        floats weight = widen(type, a + k * size_of(type));
-        for (int i = 0; i < n; i++) sums[i][s] += weight * load_floats(x + i * x_stride + k);
+    for (int r = 0; r < ranks && k < n_in; r++) { /* the rest, filled up with zeros: as vectors, every compilation rounds it alike */
+        float weights[LANES] = {0}, values[LANES];
+        for (int64_t at = k; at < n_in; at++) weights[at - k] = widen_one(type, a + (r * n_in + at) * size_of(type));
+        for (int i = 0; i < n; i++) {
+            memset(values, 0, sizeof values);
+            memcpy(values, x + i * n_in + k, (n_in - k) * sizeof(float));
+            sums[r * n + i] += load_floats(weights) * load_floats(values);
+        }
     }
-    for (int i = 0; i < n; i++) {
-        float sum = total(sums[i]);
-        for (int64_t rest = k; rest < n_in; rest++) sum += widen_one(type, a + rest * size_of(type)) * x[i * x_stride + rest];
-        out[i * step] = sum;
-    }
+    for (int r = 0; r < ranks; r++)
+        for (int i = 0; i < n; i++) out[i * step + r] = total(&sums[r * n + i]);
 }
 
 INLINE void hidden_values(int type, const matrix *m, const pair *p, const float *x, const run *r, int from, int to, float *hidden) {
     const int64_t n_in = m->n_in, stride = m->mixer->stride;
     for (int row = 0; row < r->n_rows;) {
-        int n = r->n_rows - row >= ROWS ? ROWS : 1;
-        for (int rank = from; rank < to; rank++) {
+        const int n = r->n_rows - row >= ROWS ? ROWS : 1, most = n == ROWS ? RANKS : RANKS_OF_ONE;
+        for (int rank = from; rank < to;) {
             const char *a = (const char *)p->a + rank * n_in * size_of(type);
             const float *rows = x + (r->row + row) * n_in;
             float *out = hidden + (r->row + row) * stride + rank;
-            if (n == ROWS) dots(type, a, rows, n_in, ROWS, n_in, out, stride);
-            else dots(type, a, rows, n_in, 1, n_in, out, stride);
+            const int ranks = to - rank >= most ? most : 1;
+            if (n == ROWS && ranks == RANKS) dots(type, a, RANKS, rows, ROWS, n_in, out, stride);
+            else if (n == ROWS) dots(type, a, 1, rows, ROWS, n_in, out, stride);
+            else if (ranks == RANKS_OF_ONE) dots(type, a, RANKS_OF_ONE, rows, 1, n_in, out, stride);
+            else dots(type, a, 1, rows, 1, n_in, out, stride);
+            rank += ranks;
         }
         row += n;
     }
@@ -263,44 +248,14 @@ static void up(tensor *node, int ith, int nth, void *user) {
     for (int i = 0; i < rows->n_runs; i++) {
         const run *r = &rows->runs[i];
         if (!r->n_parts && from == to) continue;
-        for (int tile = tiles * ith / nth; tile < tiles * (ith + 1) / nth; tile++)
-            for (int row = 0; row < r->n_rows;) {
-                int n = r->n_rows - row >= ROWS ? ROWS : 1;
+        for (int row = 0; row < r->n_rows;) { /* B stays in the cache; the rows, which do not, are read along */
+            const int n = r->n_rows - row >= ROWS ? ROWS : 1;
+            for (int tile = tiles * ith / nth; tile < tiles * (ith + 1) / nth; tile++)
                 if (n == ROWS) sum_tile(m, r, r->row + row, ROWS, tile, from, to);
                 else sum_tile(m, r, r->row + row, 1, tile, from, to);
-                row += n;
-            }
+            row += n;
+        }
     }
-}
-
-static uint32_t slot_of(const char *name, size_t length, int32_t n_slots) {
-    uint64_t hash = 0xcbf29ce484222325u; /* FNV-1a */
-    for (size_t i = 0; i < length; i++) hash = (hash ^ (uint8_t)name[i]) * 0x100000001b3u;
-    return (uint32_t)(hash >> 32) & (uint32_t)(n_slots - 1);
-}
-
-/* Fills `slots`, a power of two of them and at least twice n_matrices. */
-void lowrank_index(mixer *all) {
-    for (int i = 0; i < all->n_slots; i++) all->slots[i] = -1;
-    for (int i = 0; i < all->n_matrices; i++) {
-        uint32_t slot = slot_of(all->matrices[i].name, strlen(all->matrices[i].name), all->n_slots);
-        while (all->slots[slot] >= 0) slot = (slot + 1) & (uint32_t)(all->n_slots - 1);
-        all->slots[slot] = i;
-    }
-}
-
-/* The matrix of which this is the socket's tensor NAME.lora_a, or NAME.lora_b; -1 if it is none. */
-static int find(const mixer *all, const tensor *t, char which) {
-    static const char mark[] = ".lora_";
-    const size_t length = strnlen(t->name, sizeof t->name), tail = sizeof mark; /* the mark and one letter */
-    if (length <= tail || t->name[length - 1] != which || memcmp(t->name + length - tail, mark, tail - 1)) return -1;
-    const size_t stem = length - tail;
-    uint32_t slot = slot_of(t->name, stem, all->n_slots);
-    for (; all->slots[slot] >= 0; slot = (slot + 1) & (uint32_t)(all->n_slots - 1)) {
-        const matrix *m = &all->matrices[all->slots[slot]];
-        if (!memcmp(m->name, t->name, stem) && !m->name[stem]) return all->slots[slot];
-    }
-    return -1;
 }
 
 static bool has_rows(const tensor *t, int64_t width) {
@@ -351,12 +306,12 @@ static void on_sum(mixer *all, tensor *node) {
 /* llama.cpp's cb_eval, with a mixer. It wants no node's values, so the whole graph is computed at once afterwards. */
 bool lowrank_on_node(tensor *node, bool ask, void *user) {
     mixer *all = user;
-    if (!ask || !all->n_matrices || all->broken || !node->src[0]) return !ask;
-    int found = find(all, node->src[0], 'a');
+    if (!ask || !all->names.count || all->broken || !node->src[0]) return !ask;
+    int found = find(&all->names, node->src[0], 'a');
     if (found >= 0) {
         if (all->stage) all->broken = all->current + 1;
         else on_hidden(all, node, found);
-    } else if (all->stage == 1 && find(all, node->src[0], 'b') == all->current && node->src[1] == all->last) {
+    } else if (all->stage == 1 && find(&all->names, node->src[0], 'b') == all->current && node->src[1] == all->last) {
         node->op = 0;
         met(all, node, 2);
     } else if (all->stage == 2 && node->src[0] == all->last) {
@@ -370,6 +325,7 @@ bool lowrank_on_node(tensor *node, bool ask, void *user) {
     return false;
 }
 
+void lowrank_index(names *all) { index_names(all); }
 void lowrank_up(tensor *node, int ith, int nth, void *user) { up(node, ith, nth, user); }
 void lowrank_down(tensor *node, int ith, int nth, void *user) { down(node, ith, nth, user); }
 

@@ -219,9 +219,23 @@ def test_gaps_between_those_who_write_are_closed() -> None:
     assert taken[5].tokens == [5]
 
 
-def test_gaps_that_are_busy_stay() -> None:
-    cache = KVCache(3, Memory())
+def test_those_who_wait_or_read_make_room_for_those_who_write() -> None:
+    """Nobody moves twice, and of two ways with as many moves the one that copies less is taken."""
+    memory = Memory()
+    cache = KVCache(7, memory)
+    taken = [cache.take(Wanted((), [n, 9])) for n in range(7)]
+    for sequence, count in zip(taken, (5, 7, 2, 5, 5, 0, 5), strict=True):
+        sequence.extend([sequence.id] * count)
+    cache.close_gaps([taken[0], taken[3], taken[4], taken[6]])
+    assert [sequence.id for sequence in taken] == [5, 1, 2, 3, 4, 0, 6]
+    assert [len(sequence.tokens) for sequence in taken] == [5, 7, 2, 5, 5, 0, 5]
+    assert cache.sequences == sorted(taken, key=lambda sequence: sequence.id)
+
+
+def test_places_that_may_hold_no_numbers_are_no_gaps() -> None:
+    cache = KVCache(3, Memory(), can_cut=False)
     taken = [cache.take(Wanted((), [n, 9])) for n in range(3)]
+    cache.drop(taken[1])
     cache.close_gaps([taken[0], taken[2]])
     assert [sequence.id for sequence in taken] == [0, 1, 2]
 

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import numpy as np
@@ -20,12 +21,14 @@ import pytest
 from converters.base import convert_base
 from converters.native.build import find_compiler
 from converters.reader import read_header
-from edgelora.engine import kernels, mixing, mixing_proof
+from edgelora.engine import kernels, mixing, mixing_proof, mixing_rows
 from edgelora.engine.engine import Engine
 from edgelora.engine.graph import Node
 from edgelora.engine.kernels import TILE
 from edgelora.engine.low_rank import LowRank, problem_of, read_weights, tiled
-from edgelora.engine.mixing import Mixer, Parts
+from edgelora.engine.mixer import Parts, Runs
+from edgelora.engine.mixing_rows import RowMixer
+from edgelora.engine.mixing_stack import StackMixer
 from edgelora.engine.runtime import Settings
 from edgelora.engine.stream import Request
 from edgelora.errors import ModelFileError, SettingsError
@@ -53,7 +56,7 @@ FLOAT32 = 2e-5
 @pytest.mark.skipif(find_compiler() is None or os.name != "posix", reason="needs a C compiler")
 def test_where_there_is_a_compiler_adapters_are_mixed() -> None:
     """Or all of these tests would be skipped."""
-    assert kernels.library() is not None
+    assert kernels.lowrank() is not None
     assert mixing.why_not() == "" or "llama.cpp computes on" in mixing.why_not()
 
 
@@ -105,17 +108,19 @@ class Made:
 @pytest.fixture
 def sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sockets that llama.cpp is not asked for: it knows no such matrices."""
-    monkeypatch.setattr(mixing, "make_adapter", lambda *_: SimpleNamespace(pointer=1, close=lambda: None))
+    monkeypatch.setattr(mixing_rows, "make_adapter", lambda *_: SimpleNamespace(pointer=1, close=lambda: None))
 
 
-def made_mixer(n_in: int, n_out: int, max_rows: int = 64) -> Mixer:
+def made_mixer(n_in: int, n_out: int, max_rows: int = 64) -> RowMixer:
     shapes = {"m": SimpleNamespace(shape=(n_out, n_in))}
-    return Mixer(SimpleNamespace(header=SimpleNamespace(tensors=shapes)), max_rows)  # type: ignore[arg-type]
+    return RowMixer(SimpleNamespace(header=SimpleNamespace(tensors=shapes)), max_rows)  # type: ignore[arg-type]
 
 
-def computed(mixer: Mixer, x: np.ndarray, product: np.ndarray, rows: Sequence[Parts], threads: int = 1) -> np.ndarray:
+def computed(
+    mixer: RowMixer, x: np.ndarray, product: np.ndarray, rows: Sequence[Parts], threads: int = 1
+) -> np.ndarray:
     """What the two operations make of the product W x (n_rows, n_out), in place: a row for each of x (n_rows, n_in)."""
-    library = kernels.library()
+    library = kernels.lowrank()
     assert library is not None
     runs = [(len(list(same)), parts) for parts, same in groups(rows)]
     mixer.fill(runs, runs)
@@ -222,6 +227,14 @@ def test_tiles_hold_columns_rank_by_rank() -> None:
 # Rows beside rows, in a whole model
 
 
+@pytest.fixture(params=[RowMixer, StackMixer])
+def mixer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class that is chosen for the CPU, and the one for any other backend, which the CPU can compute as well."""
+    if request.param is StackMixer:
+        monkeypatch.setattr(mixing, "backend_name", lambda: "another backend")
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def many(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Adapters of several ranks and types, one on some matrices only, one with an alpha."""
@@ -256,6 +269,7 @@ REQUESTS = [
 
 @needs_kernels
 @pytest.mark.parametrize("quant", ["f32", "q8_0"])
+@pytest.mark.usefixtures("mixer")
 def test_each_sequence_says_among_others_what_it_says_alone(
     quant: str, bases: dict[str, Path], adapters: dict[str, Path], many: dict[str, Path]
 ) -> None:
@@ -275,19 +289,20 @@ def test_each_sequence_says_among_others_what_it_says_alone(
 
 @needs_kernels
 def test_twin_rows_that_get_their_neighbours_adapters_are_found_out(
-    base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch, mixer: Any
 ) -> None:
     requests = [Request(QUESTION, name, sampling=GREEDY) for name in ("red", "blue")]
-    fill = Mixer.fill
+    fill = mixer.fill
     with runtime(Settings(base, threads=1, parallel=2), adapters) as made:
         lone = alone(made, requests)
-        monkeypatch.setattr(Mixer, "fill", lambda self, rows, outputs: fill(self, rows[::-1], outputs[::-1]))
+        monkeypatch.setattr(mixer, "fill", lambda self, rows, outputs: fill(self, rows[::-1], outputs[::-1]))
         mixed = together(made, requests)
     assert max(largest_difference(got, want) for got, want in zip(mixed, lone, strict=True)) > ANOTHER_ADAPTER
 
 
 @needs_kernels
 @pytest.mark.parametrize("quant", ["f32", "q8_0"])
+@pytest.mark.usefixtures("mixer")
 def test_mixed_is_what_llama_cpp_computes_with_its_own_adapters(
     quant: str, bases: dict[str, Path], adapters: dict[str, Path], many: dict[str, Path]
 ) -> None:
@@ -301,6 +316,7 @@ def test_mixed_is_what_llama_cpp_computes_with_its_own_adapters(
 
 
 @needs_kernels
+@pytest.mark.usefixtures("mixer")
 def test_texts_are_those_of_switching(base: Path, adapters: dict[str, Path]) -> None:
     said = {}
     for mode in ("mixed", "switching"):
@@ -340,6 +356,7 @@ def test_the_socket_grows_while_streams_run(base: Path, adapters: dict[str, Path
 
 
 @needs_kernels
+@pytest.mark.usefixtures("mixer")
 def test_a_graph_without_adapters_is_the_bases_own(base: Path, adapters: dict[str, Path]) -> None:
     request = [Request(QUESTION, sampling=GREEDY)]
     with (
@@ -359,23 +376,23 @@ def shifted(b: np.ndarray) -> np.ndarray:
     return tiled(np.roll(b, 1, axis=0))
 
 
-def first_rows_get_the_others(rows: mixing.Runs) -> mixing.Runs:
+def first_rows_get_the_others(rows: Runs) -> Runs:
     return [*rows[1:], rows[0]]
 
 
 @needs_kernels
 @pytest.mark.parametrize("broken", ["columns", "rows", "scale"])
 def test_a_wrong_kernel_is_found_and_adapters_take_turns(
-    broken: str, base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    broken: str, base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch, mixer: Any
 ) -> None:
     with Engine(base, adapters, threads=1, mode="switching") as engine:
         want = {name: engine.chat(QUESTION, adapter=name, sampling=GREEDY).text for name in ("red", "none", "blue")}
-    fill = Mixer.fill
+    fill = mixer.fill
     if broken == "columns":
         monkeypatch.setattr(mixing_proof, "tiled", shifted)
     elif broken == "rows":
         monkeypatch.setattr(
-            Mixer, "fill", lambda self, rows, outputs: fill(self, *map(first_rows_get_the_others, (rows, outputs)))
+            mixer, "fill", lambda self, rows, outputs: fill(self, *map(first_rows_get_the_others, (rows, outputs)))
         )
     else:
         made = lambda a, b, kind, factor: LowRank(a, b, kind, 2 * factor)  # noqa: E731
@@ -453,6 +470,7 @@ def untied(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 @needs_kernels
+@pytest.mark.usefixtures("mixer")
 def test_embeddings_take_turns_beside_mixed_ones(untied: tuple[Path, dict[str, Path]]) -> None:
     base, adapters = untied
     requests = [Request(QUESTION, name, sampling=GREEDY) for name in ("embedding", "red", "output", "none")]
@@ -540,6 +558,7 @@ def odd(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_kernels
+@pytest.mark.usefixtures("mixer")
 def test_a_blend_of_one_that_mixes_and_one_that_does_not(base: Path, adapters: dict[str, Path], odd: Path) -> None:
     request = [Request(QUESTION, {"red": 0.5, "odd": 0.5}, sampling=GREEDY)]
     found = {}
@@ -560,6 +579,7 @@ def test_a_blend_of_two_names_of_one_content_is_their_sum(base: Path, adapters: 
 
 
 @needs_kernels
+@pytest.mark.usefixtures("mixer")
 def test_a_blend_of_two_names_of_one_content_is_their_sum_when_mixed(base: Path, adapters: dict[str, Path]) -> None:
     named = {"red": adapters["red"], "twin": adapters["red"]}
     with runtime(Settings(base, threads=1, parallel=1), named) as made:
@@ -577,14 +597,20 @@ def test_a_blend_of_two_names_of_one_content_is_their_sum_when_mixed(base: Path,
 
 @needs_kernels
 def test_a_graph_that_is_odd_only_in_a_long_prompt_lets_adapters_take_turns(
-    base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch, mixer: Any
 ) -> None:
     """What the trial cannot show: nobody's reply is lost, or wrong, and the engine says so."""
     asked = [Request(f"{QUESTION} " * 8, name, sampling=GREEDY) for name in ("red", "none", "blue")]
     with runtime(Settings(base, threads=1, parallel=1, mode="switching"), adapters) as made:
         own = alone(made, asked)
-    odd = lambda self: "it is odd" if self._native.n_matrices and self._native.tables[0].n_rows > 30 else ""  # noqa: E731
-    monkeypatch.setattr(Mixer, "problem", property(odd))
+
+    def odd(self: Any) -> str:
+        if not self._native.names.count:
+            return ""
+        rows = self._native.tables[0].n_rows if mixer is RowMixer else self._native.n_rows[0]
+        return "it is odd" if rows > 30 else ""
+
+    monkeypatch.setattr(mixer, "problem", property(odd))
     with runtime(Settings(base, threads=1, parallel=3), adapters) as made:
         steps = Traced(made)
         first = steps.submit(Request(QUESTION, "blue", sampling=GREEDY))
@@ -600,12 +626,12 @@ def test_a_graph_that_is_odd_only_in_a_long_prompt_lets_adapters_take_turns(
 
 @needs_kernels
 def test_who_falls_back_says_so_and_frees_what_mixing_held(
-    base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch, mixer: Any
 ) -> None:
-    monkeypatch.setattr(Mixer, "problem", property(lambda self: ""))
+    monkeypatch.setattr(mixer, "problem", property(lambda self: ""))
     with Engine(base, adapters, threads=1) as engine:
         weights = engine._call(lambda runtime: weakref.ref(runtime.adapters.get("red").weights))
-        monkeypatch.setattr(Mixer, "problem", property(lambda self: "it is odd"))
+        monkeypatch.setattr(mixer, "problem", property(lambda self: "it is odd"))
         engine.chat(QUESTION, adapter="red", sampling=GREEDY)
         assert engine.mode == "switching"
         assert any("it is odd" in notice for notice in engine.notices)

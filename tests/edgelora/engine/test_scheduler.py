@@ -14,6 +14,8 @@ import pytest
 
 from edgelora.engine import mixing, scheduler
 from edgelora.engine.engine import Engine
+from edgelora.engine.mixer import Runs
+from edgelora.engine.mixing_rows import RowMixer
 from edgelora.engine.runtime import Settings
 from edgelora.engine.stream import Request
 from edgelora.errors import ModelFileError, SettingsError
@@ -448,14 +450,14 @@ def test_what_fails_before_a_decode_is_the_requests_error(
     base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever it is: the engine is other callers' too."""
-    fill = mixing.Mixer.fill
+    fill = RowMixer.fill
 
-    def failing(self: mixing.Mixer, rows: mixing.Runs, outputs: mixing.Runs) -> None:
+    def failing(self: RowMixer, rows: Runs, outputs: Runs) -> None:
         if any(len(parts) > 1 for _, parts in rows):
             raise MemoryError("no room for the tables")
         fill(self, rows, outputs)
 
-    monkeypatch.setattr(mixing.Mixer, "fill", failing)
+    monkeypatch.setattr(RowMixer, "fill", failing)
     with Engine(base, adapters, threads=1) as engine:
         with pytest.raises(MemoryError):
             engine.chat("hi", adapter={"red": 0.5, "blue": 0.5}, sampling=greedy(2))
