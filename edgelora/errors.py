@@ -7,7 +7,8 @@
     |  `- BaseMismatchError     3   the adapter was made for another base
     |- DataFileError            4   a dataset or batch file: missing, malformed, or not writable
     |- ContextOverflowError     4   a conversation that does not fit the context window
-    `- MissingExtraError        5   a feature whose packages are not installed
+    |- MissingExtraError        5   a feature whose packages are not installed
+    `- EngineBusyError          1   a request that came while as many waited as may wait
 
 `converters` knows nothing of edgelora and has a tree of its own (`converters.errors`), which the command line
 reports with exit code 3. An interrupt (Ctrl-C) ends with 130. Anything else is a bug and keeps its traceback.
@@ -58,3 +59,7 @@ class ContextOverflowError(EdgeloraError):
 
 class MissingExtraError(EdgeloraError):
     exit_code = 5
+
+
+class EngineBusyError(EdgeloraError):
+    pass

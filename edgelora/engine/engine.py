@@ -64,6 +64,7 @@ class Engine:
             that has room for `n_ctx`.
         cache_dir: a folder in which KV outlives the engine, within `cache_bytes`: the next one begins where this one
             ended. It holds the tokens of conversations; None keeps nothing.
+        max_waiting: requests that may wait for their turn beside the `parallel` ones under way; None is any number.
         reproducible: every decode has `parallel` rows, so that with a seed (or temperature 0) a `deterministic` request
             gives the same text however many others are under way, without being decoded alone.
 
@@ -95,6 +96,7 @@ class Engine:
         on_overflow: str = ERROR,
         kv_type: str | None = None,
         cache_dir: str | Path | None = None,
+        max_waiting: int | None = None,
     ) -> None:
         references = _references(adapters)
         _check_settings(base, n_ctx, threads, gpu_layers, chat_template)
@@ -118,6 +120,7 @@ class Engine:
             on_overflow=on_overflow,
             kv_type=kv_type,
             cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
+            max_waiting=max_waiting,
         )
         _check_sharing(settings)
         self._worker = _Worker(settings)
@@ -228,6 +231,7 @@ class Engine:
         Raises, while the stream is read:
             SettingsError: an unknown adapter or sampling setting, or messages that are none.
             ContextOverflowError: the conversation does not fit.
+            EngineBusyError: more requests wait than may (`max_waiting`).
             ModelFileError: no chat template, or one that refuses the conversation.
         """
         return self.submit(Request(messages, adapter, scale, sampling, deterministic, priority, deadline))
@@ -334,12 +338,13 @@ def _check_sharing(settings: Settings) -> None:
     def whole(value: object, least: int, most: float) -> bool:
         return value is None or (isinstance(value, int) and not isinstance(value, bool) and least <= value <= most)
 
-    parallel, bytes_wanted = f"a whole number from 1 to {MAX_PARALLEL}", "a whole number, 0 or more"
+    parallel, number_wanted = f"a whole number from 1 to {MAX_PARALLEL}", "a whole number, 0 or more"
     checks = (
         ("parallel", settings.parallel, whole(settings.parallel, 1, MAX_PARALLEL), parallel),
         ("mode", settings.mode, settings.mode in MODES, " or ".join(MODES)),
-        ("adapter_bytes", settings.adapter_bytes, whole(settings.adapter_bytes, 0, math.inf), bytes_wanted),
-        ("cache_bytes", settings.cache_bytes, whole(settings.cache_bytes, 0, math.inf), bytes_wanted),
+        ("adapter_bytes", settings.adapter_bytes, whole(settings.adapter_bytes, 0, math.inf), number_wanted),
+        ("cache_bytes", settings.cache_bytes, whole(settings.cache_bytes, 0, math.inf), number_wanted),
+        ("max_waiting", settings.max_waiting, whole(settings.max_waiting, 0, math.inf), number_wanted),
         ("kv_type", settings.kv_type, settings.kv_type in (None, *KV_TYPES), " or ".join(KV_TYPES)),
         ("on_overflow", settings.on_overflow, settings.on_overflow in ON_OVERFLOW, " or ".join(ON_OVERFLOW)),
     )

@@ -25,7 +25,7 @@ from edgelora.engine.preflight import base_fingerprint, read_checked
 from edgelora.engine.scheduler import READ, Scheduler
 from edgelora.engine.stream import Task
 from edgelora.engine.threads import LoadFollower, threads_for
-from edgelora.errors import EdgeloraError, SettingsError
+from edgelora.errors import EdgeloraError, EngineBusyError, SettingsError
 from edgelora.template import ChatTemplate
 
 ADAPTER_SHARE = 4
@@ -53,6 +53,7 @@ class Settings:
     on_overflow: str = ERROR
     kv_type: str | None = None
     cache_dir: Path | None = None
+    max_waiting: int | None = None
 
 
 class Runtime:
@@ -194,11 +195,20 @@ class Runtime:
     def submit(self, task: Task) -> None:
         """Let a request wait for its turn; one that makes no sense gets its error at once."""
         try:
+            self._check_room()
             self.scheduler.submit(task, self.planner.plan(task.request))
         except StopIteration as error:  # a stream that raised it would look finished
             task.items.put(RuntimeError(f"a bug: {error!r} escaped"))
         except BaseException as error:
             task.items.put(error)
+
+    def _check_room(self) -> None:
+        most, backlog = self.settings.max_waiting, self.scheduler.backlog
+        if most is not None and backlog >= most:
+            raise EngineBusyError(
+                f"the queue is full: {backlog} of at most {most} requests wait",
+                hint="Try again later, or raise max_waiting.",
+            )
 
 
 def _free_bytes() -> int:

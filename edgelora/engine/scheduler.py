@@ -90,6 +90,11 @@ class Scheduler:
         """How many requests wait, and how many are under way."""
         return len(self._waiting), len(self._running)
 
+    @property
+    def backlog(self) -> int:
+        """How many requests more there are than places; one that comes now begins at once where that is below 0."""
+        return len(self._waiting) - sum(not sequence.busy for sequence in self._cache.sequences)
+
     def submit(self, task: Task, plan: Plan) -> None:
         """Let a request wait for its turn. Its adapters are known until it is done."""
         self._adapters.claim(plan.adapters)

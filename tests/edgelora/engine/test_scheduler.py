@@ -17,8 +17,9 @@ from edgelora.engine.engine import Engine
 from edgelora.engine.mixer import Runs
 from edgelora.engine.mixing_rows import RowMixer
 from edgelora.engine.runtime import Settings
+from edgelora.engine.scheduler import Scheduler
 from edgelora.engine.stream import Request
-from edgelora.errors import ModelFileError, SettingsError
+from edgelora.errors import EngineBusyError, ModelFileError, SettingsError
 from tests.edgelora.conftest import write_adapter
 from tests.edgelora.engine.runtimes import runtime
 from tests.edgelora.engine.traces import Trace, Traced, alone, assert_same_reply, largest_difference, together
@@ -491,3 +492,53 @@ def test_a_move_that_fails_does_not_end_the_engine(base: Path, monkeypatch: pyte
         monkeypatch.setattr(steps.made.context, "put_state", lambda sequence, state: False)
         steps.finish()
         assert all(trace.is_done for trace in left)
+
+
+# Who may wait
+
+
+@needs_kernels
+def test_more_than_may_wait_are_refused_at_once(base: Path, adapters: dict[str, Path]) -> None:
+    with traced(base, adapters, parallel=2, max_waiting=1) as steps:
+        traces = [steps.submit(Request(QUESTION, "red", sampling=greedy(4))) for _ in range(5)]
+        for trace in traces[3:]:
+            assert isinstance(trace.read().error, EngineBusyError)
+            assert str(trace.error) == "the queue is full: 1 of at most 1 requests wait"
+        steps.finish()
+        assert all(trace.completion for trace in traces[:3])
+        again = steps.submit(Request(QUESTION, "red", sampling=greedy(4)))
+        steps.finish()
+        assert again.completion
+
+
+@needs_kernels
+def test_with_no_waiting_at_all_there_are_still_places(base: Path, adapters: dict[str, Path]) -> None:
+    with traced(base, adapters, parallel=2, max_waiting=0) as steps:
+        traces = [steps.submit(Request(QUESTION, sampling=endless(50, seed))) for seed in range(3)]
+        assert [bool(trace.read().error) for trace in traces] == [False, False, True]
+        steps.step(3)
+        assert isinstance(steps.submit(Request(QUESTION)).read().error, EngineBusyError)
+
+
+@needs_kernels
+def test_those_who_write_pause_for_longer_where_more_wait_to_be_read(
+    base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six long prompts beside one who writes: pieces of 128 tokens, and of 64 once as many write as read."""
+    sizes, read = [], Scheduler._read
+
+    def noted(self: Scheduler, *arguments: Any) -> int:
+        done = read(self, *arguments)
+        sizes.append((sum(each.pending is not None for each in self._running), len(self._running), done))
+        return done
+
+    with traced(base, adapters, parallel=7) as steps:
+        first = steps.submit(Request(QUESTION, sampling=endless(300)))
+        steps.until(lambda: len(first.logits) > 3)
+        monkeypatch.setattr(Scheduler, "_read", noted)
+        for seed in range(6):
+            steps.submit(Request(f"{seed} {LONG}", sampling=endless(300, seed)))
+        steps.until(lambda: sum(bool(trace.logits) for trace in steps.traces) == 7)
+    assert {done for writing, running, done in sizes if 2 * writing < running} & set(range(65, 129))
+    assert all(done <= 128 for *_, done in sizes)
+    assert all(done <= 64 for writing, running, done in sizes if 2 * (writing - 1) >= running)
