@@ -109,8 +109,7 @@ class Runtime:
             )
             undo.callback(self.adapters.close)
             undo.callback(self.context.close)  # first: it lets go of the adapters, and they of the model
-            independent = self.mixer is None or self.mixer.rows_are_independent
-            reproducible = settings.reproducible and independent and not self.model.is_recurrent
+            reproducible = settings.reproducible and not self.model.is_recurrent
             self.scheduler = Scheduler(
                 self.model,
                 self.context,

@@ -317,15 +317,22 @@ def test_where_there_is_little_room_a_stack_has_only_those_in_use(
         assert sum(each.completion is not None for each in both) == 1
 
 
-def test_deterministic_requests_take_turns(base: Path, adapters: dict[str, Path]) -> None:
-    asked = Request(QUESTION, "red", sampling={**GREEDY, "temperature": 1.0, "seed": 3}, deterministic=True)
-    with runtime(Settings(base, threads=1, parallel=1, mode="switching"), adapters) as made:
-        (want,) = alone(made, [asked])
-    with runtime(Settings(base, threads=1, parallel=3, reproducible=True), adapters) as made:
-        assert not made.scheduler.reproducible
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_deterministic_requests_take_turns(reproducible: bool, base: Path, adapters: dict[str, Path]) -> None:
+    """With llama.cpp's own adapters: each alone, or, where every decode has as many rows, those of one adapter."""
+    sampling = {**GREEDY, "temperature": 1.0}
+    asked = [Request(QUESTION, "red", sampling={**sampling, "seed": n}, deterministic=True) for n in (3, 4)]
+    parallel = 4 if reproducible else 1
+    with runtime(
+        Settings(base, threads=1, parallel=parallel, mode="switching", reproducible=reproducible), adapters
+    ) as made:
+        want = alone(made, asked)
+    with runtime(Settings(base, threads=1, parallel=4, reproducible=reproducible), adapters) as made:
         others = [Request(QUESTION, name, sampling=GREEDY) for name in ("blue", "red")]
-        got = together(made, [*others, asked])[-1]
-    assert np.array_equal(got.logits, want.logits)
+        got = together(made, [*others, *asked])[-2:]
+    for mine, theirs in zip(got, want, strict=True):
+        assert np.array_equal(mine.logits, theirs.logits)
+        assert mine.text == theirs.text
 
 
 def test_an_engine_says_that_it_mixes(base: Path, adapters: dict[str, Path]) -> None:
