@@ -1,8 +1,10 @@
 """Which KV a request may start from: that of the same adapters' content, at the same scales, for the same tokens.
 
-KV computed under one adapter is wrong under another, so tokens alone never decide. Within one key the common prefix is
-kept and the rest recomputed. A prefix that another sequence holds is copied, and what has to make room for another
-conversation is copied into a budget of bytes: a system prompt is read once, however many requests begin with it.
+KV computed under one adapter is wrong under another, so tokens alone never decide. That of one tenant is no business of
+another's: how soon a reply begins would tell what others have said, so they share what the operator wrote, and no more.
+Within one key the common prefix is kept and the rest recomputed. A prefix that another sequence holds is copied, and
+what has to make room for another conversation is copied into a budget of bytes: a system prompt is read once, however
+many requests begin with it.
 
 Reusing KV is not free of rounding: a token read in a batch of another size rounds otherwise in the last bits. A
 `deterministic` request therefore starts only from *exact* KV: whole prefill chunks at multiples of the chunk size, as
@@ -36,6 +38,7 @@ class KVSequence:
         key: what its KV was computed under; None while empty.
         begins: the first position that the key's adapters act on; before it, the KV is the bare base's.
         tokens: the tokens whose KV it holds, from position 0.
+        tenant: whose they are; another one's request starts from no more than the `public` first ones.
         exact: how many of the first tokens were computed in whole, aligned chunks.
         last_used: a counter; the lowest is evicted first.
         busy: a request is writing to it.
@@ -45,6 +48,8 @@ class KVSequence:
     key: Key | None = None
     begins: int = 0
     tokens: list[int] = field(default_factory=list)
+    tenant: str | None = None
+    public: int = 0
     exact: int = 0
     last_used: int = 0
     busy: bool = False
@@ -66,7 +71,7 @@ class KVSequence:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request is going to read, and under what: see `KVSequence`.
+    """What a request is going to read, under what, and for whom: see `KVSequence`.
 
     Attributes:
         deterministic: it starts from exact KV only.
@@ -76,6 +81,8 @@ class Wanted:
     tokens: Sequence[int]
     begins: int = 0
     deterministic: bool = False
+    tenant: str | None = None
+    public: int = 0
 
 
 def _weight(leaving: Iterable[KVSequence]) -> tuple[int, int]:
@@ -91,6 +98,8 @@ def _usable(held: KVSequence | Kept, wanted: Wanted) -> int:
     limit = min(held.exact if deterministic else len(held.tokens), len(tokens) - 1)
     if (held.key, held.begins) != (wanted.key, wanted.begins):
         limit = min([limit, *(each.begins for each in (held, wanted) if each.key)])
+    if held.tenant != wanted.tenant:
+        limit = min(limit, held.public, wanted.public)
     same = next((at for at in range(limit) if held.tokens[at] != tokens[at]), limit)
     return same // CHUNK * CHUNK if deterministic else same
 
@@ -110,6 +119,8 @@ class Kept:
     exact: int
     state: Callable[[], State | None]
     size_bytes: int = 0
+    tenant: str | None = None
+    public: int = 0
 
     def usable(self, wanted: Wanted) -> int:
         return _usable(self, wanted)
@@ -187,6 +198,7 @@ class KVCache:
             self._keep(best, lost=len(best.tokens) - kept)
         self._cut(best, kept)
         best.key, best.begins, best.last_used, best.busy = wanted.key, wanted.begins, self._clock, True
+        best.tenant, best.public = wanted.tenant, wanted.public
         self._share(best, wanted, copies)
         return best
 
@@ -302,7 +314,16 @@ class KVCache:
 
     def _copy(self, sequence: KVSequence) -> Kept:
         state, key = self._memory.state(sequence.id), sequence.key or ()
-        return Kept(key, sequence.begins, tuple(sequence.tokens), sequence.exact, lambda: state, state.nbytes)
+        return Kept(
+            key,
+            sequence.begins,
+            tuple(sequence.tokens),
+            sequence.exact,
+            lambda: state,
+            state.nbytes,
+            sequence.tenant,
+            sequence.public,
+        )
 
     def _cut(self, sequence: KVSequence, length: int) -> None:
         if not self._memory.trim(sequence.id, length):
@@ -315,8 +336,8 @@ class KVCache:
         if sequence.key is None or lost < MIN_COPY or not self._budget:
             return
         held = tuple(sequence.tokens)
-        under = (sequence.key, sequence.begins)
-        alike = [each for each in self._kept if (each.key, each.begins) == under]
+        under = (sequence.key, sequence.begins, sequence.tenant)
+        alike = [each for each in self._kept if (each.key, each.begins, each.tenant) == under]
         if any(each.tokens[: len(held)] == held for each in alike):
             return
         try:

@@ -225,6 +225,7 @@ class Engine:
         deterministic: bool = False,
         priority: int = 0,
         deadline: float | None = None,
+        tenant: str | None = None,
     ) -> Stream:
         """A reply, piece by piece; the arguments are those of `Request`.
 
@@ -234,7 +235,7 @@ class Engine:
             EngineBusyError: more requests wait than may (`max_waiting`).
             ModelFileError: no chat template, or one that refuses the conversation.
         """
-        return self.submit(Request(messages, adapter, scale, sampling, deterministic, priority, deadline))
+        return self.submit(Request(messages, adapter, scale, sampling, deterministic, priority, deadline, tenant))
 
     def chat(
         self,
@@ -246,9 +247,12 @@ class Engine:
         deterministic: bool = False,
         priority: int = 0,
         deadline: float | None = None,
+        tenant: str | None = None,
     ) -> Completion:
         """A whole reply; arguments and errors as for `stream`."""
-        return self.submit(Request(messages, adapter, scale, sampling, deterministic, priority, deadline)).completion
+        return self.submit(
+            Request(messages, adapter, scale, sampling, deterministic, priority, deadline, tenant)
+        ).completion
 
     def submit(self, request: Request) -> Stream:
         """`stream` for a request that is made already."""

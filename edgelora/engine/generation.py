@@ -30,6 +30,8 @@ class Plan:
         n_ctx: tokens that prompt and reply may take together.
         begins: the first token that the adapters act on: an activated LoRA's invocation.
         dropped: tokens of the conversation that were left out, so that it fits.
+        tenant: whose request it is; None where nobody is told apart.
+        public: the first tokens, which are the operator's own: those of the template and the adapter's system prompt.
         bundled: the adapter that a control token in `tokens` switches on.
     """
 
@@ -41,6 +43,8 @@ class Plan:
     begins: int = 0
     dropped: int = 0
     bundled: Adapter | None = None
+    tenant: str | None = None
+    public: int = 0
 
     def key_at(self, position: int) -> Key:
         """What the KV of a position is computed under."""
@@ -48,7 +52,7 @@ class Plan:
 
     @property
     def wanted(self) -> Wanted:
-        return Wanted(self.key, self.tokens, self.begins, self.deterministic)
+        return Wanted(self.key, self.tokens, self.begins, self.deterministic, self.tenant, self.public)
 
     @property
     def answering(self) -> list[Adapter]:

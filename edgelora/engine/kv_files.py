@@ -38,6 +38,8 @@ class _Header:
     exact: int
     size: int
     digest: str
+    tenant: str | None
+    public: int
 
 
 class KVFiles:
@@ -63,7 +65,15 @@ class KVFiles:
     def entries(self) -> list[Kept]:
         """What earlier engines left, the most recently used last; their states are read when they are wanted."""
         return [
-            Kept(header.key, header.begins, header.tokens, header.exact, _Reader(path, header))
+            Kept(
+                header.key,
+                header.begins,
+                header.tokens,
+                header.exact,
+                _Reader(path, header),
+                tenant=header.tenant,
+                public=header.public,
+            )
             for path, header in self._own()
         ]
 
@@ -81,7 +91,7 @@ class KVFiles:
             path.unlink(missing_ok=True)
 
     def _write(self, each: Kept) -> None:
-        named = json.dumps([self._owner, each.key, each.begins, list(each.tokens), each.exact])
+        named = json.dumps([self._owner, each.key, each.begins, list(each.tokens), each.exact, each.tenant])
         path = self.folder / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}{SUFFIX}"
         if path.exists():
             os.utime(path)
@@ -95,6 +105,8 @@ class KVFiles:
             "begins": each.begins,
             "tokens": list(each.tokens),
             "exact": each.exact,
+            "tenant": each.tenant,
+            "public": each.public,
             "size": state.nbytes,
             "digest": hashlib.sha256(state.tobytes()).hexdigest(),
         }
@@ -147,4 +159,7 @@ def _read_header(path: Path) -> _Header:
     begins, exact, size = numbers
     if not 0 <= exact <= len(tokens) or size <= 0:
         raise ValueError("no header of ours")
-    return _Header(str(values["owner"]), key, begins, tokens, exact, size, str(values["digest"]))
+    tenant, public = values["tenant"], int(values["public"])
+    if not isinstance(tenant, str | None):
+        raise ValueError("no header of ours")
+    return _Header(str(values["owner"]), key, begins, tokens, exact, size, str(values["digest"]), tenant, public)

@@ -20,6 +20,7 @@ from edgelora.template import ChatTemplate
 
 ERROR, TRUNCATE_MIDDLE = "error", "truncate-middle"
 ON_OVERFLOW = (ERROR, TRUNCATE_MIDDLE)
+MAX_BEGINNINGS = 1024
 REPLY_SHARE = 4
 """Of the context window, the part that a conversation which is cut leaves for a reply of unknown length."""
 
@@ -39,6 +40,7 @@ class Planner:
         self._model, self._adapters, self._n_ctx = model, adapters, n_ctx
         self._explicit_template, self._base_template = template, model.chat_template()
         self._on_overflow = on_overflow
+        self._beginnings: dict[tuple[str, str], list[int]] = {}  # of conversations with an adapter
 
     def plan(self, request: Request) -> Plan:
         """Everything that a request needs.
@@ -54,11 +56,33 @@ class Planner:
         tokens, dropped = self._fitting(self._conversation(request.messages, first), first, sampling)
         begins = _invocation(adapters, tokens)
         acting = () if inside else adapters
-        return Plan(acting, tokens, sampling, self._n_ctx, request.deterministic, begins, dropped, inside)
+        return Plan(
+            acting,
+            tokens,
+            sampling,
+            self._n_ctx,
+            request.deterministic,
+            begins,
+            dropped,
+            inside,
+            request.tenant,
+            0 if request.tenant is None else self._public(tokens, first),
+        )
 
     def encode(self, messages: Sequence[Message] | str, adapter: Adapter) -> list[int]:
         """The prompt's tokens, with the adapter's system prompt where the conversation has none."""
         return self._tokens(self._conversation(messages, adapter), adapter)
+
+    def _public(self, tokens: Sequence[int], adapter: Adapter) -> int:
+        """How many of the first tokens are the operator's own: those that all conversations with an adapter begin
+        with."""
+        named = adapter.name, adapter.content_hash
+        if named not in self._beginnings:
+            if len(self._beginnings) >= MAX_BEGINNINGS:
+                self._beginnings.clear()
+            one, other = (self.encode(text, adapter) for text in ("a", "b"))
+            self._beginnings[named] = one[: _common(one, other)]
+        return _common(tokens, self._beginnings[named])
 
     def _conversation(self, messages: Sequence[Message] | str, adapter: Adapter) -> list[Message]:
         if not isinstance(messages, (str, Sequence)):
@@ -126,6 +150,11 @@ class Planner:
         return found
 
 
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def _invocation(adapters: Sequence[tuple[Adapter, float]], tokens: Sequence[int]) -> int:
     """The first token that the adapters act on: 0, or where an activated LoRA's invocation comes last, as in PEFT
     (`calculate_alora_offsets`, peft/tuners/lora/variants.py).
@@ -172,13 +201,15 @@ def _as_bundled(adapters: tuple[tuple[Adapter, float], ...]) -> tuple[tuple[Adap
 
 
 def _check_numbers(request: Request) -> None:
-    """Priority and deadline are numbers.
+    """Priority and deadline are numbers, and a tenant is a name.
 
     Raises:
         SettingsError: they are not.
     """
     if isinstance(request.priority, bool) or not isinstance(request.priority, int):
         raise SettingsError(f"priority is {request.priority!r}, expected a whole number")
+    if not isinstance(request.tenant, str | None):
+        raise SettingsError(f"tenant is {request.tenant!r}, expected text")
     if request.deadline is not None and _number(request.deadline, "deadline") <= 0:
         raise SettingsError(f"deadline is {request.deadline!r}, expected seconds, more than 0")
 

@@ -32,6 +32,8 @@ class Request:
             base, so two nearly equal candidates can change places.
         priority: lower ones begin first; what is under way goes on.
         deadline: seconds from now until the reply ends with what there is (finish_reason "deadline").
+        tenant: whose request it is. KV of one tenant is never used for another, but for the tokens that the operator
+            wrote: the template's and the adapter's own system prompt.
     """
 
     messages: Sequence[Message] | str
@@ -41,6 +43,7 @@ class Request:
     deterministic: bool = False
     priority: int = 0
     deadline: float | None = None
+    tenant: str | None = None
 
 
 @dataclass(frozen=True)
