@@ -128,8 +128,8 @@ class Bench:
         options = {"parallel": STREAMS, "n_ctx": N_CTX, **options}
         return Engine(self.base, list(adapters), threads=self.threads, chat_template="plain", **options)
 
-    def server(self, adapters: Sequence[Path]) -> Any:
-        return peers.llama_server(self.base, adapters, threads=self.threads, parallel=STREAMS, n_ctx=N_CTX)
+    def server(self, adapters: Sequence[Path], parallel: int = STREAMS) -> Any:
+        return peers.llama_server(self.base, adapters, threads=self.threads, parallel=parallel, n_ctx=N_CTX)
 
     def fresh(self, n_words: int) -> str:
         """A prompt that no cache has seen."""
@@ -187,7 +187,7 @@ class Bench:
         load = Row("64 requests, 16 adapters of mixed rank", ">= 1.6 of llama-server", at_least=1.6)
         waits = Row("the same: longest from request to end beside the mean (s)", "<= 2.0", at_most=2.0)
         rng = np.random.default_rng(7)
-        with self.engine(self.mixed, parallel=4 * STREAMS) as engine, self.server(self.mixed) as server:
+        with self.engine(self.mixed, parallel=4 * STREAMS) as engine, self.server(self.mixed, 4 * STREAMS) as server:
             names = engine.adapters
             for _ in range(max(1, self.runs // 2)):
                 lengths = [(int(rng.integers(8, 96)), int(rng.integers(4, self.scale))) for _ in range(64)]

@@ -10,6 +10,7 @@ memory of its file, and a row's result does not depend on the rows beside it.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from edgelora.engine import kernels
 from edgelora.engine.graph import custom_operation
 from edgelora.engine.low_rank import Bits, Weights
-from edgelora.engine.mixer import Runs, make_adapter
+from edgelora.engine.mixer import Parts, Runs, make_adapter
 from edgelora.engine.model import Model
 from edgelora.engine.native import Handle, llama
 
@@ -97,14 +98,17 @@ class RowMixer:
             return
         parts, tables, stride = list[kernels.Part](), list[Any](), 1
         for index, runs in enumerate((rows, outputs)):
-            made, row = list[kernels.Run](), 0
-            for n_rows, adapters in runs:
+            starts = itertools.accumulate((n_rows for n_rows, _ in runs), initial=0)
+            placed = [(row, n_rows, adapters) for row, (n_rows, adapters) in zip(starts, runs, strict=False)]
+            made = list[kernels.Run]()
+            for row, n_rows, adapters in sorted(placed, key=_by_adapter):
                 made.append(kernels.Run(row, n_rows, len(parts), len(adapters)))
                 offset = 0
                 for weights, scale in adapters:
                     parts.append(kernels.Part(ctypes.addressof(weights.native), scale, offset))
                     offset += weights.width
-                row, stride = row + n_rows, max(stride, offset)
+                stride = max(stride, offset)
+            row = sum(n_rows for n_rows, _ in runs)
             tables.append((kernels.Run * max(1, len(made)))(*made))
             self._native.tables[index] = kernels.Table(ctypes.addressof(tables[-1]), len(made), row)
         array = (kernels.Part * max(1, len(parts)))(*parts)
@@ -158,3 +162,8 @@ class RowMixer:
                 pair.a.ctypes.data, pair.b.ctypes.data, pair.rank, pair.type, pair.factor
             )
         return array
+
+
+def _by_adapter(run: tuple[int, int, Parts]) -> tuple[int, ...]:
+    """Runs of one adapter are computed after each other, while its weights are in the processor's cache."""
+    return tuple(id(weights) for weights, _ in run[2])
