@@ -111,6 +111,7 @@ class Context:
         self.n_batch, self.n_vocab, self.n_sequences = n_batch, model.n_vocab, n_sequences
         self._chunk, self._one = Batch(n_batch), Batch(1)
         self._applied: Applied = ()
+        self._flag: InterruptFlag | None = None
         self._threads = threads
 
     @property
@@ -159,6 +160,7 @@ class Context:
         self._run(self._chunk.fill_rows(first, rows, positions), where)
 
     def _run(self, batch: Any, where: str) -> None:
+        forget_log()
         code = llama().llama_decode(self.pointer, batch)
         if code == DECODED:
             return
@@ -203,7 +205,9 @@ class Context:
 
     def interrupt_with(self, flag: InterruptFlag | None) -> None:
         """The flag that gives up a running decode, or none."""
-        forget_log()
+        if flag is self._flag:
+            return
+        self._flag = flag  # kept: llama.cpp holds its address only
         function, data = flag.callback if flag else (llama().ggml_abort_callback(), None)
         llama().llama_set_abort_callback(self.pointer, function, data)
 

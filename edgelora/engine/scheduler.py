@@ -377,8 +377,6 @@ class Scheduler:
         except BaseException as error:
             for each in present:
                 self._fail(each, error)
-        finally:
-            self._context.interrupt_with(None)
         return False
 
     def _stop_mixing(self, problem: str) -> None:
