@@ -19,7 +19,7 @@ from edgelora.engine.fit import KV_TYPES
 from edgelora.engine.planning import ERROR, ON_OVERFLOW
 from edgelora.engine.preflight import base_fingerprint
 from edgelora.engine.runtime import Runtime, Settings
-from edgelora.engine.stream import Completion, Request, Stream, Task
+from edgelora.engine.stream import Completion, Item, Request, Stream, Task
 from edgelora.errors import EdgeloraError, SettingsError
 from edgelora.messages import Message
 from edgelora.sampling import Sampling
@@ -215,6 +215,10 @@ class Engine:
         """How many rows each decode of a `deterministic` request has: its text is the same for the same number."""
         return self._call(lambda runtime: runtime.context.n_sequences if runtime.scheduler.reproducible else 1)
 
+    def state(self) -> dict[str, Any]:
+        """What the engine is and does now, as JSON: sizes in bytes, counts of requests and adapters."""
+        return self._call(Runtime.state)
+
     def stream(
         self,
         messages: Messages,
@@ -254,9 +258,14 @@ class Engine:
             Request(messages, adapter, scale, sampling, deterministic, priority, deadline, tenant)
         ).completion
 
-    def submit(self, request: Request) -> Stream:
-        """`stream` for a request that is made already."""
-        task = Task(request)
+    def submit(self, request: Request, deliver: Callable[[Item], None] | None = None) -> Stream:
+        """`stream` for a request that is made already.
+
+        Args:
+            deliver: called on the engine's thread with each piece, and at last with the completion or an error; it must
+                not wait. The stream then yields nothing; dropping it cancels the reply all the same.
+        """
+        task = Task(request, deliver)
         self._worker.put(task)
         return Stream(task, self)
 
@@ -467,6 +476,6 @@ class _Worker:
         while not self._queue.empty():
             job = self._queue.get()
             if isinstance(job, Task):
-                job.items.put(error)
+                job.put(error)
             elif job is not None:
                 job.future.set_exception(error)

@@ -15,7 +15,7 @@ from edgelora.engine.context import Context
 from edgelora.engine.grammar import GrammarDecoder, written
 from edgelora.engine.reply import ReplyText
 from edgelora.engine.sampler import Sampler, likeliest, log_probabilities
-from edgelora.engine.stream import Completion, Task, TokenLogprob
+from edgelora.engine.stream import Completion, Piece, Task, TokenLogprob
 from edgelora.engine.tokenizer import Tokenizer
 from edgelora.sampling import Sampling
 
@@ -91,6 +91,7 @@ class Generation:
         self._logprobs: list[TokenLogprob] = []
         self._limit = min(plan.sampling.max_tokens or plan.n_ctx, plan.n_ctx - len(plan.tokens))
         self._pieces: list[str] = []
+        self._said = 0  # log probabilities that went with a piece
         self._completion_tokens = 0
         self._began = time.perf_counter()
         self._first_token = self._last_token = 0.0
@@ -169,7 +170,8 @@ class Generation:
     def _say(self, text: str) -> None:
         if text:
             self._pieces.append(text)
-            self.task.items.put(text)
+            self.task.put(Piece(text, tuple(self._logprobs[self._said :])))
+            self._said = len(self._logprobs)
 
 
 def unstarted(task: Task, plan: Plan, reason: str) -> Completion:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from edgelora.engine.adapters import BARE, Adapter, Adapters
 from edgelora.engine.generation import Plan
@@ -53,7 +53,7 @@ class Planner:
         inside = first if first.bundled else None
         sampling = resolve_sampling(request.sampling, first)
         _check_numbers(request)
-        tokens, dropped = self._fitting(self._conversation(request.messages, first), first, sampling)
+        tokens, dropped, public = self._prompt(request, first, sampling)
         begins = _invocation(adapters, tokens)
         acting = () if inside else adapters
         return Plan(
@@ -66,12 +66,42 @@ class Planner:
             dropped,
             inside,
             request.tenant,
-            0 if request.tenant is None else self._public(tokens, first),
+            public,
         )
 
     def encode(self, messages: Sequence[Message] | str, adapter: Adapter) -> list[int]:
         """The prompt's tokens, with the adapter's system prompt where the conversation has none."""
         return self._tokens(self._conversation(messages, adapter), adapter)
+
+    def _prompt(self, request: Request, adapter: Adapter, sampling: Sampling) -> tuple[list[int], int, int]:
+        """The tokens, how many of the conversation's were left out, and how many of the first are the operator's."""
+        if not isinstance(request.raw, bool):
+            raise SettingsError(f"raw is {request.raw!r}, expected true or false")
+        if request.raw:
+            tokens = self._raw(request.messages, adapter)
+            if len(tokens) >= self._n_ctx:
+                raise self._too_long(len(tokens))
+            return tokens, 0, 0
+        conversation = self._conversation(cast(Sequence[Message] | str, request.messages), adapter)
+        tokens, dropped = self._fitting(conversation, adapter, sampling)
+        return tokens, dropped, 0 if request.tenant is None else self._public(tokens, adapter)
+
+    def _raw(self, text: object, adapter: Adapter) -> list[int]:
+        """The tokens of a text that is continued as it is, beginning as this base's texts do."""
+        tokenizer = self._model.tokenizer
+        if isinstance(text, str):
+            tokens = tokenizer.encode(text, special=True)
+            if tokenizer.adds_bos and tokens[:1] != [tokenizer.bos]:
+                tokens.insert(0, tokenizer.bos)
+        elif isinstance(text, Sequence) and all(
+            isinstance(token, int) and not isinstance(token, bool) and 0 <= token < tokenizer.size for token in text
+        ):
+            tokens = list(text)
+        else:
+            raise SettingsError(f"a raw prompt is text or token ids from 0, below {tokenizer.size}")
+        if not tokens:
+            raise SettingsError("the prompt is empty, and this base begins with no token of its own")
+        return adapter.bundled.placed(tokens, tokenizer.bos) if adapter.bundled else tokens
 
     def _public(self, tokens: Sequence[int], adapter: Adapter) -> int:
         """How many of the first tokens are the operator's own: those that all conversations with an adapter begin
@@ -113,9 +143,12 @@ class Planner:
             if cut is not None:
                 tokens = self._tokens(cut, adapter)
                 return tokens, whole - len(tokens)
+        raise self._too_long(whole)
+
+    def _too_long(self, length: int) -> ContextOverflowError:
         trained = self._model.n_ctx_train
-        raise ContextOverflowError(
-            f"the conversation is {whole} tokens long, and the reply needs room too; the context window is "
+        return ContextOverflowError(
+            f"the conversation is {length} tokens long, and the reply needs room too; the context window is "
             f"{self._n_ctx} tokens",
             hint=f"Shorten it, ask for a larger window (this base was trained with {trained}), or leave out its "
             f"middle: --on-overflow={TRUNCATE_MIDDLE}.",

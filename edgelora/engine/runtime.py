@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from edgelora.adapter_ref import AdapterRef
 from edgelora.engine.adapters import Adapter, Adapters, Prepared
@@ -185,6 +186,25 @@ class Runtime:
         beyond = [f"a context of {self.n_ctx} tokens; the base was trained with {trained}"]
         return self.n_ctx, self.model.name, [*(beyond if self.n_ctx > trained else []), *self._notices]
 
+    def state(self) -> dict[str, Any]:
+        """See `Engine.state`."""
+        waiting, running = self.scheduler.counts
+        return {
+            "base": self.model.name,
+            "base_fingerprint": base_fingerprint(self.settings.base),
+            "n_ctx": self.n_ctx,
+            "parallel": self.context.n_sequences,
+            "kv_type": self.kv_type,
+            "mode": self.mode()[0],
+            "waiting": waiting,
+            "running": running,
+            "adapters": list(self.adapters),
+            "adapters_in_memory": self.adapters.loaded(),
+            "adapter_bytes": self.adapters.loaded_bytes,
+            "kept_kv_bytes": self.cache.kept_bytes,
+            "notices": self._notices,
+        }
+
     def mode(self) -> tuple[str, list[str]]:
         """How requests share the machine now; a notice, where mixing was given up on the way."""
         mixes, problem = self.adapters.mixer is not None, self.adapters.mixing_problem
@@ -197,9 +217,9 @@ class Runtime:
             self._check_room()
             self.scheduler.submit(task, self.planner.plan(task.request))
         except StopIteration as error:  # a stream that raised it would look finished
-            task.items.put(RuntimeError(f"a bug: {error!r} escaped"))
+            task.put(RuntimeError(f"a bug: {error!r} escaped"))
         except BaseException as error:
-            task.items.put(error)
+            task.put(error)
 
     def _check_room(self) -> None:
         most, backlog = self.settings.max_waiting, self.scheduler.backlog

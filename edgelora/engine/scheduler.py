@@ -163,7 +163,7 @@ class Scheduler:
                 self._running.remove(each)
                 self._cache.give_back(each.sequence)
                 self._let_go(each.plan)
-                each.task.items.put(each.end())
+                each.task.put(each.end())
 
     def _admit(self) -> None:
         """Give places to those who wait, and have the next ones' adapters read."""
@@ -208,7 +208,7 @@ class Scheduler:
         if waiting.is_next:
             self._adapters.release(waiting.plan.adapters)
         self._adapters.disclaim(waiting.plan.adapters)
-        waiting.task.items.put(answer)
+        waiting.task.put(answer)
 
     def _let_go(self, plan: Plan) -> None:
         self._adapters.release(plan.adapters)
@@ -395,7 +395,7 @@ class Scheduler:
         self._cache.drop(each.sequence)
         each.abandon()
         self._let_go(each.plan)
-        each.task.items.put(error)
+        each.task.put(error)
 
     def _count(self, each: Generation, tokens: int) -> None:
         self._turn_tokens += tokens

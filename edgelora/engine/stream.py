@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
@@ -20,7 +20,7 @@ class Request:
 
     Attributes:
         messages: the conversation so far, or one user message as a string. Without a system message the adapter's own
-            system prompt leads; an empty one stands for none at all.
+            system prompt leads; an empty one stands for none at all. With `raw`, a text, or token ids.
         adapter: a loaded adapter's name; None, "none" and "base" are the bare base. A mapping of names to scales blends
             several; template, stops and settings are then the first one's.
         scale: how strongly to apply it; None is the scale it was loaded with. Of a blend, it multiplies every scale.
@@ -32,11 +32,12 @@ class Request:
             base, so two nearly equal candidates can change places.
         priority: lower ones begin first; what is under way goes on.
         deadline: seconds from now until the reply ends with what there is (finish_reason "deadline").
+        raw: continue a text as it is: no template, no system prompt; control tokens written in it are control tokens.
         tenant: whose request it is. KV of one tenant is never used for another, but for the tokens that the operator
             wrote: the template's and the adapter's own system prompt.
     """
 
-    messages: Sequence[Message] | str
+    messages: Sequence[Message] | Sequence[int] | str
     adapter: str | Mapping[str, float] | None = None
     scale: float | None = None
     sampling: Sampling | Mapping[str, Any] | None = None
@@ -44,6 +45,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     tenant: str | None = None
+    raw: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,23 @@ class TokenLogprob:
     text: bytes
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
+
+
+class Piece(str):
+    """A piece of a reply.
+
+    Attributes:
+        logprobs: of the tokens since the piece before, where they were asked for.
+    """
+
+    __slots__ = ("logprobs",)
+
+    def __new__(cls, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Self:
+        made = super().__new__(cls, text)
+        made.logprobs = logprobs
+        return made
+
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
@@ -95,14 +114,23 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
 
 
-class Task:
-    """A request on its way through the engine's thread: pieces of text, then a `Completion` or an exception."""
+Item = Piece | Completion | BaseException
+"""What comes of a request: pieces of text, then a `Completion` or an exception."""
 
-    def __init__(self, request: Request) -> None:
+
+class Task:
+    """A request on its way through the engine's thread.
+
+    Args:
+        deliver: called there with every item, instead of keeping them for a `Stream`; it must not wait.
+    """
+
+    def __init__(self, request: Request, deliver: Callable[[Item], None] | None = None) -> None:
         self.request = request
         self.interrupt = InterruptFlag()
         self.submitted = time.perf_counter()
-        self.items: SimpleQueue[str | Completion | BaseException] = SimpleQueue()
+        self.items: SimpleQueue[Item] = SimpleQueue()
+        self.put = deliver or self.items.put
 
     @property
     def is_late(self) -> bool:

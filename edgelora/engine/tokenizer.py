@@ -97,6 +97,11 @@ class Tokenizer(ABC):
         """Id of the token that begins a text; negative where the vocabulary has none."""
         return int(llama().llama_vocab_bos(self.vocab))
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether every text of this base begins with that token."""
+        return self.bos >= 0 and bool(llama().llama_vocab_get_add_bos(self.vocab))
+
     def text_of(self, which: str) -> str:
         """The text of the `bos` or `eos` token; empty where the vocabulary has none."""
         library = llama()
