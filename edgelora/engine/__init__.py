@@ -18,6 +18,7 @@ The only package that imports `llama_cpp`, and only its low-level half:
     mixing.py       which of the two; mixing_proof.py: that this model computes with it as llama.cpp does
     cache.py        KV prefixes, keyed by adapter content and scale; kv_files.py keeps them on disk
     fit.py          how much KV, of which type, and how many GPU layers fit
+    embedding.py    vectors of texts, from bases made for it
     sampler.py      sampler chains
     reply.py        token bytes to text: stop strings, whole characters
     grammar.py      what a grammar allows next

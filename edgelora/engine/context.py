@@ -75,6 +75,7 @@ class Context:
         n_batch: the most tokens in a decode.
         callback: llama.cpp's `cb_eval` and its argument.
         kv_type: of keys and values, in `enum ggml_type`.
+        embeddings: make vectors of texts, and no logits.
 
     Raises:
         EdgeloraError: not enough memory, with llama.cpp's reason.
@@ -90,12 +91,14 @@ class Context:
         n_batch: int,
         callback: tuple[Any, Any] | None = None,
         kv_type: int = F16,
+        embeddings: bool = False,
     ) -> None:
         library = llama()
         params = library.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx * n_sequences, n_sequences, False
         params.n_batch = params.n_ubatch = n_batch
         params.type_k = params.type_v = kv_type
+        params.embeddings = embeddings
         params.n_threads = params.n_threads_batch = threads
         if callback:
             params.cb_eval, params.cb_eval_user_data = callback

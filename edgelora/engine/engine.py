@@ -174,6 +174,14 @@ class Engine:
             raise SettingsError(f"the path of adapter {name!r} is {path!r}, expected text or a path")
         return self._load(AdapterRef(check_name(name), Path(path).expanduser(), scale))
 
+    def check_adapter(self, path: str | Path) -> None:
+        """Read and check a file as `load_adapter` does, and load nothing.
+
+        Raises:
+            ModelFileError, BaseMismatchError: missing, broken, or does not fit the base.
+        """
+        prepare(AdapterRef("checked", Path(path).expanduser()), self._header, mixing=False)
+
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its memory.
 
@@ -286,6 +294,21 @@ class Engine:
     def count_tokens(self, messages: Messages, adapter: str | None = None) -> int:
         """How many tokens the conversation takes, with the template and system prompt it would be given."""
         return self._call(lambda runtime: len(runtime.planner.encode(messages, runtime.adapters.get(adapter))))
+
+    def embed(self, inputs: Sequence[str | Sequence[int]], adapter: str | None = None) -> tuple[list[list[float]], int]:
+        """Vectors of texts (or token ids), each of length 1, and how many tokens they had together. Replies under way
+        pause for a text at a time.
+
+        Raises:
+            SettingsError: the base is none for embeddings, or an unknown adapter.
+            ContextOverflowError: a text that is too long.
+        """
+
+        def embed(text: str | Sequence[int]) -> tuple[list[float], int]:
+            return self._call(lambda runtime: runtime.embed(text, adapter))
+
+        made = [embed(text) for text in inputs]
+        return [vector for vector, _ in made], sum(count for _, count in made)
 
     def close(self) -> None:
         """Cancel what is under way, free everything, join the thread. May be called again."""

@@ -78,7 +78,7 @@ class Planner:
         if not isinstance(request.raw, bool):
             raise SettingsError(f"raw is {request.raw!r}, expected true or false")
         if request.raw:
-            tokens = self._raw(request.messages, adapter)
+            tokens = self.raw_tokens(request.messages, adapter)
             if len(tokens) >= self._n_ctx:
                 raise self._too_long(len(tokens))
             return tokens, 0, 0
@@ -86,8 +86,12 @@ class Planner:
         tokens, dropped = self._fitting(conversation, adapter, sampling)
         return tokens, dropped, 0 if request.tenant is None else self._public(tokens, adapter)
 
-    def _raw(self, text: object, adapter: Adapter) -> list[int]:
-        """The tokens of a text that is continued as it is, beginning as this base's texts do."""
+    def raw_tokens(self, text: object, adapter: Adapter) -> list[int]:
+        """The tokens of a text that is taken as it is, beginning as this base's texts do.
+
+        Raises:
+            SettingsError: neither text nor token ids, or nothing.
+        """
         tokenizer = self._model.tokenizer
         if isinstance(text, str):
             tokens = tokenizer.encode(text, special=True)

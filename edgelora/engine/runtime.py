@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from edgelora.engine.adapters import Adapter, Adapters, Prepared
 from edgelora.engine.cache import KVCache
 from edgelora.engine.context import Context
 from edgelora.engine.devices import backend_name, devices
+from edgelora.engine.embedding import Embedder
 from edgelora.engine.fit import DEFAULT_N_CTX, KV_TYPES, KVFit, fit_gpu_layers, fit_kv, kv_values_per_token
 from edgelora.engine.kv_files import KVFiles
 from edgelora.engine.mixer import Mixer
@@ -121,6 +122,9 @@ class Runtime:
                 reproducible=reproducible,
             )
             self.planner = Planner(self.model, self.adapters, self.n_ctx, settings.chat_template, settings.on_overflow)
+            self._threads = threads
+            self._embedder: Embedder | None = None
+            undo.callback(self._close_embedder)
             self._undo = undo.pop_all()
 
     def close(self) -> None:
@@ -129,6 +133,10 @@ class Runtime:
         if self._files:
             self._files.save(self.cache.all())
         self._undo.close()
+
+    def _close_embedder(self) -> None:
+        if self._embedder:
+            self._embedder.close()
 
     def _fit(self) -> KVFit:
         settings = self.settings
@@ -169,6 +177,22 @@ class Runtime:
 
     def add_adapter(self, prepared: Prepared) -> Adapter:
         return self.adapters.add(prepared, force=self.settings.force)
+
+    def embed(self, text: str | Sequence[int], adapter: str | None) -> tuple[list[float], int]:
+        """The vector of a text, and how many tokens it has; see `Engine.embed`."""
+        named = self.adapters.get(adapter)
+        tokens = self.planner.raw_tokens(text, named)
+        if self._embedder is None:
+            self._embedder = Embedder(self.model, self.n_ctx, self._threads)
+        acting = ((named, named.scale),) if named.file else ()
+        self.adapters.use(acting)
+        try:
+            self.adapters.ready(acting, mixed=False)
+            applied = tuple((each.pointer, scale) for each, scale in acting)
+            return self._embedder.embed(tokens, applied).tolist(), len(tokens)
+        finally:
+            self._embedder.release()
+            self.adapters.release(acting)
 
     def bundled(self) -> dict[str, Adapter]:
         """The adapters that the base has inside."""
