@@ -9,6 +9,12 @@ A training row is one JSON object on a line, in one of two shapes:
 `tool_calls` and `function_call` would change what the model reads and are refused; other fields (`id`, `name`,
 `metadata` ...) do not reach a chat template and are ignored.
 
+In a conversation with tools, an assistant's message may have `tool_calls`, and then no text; a tool's answers one:
+
+    {"role": "assistant", "content": null, "tool_calls": [{"id": "a1", "type": "function",
+        "function": {"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}}]}
+    {"role": "tool", "tool_call_id": "a1", "content": "4 degrees"}
+
 A batch row has `messages` (ending with the user's turn) or `prompt`, and may carry settings of its own.
 """
 
@@ -18,11 +24,11 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import IO, Any, NotRequired, TypedDict
 
 from edgelora.errors import DataFileError
 
@@ -34,8 +40,13 @@ TOOL_FIELDS = ("tools", "functions", "tool_calls", "function_call")
 
 
 class Message(TypedDict):
+    """One turn. `tool_calls`, `tool_call_id` and `name` are those of conversations with tools (`prepared`)."""
+
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -172,11 +183,91 @@ def check_messages(value: object) -> str:
             return f"message {index} is a JSON {_json_type(message)}, expected an object with `role` and `content`"
         if message.get("role") not in ROLES:
             return f"message {index} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}"
+        if message["role"] == "assistant" and message.get("tool_calls") is not None:
+            if problem := _tool_calls(message["tool_calls"]):
+                return f"message {index} has `tool_calls` {problem}"
+            if message["tool_calls"] and message.get("content") is None:
+                continue
         if not isinstance(message.get("content"), str):
             return f"message {index} has `content` of type {_json_type(message.get('content'))}, expected a string"
         if message["role"] == "system" and index > 1:
             return f"message {index} is a system message; only the first may be"
     return ""
+
+
+def _tool_calls(calls: Any) -> str:
+    """What keeps `calls` from being those of an assistant's message; empty if nothing does."""
+    if not isinstance(calls, list):
+        return f"of type {_json_type(calls)}, expected a list"
+    for number, call in enumerate(calls, start=1):
+        function = call.get("function") if isinstance(call, dict) and call.get("type", "function") == "function" else 0
+        if not isinstance(function, dict):
+            return f"of which {number} is no function's"
+        name, identifier = function.get("name"), call.get("id", "")
+        if not isinstance(name, str) or not _CALL_NAME.fullmatch(name):
+            return f"of which {number} has name {name!r}, expected 1 to 64 letters, digits, _ and -"
+        if not isinstance(identifier, str) or not _CALL_ID.fullmatch(identifier):
+            return f"of which {number} has id {identifier!r}, expected letters, digits, _, -, . and :"
+        if not isinstance(_arguments(function.get("arguments")), dict):
+            return f"of which {number} has `arguments` that are no JSON object as text"
+    return ""
+
+
+_CALL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_CALL_ID = re.compile(r"[A-Za-z0-9_.:-]{0,128}")
+
+
+def _arguments(given: Any) -> Any:
+    """A call's arguments, which OpenAI has as JSON text, and Hugging Face's chat templates as an object."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given or "{}")
+    except (ValueError, RecursionError):
+        return None
+
+
+def check_tool_turns(messages: list[Any]) -> str:
+    """What keeps the tools' messages from answering the calls before them; empty if nothing does.
+
+    Args:
+        messages: of which `check_messages` finds nothing.
+    """
+    open_calls: set[str] = set()
+    for index, message in enumerate(messages, start=1):
+        open_calls |= {call.get("id", "") for call in message.get("tool_calls") or ()}
+        if message["role"] == "tool":
+            identifier = message.get("tool_call_id")
+            if not isinstance(identifier, str) or identifier not in open_calls:
+                return f"message {index} has tool_call_id {identifier!r}, which is that of no call before it"
+    return ""
+
+
+def prepared(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages as chat templates take them, with nothing that those do not read: arguments of calls as objects, text
+    that is null as empty, and a tool's message with the tool's name.
+
+    Args:
+        messages: of which `check_messages` finds nothing.
+    """
+    made, names = list[Message](), dict[str, str]()
+    for given in messages:
+        message: Message = {"role": given["role"], "content": given.get("content") or ""}
+        if given["role"] == "assistant" and given.get("tool_calls"):
+            message["tool_calls"] = [_prepared_call(call) for call in given["tool_calls"]]
+            names |= {call["id"]: call["function"]["name"] for call in message["tool_calls"] if "id" in call}
+        if given["role"] == "tool":
+            identifier = given.get("tool_call_id")
+            name = given.get("name") or names.get(str(identifier))
+            message |= {"tool_call_id": identifier} if isinstance(identifier, str) else {}
+            message |= {"name": name} if isinstance(name, str) else {}
+        made.append(message)
+    return made
+
+
+def _prepared_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = {"name": call["function"]["name"], "arguments": _arguments(call["function"]["arguments"])}
+    return {**({"id": call["id"]} if "id" in call else {}), "type": "function", "function": function}
 
 
 def conversation_of(row: Row, source: str) -> Conversation | str:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgelora.errors import ModelFileError, SettingsError
-from edgelora.messages import Message
+from edgelora.messages import Message, user_message
 
 if TYPE_CHECKING:
     import jinja2
@@ -62,6 +63,20 @@ def resolve(name_or_path: str) -> str:
         raise SettingsError(f"{path}: cannot be read as a chat template ({error})") from None
 
 
+PROBE_TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "A probe.",
+        "parameters": {
+            "type": "object",
+            "properties": {"probed": {"type": "string", "description": "Some text."}},
+            "required": ["probed"],
+        },
+    },
+}
+"""A tool that tells whether a template shows tools."""
+
 RENDER_SECONDS = 10.0
 MAX_STEPS = 1_000_000
 
@@ -98,11 +113,15 @@ class ChatTemplate:
         add_generation_prompt: bool,
         bos_token: str = "",
         eos_token: str = "",
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
         """The conversation as the text the model reads.
 
-        With `add_generation_prompt` the text ends where the assistant's reply begins.
+        Args:
+            add_generation_prompt: the text ends where the assistant's reply begins.
+            tools: what the model may call, as OpenAI's `tools`; a template that does not support them ignores them
+                (`shows_tools`).
 
         Raises:
             ModelFileError: the template refuses the conversation (`raise_exception`, say for a system message it does
@@ -119,7 +138,8 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 bos_token=bos_token,
                 eos_token=eos_token,
-                **{"tools": None, "documents": None, **variables},
+                tools=[dict(tool) for tool in tools] if tools else None,
+                **{"documents": None, **variables},
             ):
                 pieces.append(piece)
                 if time.monotonic() > deadline:
@@ -128,6 +148,19 @@ class ChatTemplate:
             reason = str(error) or type(error).__name__
             raise ModelFileError(f"the chat template does not accept this conversation: {reason}") from None
         return "".join(pieces)
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the text is another one with tools than without; some templates need tools to give one at all."""
+        shown, without = (self._asked(tools) for tools in ([PROBE_TOOL], None))
+        return shown is not None and shown != without
+
+    def _asked(self, tools: Sequence[Mapping[str, Any]] | None) -> str | None:
+        """A question as the model reads it; None where the template refuses it."""
+        try:
+            return self.render([user_message("A question?")], add_generation_prompt=True, tools=tools)
+        except ModelFileError:
+            return None
 
 
 def _compile(source: str) -> jinja2.Template:

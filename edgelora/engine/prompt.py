@@ -2,21 +2,29 @@
 
 The template's own text may hold control tokens (`<|im_start|>`), and they are parsed. The same characters inside a
 message are text: whoever writes `<|im_end|><|im_start|>system` into a message does not get a system turn. Where no
-message holds such characters, the rendered text is tokenized whole, which is what training did.
+message holds such characters, the rendered text is tokenized whole, which is what training did. So are the texts in
+calls of tools and in the definitions of tools, which come from outside as well.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from edgelora.engine.tokenizer import SpecialToken, Tokenizer, join_controls
 from edgelora.errors import SettingsError
-from edgelora.messages import Message
+from edgelora.messages import Message, prepared
 from edgelora.template import ChatTemplate
+from edgelora.tools.calls import JsonCalls, ToolCall
+from edgelora.tools.families import required_family
 
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
+
+
+_OPEN_THOUGHT, _CLOSED_THOUGHT = "<think>", "\n</think>\n\n"
 
 
 def encode_prompt(
@@ -25,23 +33,72 @@ def encode_prompt(
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    opening: str = "",
 ) -> list[int]:
-    """The ids of `messages` rendered by `template`, ending where the assistant's reply begins.
+    """The ids of `messages` rendered by `template`, ending where the assistant's reply begins, or goes on.
+
+    Args:
+        tools: what the template shows to the model (`ToolUse.shown`).
+        opening: the beginning of the reply; control tokens in it are control tokens. Where the template has the reply
+            begin with a thought (`<think>`), that ends before.
 
     Raises:
         ModelFileError: the template refuses the conversation.
-        SettingsError: no private-use character is left to mark text with.
+        SettingsError: no private-use character is left to mark text with; or the conversation has calls of tools, and
+            the template does not support them.
     """
-    quotes = _Quotes.unused_in(messages)
+    conversation = prepared(messages)
+    quotes = _Quotes.unused_in(conversation, tools or ())
+
+    def protect(text: str) -> str:
+        return quotes.protect(text, tokenizer)
+
     text = template.render(
-        [{"role": m["role"], "content": quotes.protect(m["content"], tokenizer)} for m in messages],
+        [_written(template, message, protect) for message in conversation],
         add_generation_prompt=add_generation_prompt,
         bos_token=tokenizer.text_of("bos"),
         eos_token=tokenizer.text_of("eos"),
+        tools=_everywhere(tools, protect),
     )
+    text = quotes.unescaped(text)
+    if opening and text.rstrip().endswith(_OPEN_THOUGHT):
+        text = text.rstrip() + _CLOSED_THOUGHT
+    text += opening
     if quotes.opening not in text:
         return tokenizer.encode(text, special=True)
     return join_controls(tokenizer, _joined(quotes.split(text, tokenizer)))
+
+
+def _written(template: ChatTemplate, message: Message, protect: Callable[[str], str]) -> Message:
+    """A message with its texts protected; calls are in the content where the template writes none itself.
+
+    Raises:
+        SettingsError: it has calls, and the template does not support them.
+    """
+    made: Message = {"role": message["role"], "content": protect(message["content"])}
+    if "tool_call_id" in message:
+        made["tool_call_id"] = protect(message["tool_call_id"])
+    if "name" in message:
+        made["name"] = protect(message["name"])
+    if calls := message.get("tool_calls"):
+        family = required_family(template)
+        if isinstance(family, JsonCalls) and family.in_content:
+            own = [ToolCall(each["function"]["name"], json.dumps(each["function"]["arguments"])) for each in calls]
+            opening, text, closing = family.written(own)
+            made["content"] += f"{opening}{protect(text)}{closing}"
+        else:
+            made["tool_calls"] = [_everywhere(each, protect) for each in calls]
+    return made
+
+
+def _everywhere(value: Any, protect: Callable[[str], str]) -> Any:
+    """A value of JSON with every text in it protected."""
+    if isinstance(value, str):
+        return protect(value)
+    if isinstance(value, Mapping):
+        return {protect(key): _everywhere(item, protect) for key, item in value.items()}
+    return [_everywhere(item, protect) for item in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
@@ -52,13 +109,22 @@ class _Quotes:
     closing: str
 
     @classmethod
-    def unused_in(cls, messages: Sequence[Message]) -> _Quotes:
-        used = {character for message in messages for character in message["content"]}
+    def unused_in(cls, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> _Quotes:
+        text = json.dumps([messages, tools], ensure_ascii=False, default=list)
+        used = set(text)
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+        free = (one for one in free if not any(escape[1:] in text for escape in _escapes(one)))
         opening, closing = next(free, ""), next(free, "")
         if not closing:
             raise SettingsError("the conversation uses every private-use character of Unicode; two must be free")
         return cls(opening, closing)
+
+    def unescaped(self, text: str) -> str:
+        """`text` with the quotes that a template wrote as escapes (`tojson` of a kind, Python's `repr`)."""
+        for quote in (self.opening, self.closing):
+            for escape in _escapes(quote):
+                text = text.replace(escape, quote)
+        return text
 
     def protect(self, content: str, tokenizer: Tokenizer) -> str:
         """`content` with quotes around every control token in it, and around one cut off at either end: the message
@@ -88,6 +154,10 @@ class _Quotes:
             yield control if control else match[0].strip(self.opening + self.closing)
             position = match.end()
         yield text[position:]
+
+
+def _escapes(character: str) -> tuple[str, str]:
+    return json.dumps(character)[1:-1], repr(character)[1:-1]
 
 
 def _joined(parts: Iterator[SpecialToken | str]) -> list[SpecialToken | str]:

@@ -1,0 +1,57 @@
+"""The tools of one request: what the template shows, what the reply must follow, and who reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgelora.template import ChatTemplate
+from edgelora.tools.calls import Family
+from edgelora.tools.definitions import Tools, checked_choice, checked_tools
+from edgelora.tools.families import required_family
+from edgelora.tools.forcing import forced
+from edgelora.tools.reading import Parser
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """Attributes:
+    tools: those of the request.
+    opening: what the prompt ends with: the beginning of a call that the reply has to be.
+    grammar: GBNF of the rest of that call; None where the reply is free.
+    """
+
+    tools: Tools
+    family: Family
+    opening: str = ""
+    grammar: str | None = None
+
+    @property
+    def shown(self) -> list[Mapping[str, Any]]:
+        """The tools as chat templates take them."""
+        return [tool.definition for tool in self.tools.values()]
+
+    def parser(self) -> Parser:
+        """A fresh reader of one reply."""
+        return Parser(self.family, self.tools, self.opening)
+
+
+def tool_use(tools: object, choice: object, template: ChatTemplate, *, parallel: bool = True) -> ToolUse | None:
+    """How a request's `tools` and `tool_choice` are followed; None where none are used.
+
+    Args:
+        parallel: whether a reply that must call may call more than once.
+
+    Raises:
+        SettingsError: they make no sense, the template does not support tools, or a tool's schema cannot be kept.
+    """
+    checked = checked_tools(tools)
+    chosen = checked_choice(choice, checked)
+    if not checked or chosen.kind == "none":
+        return None
+    family = required_family(template)
+    if chosen.kind == "auto":
+        return ToolUse(checked, family)
+    must = forced(chosen, checked, family, parallel=parallel)
+    return ToolUse(checked, family, must.opening, must.grammar)
