@@ -208,12 +208,12 @@ def add_key(path: Path, key: Key, *, replace_old: bool = False) -> str:
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Take a key out of the file. Comments in it are not kept.
+    """Take a key out of the file, be it one that is written wrong. Comments in it are not kept.
 
     Raises:
         SettingsError: there is no such key, or the file cannot be read or written.
     """
-    KeyRing.read(path)  # a file that is not there is not made
+    _read(path)  # a file that is not there is not made
     with _changing(path) as tables:
         if name not in tables:
             raise SettingsError(f"{path}: there is no key {_shown(name)}", hint="`edgelora keys list` names them.")
@@ -342,10 +342,9 @@ def _changing(path: Path) -> Iterator[dict[str, Any]]:
             raise SettingsError(f"{path}: there is no folder {target.parent}")
         with lock:
             try:
-                tables, mode = _read(target) if target.exists() else ({}, 0)
-                _ring(path, tables, mode)
+                tables = _read(target)[0] if target.exists() else {}
                 yield tables
-                _ring(path, tables, mode)  # nothing is written that could not be read
+                _ring(path, tables, mode=0)  # nothing is written that could not be read
                 _write(target, "\n".join(_toml(tables)))
             finally:  # while it is held: filelock lets nobody in by a lock file that is gone
                 Path(lock.lock_file).unlink(missing_ok=True)

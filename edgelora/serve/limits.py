@@ -237,7 +237,7 @@ def _restored_window(what: str, fields: Mapping[str, Any], now: int, wall: int) 
     if what not in _UNITS:
         raise ValueError(f"{what!r}, expected one of {', '.join(_UNITS)}")
     window = _Window(Rate.parse(fields["rate"]))
-    for when, amount in sorted(fields["booked"]):
+    for when, amount in fields["booked"]:
         if type(when) is not int or type(amount) is not int or amount < 1:
             raise ValueError("no times and amounts")
         window.booked.append((min(when - wall, 0) + now, amount))

@@ -88,6 +88,9 @@ def test_every_key_is_compared_whichever_it_is(path: Path, monkeypatch: pytest.M
         compared.clear()
         ring.find(secret)
         assert compared == [known.digest for known in ring._hashes]
+    compared.clear()
+    assert ring.find("x" * 257) is None
+    assert compared == []  # too long to be anybody's: not worth hashing
 
 
 def test_what_a_key_may_use(path: Path) -> None:
@@ -352,13 +355,18 @@ def test_what_cannot_be_added_or_removed(path: Path, tmp_path: Path) -> None:
     assert {item.name for item in tmp_path.iterdir()} == {"keys.toml"}
 
 
-def test_a_broken_file_is_not_changed(path: Path) -> None:
-    with_line(path, "speed = 1")
-    text = path.read_text()
+def test_a_broken_file_is_not_changed_but_to_mend_it(path: Path) -> None:
+    path.write_text(f"{BY_HAND}speed = 1\n")  # of the last one, root
     for change in (lambda: add_key(path, Key("new", admin=True)), lambda: remove_key(path, "acme")):
-        with pytest.raises(SettingsError, match="unknown field 'speed'"):
+        with pytest.raises(SettingsError, match="'root': unknown field 'speed'"):
             change()
-    assert path.read_text() == text
+    assert path.read_text() == f"{BY_HAND}speed = 1\n"
+    remove_key(path, "root")
+    assert [key.name for key in KeyRing.read(path).keys] == ["acme", "big.corp"]
+    path.write_text("[keys.acme")
+    with pytest.raises(SettingsError, match="not TOML"):
+        add_key(path, Key("new", admin=True))
+    assert path.read_text() == "[keys.acme"
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
