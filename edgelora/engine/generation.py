@@ -18,6 +18,7 @@ from edgelora.engine.sampler import Sampler, likeliest, log_probabilities
 from edgelora.engine.stream import Completion, Piece, Task, TokenLogprob
 from edgelora.engine.tokenizer import Tokenizer
 from edgelora.sampling import Sampling
+from edgelora.tools.use import ToolUse
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Plan:
         dropped: tokens of the conversation that were left out, so that it fits.
         tenant: whose request it is; None where nobody is told apart.
         public: the first tokens, which are the operator's own: those of the template and the adapter's system prompt.
+        tools: what the reply may call; None for none.
         bundled: the adapter that a control token in `tokens` switches on.
     """
 
@@ -45,6 +47,7 @@ class Plan:
     bundled: Adapter | None = None
     tenant: str | None = None
     public: int = 0
+    tools: ToolUse | None = None
 
     def key_at(self, position: int) -> Key:
         """What the KV of a position is computed under."""
@@ -91,6 +94,7 @@ class Generation:
         self._logprobs: list[TokenLogprob] = []
         self._limit = min(plan.sampling.max_tokens or plan.n_ctx, plan.n_ctx - len(plan.tokens))
         self._pieces: list[str] = []
+        self._calls = plan.tools.parser() if plan.tools else None
         self._said = 0  # log probabilities that went with a piece
         self._completion_tokens = 0
         self._began = time.perf_counter()
@@ -137,13 +141,14 @@ class Generation:
 
     def end(self) -> Completion:
         """Emit what was held back; the account of the reply."""
-        self._say(self._text.end())
+        self._say(self._text.end(), is_last=True)
         self._sampler.close()
+        calls = tuple(self._calls.calls) if self._calls else ()
         decoding, count = self._last_token - self._first_token, self._completion_tokens
         adapters = self.plan.answering
         return Completion(
             text="".join(self._pieces),
-            finish_reason=self.reason,
+            finish_reason="tool_calls" if calls and self.reason == "stop" else self.reason,
             prompt_tokens=len(self.plan.tokens),
             cached_tokens=self.read_from or 0,
             dropped_tokens=self.plan.dropped,
@@ -154,6 +159,7 @@ class Generation:
             seconds_to_first_token=max(0.0, self._first_token - self.task.submitted),
             tokens_per_second=(count - 1) / decoding if count > 1 and decoding else 0.0,
             logprobs=None if self.plan.sampling.logprobs is None else tuple(self._logprobs),
+            tool_calls=calls,
         )
 
     def abandon(self) -> None:
@@ -167,7 +173,9 @@ class Generation:
         top = (TokenLogprob(each, written(self._vocab, each), value) for each, value in zip(best, others, strict=True))
         return TokenLogprob(token, data, own, tuple(top))
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, *, is_last: bool = False) -> None:
+        if self._calls:
+            text = self._calls.feed(text) + (self._calls.end() if is_last else "")
         if text:
             self._pieces.append(text)
             self.task.put(Piece(text, tuple(self._logprobs[self._said :])))

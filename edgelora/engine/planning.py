@@ -17,6 +17,7 @@ from edgelora.errors import ContextOverflowError, ModelFileError, SettingsError
 from edgelora.messages import Message, check_messages, user_message
 from edgelora.sampling import Sampling
 from edgelora.template import ChatTemplate
+from edgelora.tools.use import ToolUse, tool_use
 
 ERROR, TRUNCATE_MIDDLE = "error", "truncate-middle"
 ON_OVERFLOW = (ERROR, TRUNCATE_MIDDLE)
@@ -53,7 +54,12 @@ class Planner:
         inside = first if first.bundled else None
         sampling = resolve_sampling(request.sampling, first)
         _check_numbers(request)
-        tokens, dropped, public = self._prompt(request, first, sampling)
+        tools = self._tools(request, first)
+        if tools and tools.grammar is not None:
+            if sampling.gbnf is not None:
+                raise SettingsError("a call of a tool is required, and a grammar or schema is given; expected one")
+            sampling = replace(sampling, grammar=tools.grammar)
+        tokens, dropped, public = self._prompt(request, first, sampling, tools)
         begins = _invocation(adapters, tokens)
         acting = () if inside else adapters
         return Plan(
@@ -67,13 +73,24 @@ class Planner:
             inside,
             request.tenant,
             public,
+            tools,
         )
 
     def encode(self, messages: Sequence[Message] | str, adapter: Adapter) -> list[int]:
         """The prompt's tokens, with the adapter's system prompt where the conversation has none."""
         return self._tokens(self._conversation(messages, adapter), adapter)
 
-    def _prompt(self, request: Request, adapter: Adapter, sampling: Sampling) -> tuple[list[int], int, int]:
+    def _tools(self, request: Request, adapter: Adapter) -> ToolUse | None:
+        if not request.tools and request.tool_choice is None:
+            return None
+        if request.raw:
+            raise SettingsError("tools are for conversations, and raw texts are none")
+        template, parallel = self._template(adapter), request.parallel_tool_calls
+        return tool_use(request.tools, request.tool_choice, template, parallel=parallel)
+
+    def _prompt(
+        self, request: Request, adapter: Adapter, sampling: Sampling, tools: ToolUse | None
+    ) -> tuple[list[int], int, int]:
         """The tokens, how many of the conversation's were left out, and how many of the first are the operator's."""
         if not isinstance(request.raw, bool):
             raise SettingsError(f"raw is {request.raw!r}, expected true or false")
@@ -83,7 +100,7 @@ class Planner:
                 raise self._too_long(len(tokens))
             return tokens, 0, 0
         conversation = self._conversation(cast(Sequence[Message] | str, request.messages), adapter)
-        tokens, dropped = self._fitting(conversation, adapter, sampling)
+        tokens, dropped = self._fitting(conversation, adapter, sampling, tools)
         return tokens, dropped, 0 if request.tenant is None else self._public(tokens, adapter)
 
     def raw_tokens(self, text: object, adapter: Adapter) -> list[int]:
@@ -130,22 +147,26 @@ class Planner:
             conversation.pop(0)
         return conversation
 
-    def _tokens(self, conversation: Sequence[Message], adapter: Adapter) -> list[int]:
-        tokens = encode_prompt(self._model.tokenizer, self._template(adapter), conversation)
+    def _tokens(self, conversation: Sequence[Message], adapter: Adapter, tools: ToolUse | None = None) -> list[int]:
+        shown, opening = (tools.shown, tools.opening) if tools else (None, "")
+        template = self._template(adapter)
+        tokens = encode_prompt(self._model.tokenizer, template, conversation, tools=shown, opening=opening)
         return adapter.bundled.placed(tokens, self._model.tokenizer.bos) if adapter.bundled else tokens
 
-    def _fitting(self, conversation: list[Message], adapter: Adapter, sampling: Sampling) -> tuple[list[int], int]:
+    def _fitting(
+        self, conversation: list[Message], adapter: Adapter, sampling: Sampling, tools: ToolUse | None
+    ) -> tuple[list[int], int]:
         """The prompt's tokens, and how many of the conversation's were left out."""
-        tokens = self._tokens(conversation, adapter)
+        tokens = self._tokens(conversation, adapter, tools)
         if len(tokens) < self._n_ctx:
             return tokens, 0
         whole = len(tokens)
         if self._on_overflow == TRUNCATE_MIDDLE:
             reply = min(sampling.max_tokens or self._n_ctx // REPLY_SHARE, self._n_ctx // 2)
             room = max(1, self._n_ctx - reply)
-            cut = shortened(conversation, lambda messages: len(self._tokens(messages, adapter)) <= room)
+            cut = shortened(conversation, lambda messages: len(self._tokens(messages, adapter, tools)) <= room)
             if cut is not None:
-                tokens = self._tokens(cut, adapter)
+                tokens = self._tokens(cut, adapter, tools)
                 return tokens, whole - len(tokens)
         raise self._too_long(whole)
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 from edgelora.engine.native import InterruptFlag
 from edgelora.messages import Message
 from edgelora.sampling import Sampling
+from edgelora.tools.calls import ToolCall
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Request:
         priority: lower ones begin first; what is under way goes on.
         deadline: seconds from now until the reply ends with what there is (finish_reason "deadline").
         raw: continue a text as it is: no template, no system prompt; control tokens written in it are control tokens.
+        tools: functions that the model may call, as OpenAI's API defines them; the chat template has to support them.
+            `tool_choice` is "auto" (as None), "none", "required", or {"type": "function", "function": {"name": NAME}}.
         tenant: whose request it is. KV of one tenant is never used for another, but for the tokens that the operator
             wrote: the template's and the adapter's own system prompt.
     """
@@ -46,6 +49,9 @@ class Request:
     deadline: float | None = None
     tenant: str | None = None
     raw: bool = False
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str | Mapping[str, Any] | None = None
+    parallel_tool_calls: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,8 @@ class Completion:
     """A finished reply.
 
     Attributes:
-        finish_reason: "stop" (the model ended it, or a stop string), "length" (max_tokens, or the context is full),
-            "cancelled" or "deadline".
+        finish_reason: "stop" (the model ended it, or a stop string), "tool_calls" (it called tools), "length"
+            (max_tokens, or the context is full), "cancelled" or "deadline".
         prompt_tokens: tokens of the conversation as rendered; `cached_tokens` of them were in the KV cache already.
         dropped_tokens: tokens of the conversation that were left out, so that it fits ("truncate-middle").
         completion_tokens: tokens generated, without the one that ended the reply.
@@ -97,6 +103,7 @@ class Completion:
         seconds_waiting: from the request until it got a place in the batch.
         seconds_to_first_token: from the request to the first token, waiting for other requests included.
         tokens_per_second: of decode, from the first token to the last; 0 where there were fewer than two.
+        tool_calls: of the request's tools, in the order of the reply; they are no part of `text`.
         logprobs: one for each generated token; None where `Sampling.logprobs` did not ask for them.
     """
 
@@ -112,6 +119,7 @@ class Completion:
     seconds_to_first_token: float
     tokens_per_second: float
     logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 Item = Piece | Completion | BaseException
