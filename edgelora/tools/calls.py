@@ -55,14 +55,9 @@ class Family(ABC):
     in_content: bool = False
 
     @property
-    def openings(self) -> tuple[str, ...]:
-        """Texts that a call can begin with, anywhere in a reply."""
-        return (self.opening,)
-
-    @property
     def markers(self) -> frozenset[str]:
         """Texts that a vocabulary may have as control tokens, and that a reader of replies has to see."""
-        return frozenset(text for text in (*self.openings, self.closing) if text)
+        return frozenset((self.opening, self.closing)) - {""}
 
     @property
     def begins_reply(self) -> bool:
@@ -153,7 +148,7 @@ class NamedCalls(Family):
 
     @property
     def markers(self) -> frozenset[str]:
-        return super().markers | ({self.identifier, self.separator} - {""})
+        return (super().markers | {self.identifier, self.separator}) - {""}
 
     def read(self, cursor: Cursor, tools: Tools) -> Reading[list[ToolCall]]:
         yield from cursor.expect(self.opening)
@@ -191,6 +186,10 @@ class TaggedCalls(Family):
     argument: tuple[str, str, str, str] = ("", "", "", "")
     has_lines: bool = False
 
+    @property
+    def markers(self) -> frozenset[str]:
+        return (super().markers | {*self.function, *self.argument}) - {""}
+
     def read(self, cursor: Cursor, tools: Tools) -> Reading[list[ToolCall]]:
         yield from cursor.expect(self.opening)
         found: list[tuple[str, dict[str, str]]] = []
@@ -200,10 +199,12 @@ class TaggedCalls(Family):
             name = yield from cursor.word()
             yield from cursor.expect(self.function[1])
             found.append((name, (yield from self._arguments(cursor))))
+            if not self.function[2]:  # nothing but the closing tells that no argument is missing
+                yield from cursor.skip_space()
+                yield from cursor.expect(self.closing)
+                break
             if (yield from self._closes(cursor)):
                 break
-            if not self.function[0]:
-                raise NoCall
         return [call(name, _typed(texts, name, tools), tools) for name, texts in found]
 
     def _arguments(self, cursor: Cursor) -> Reading[dict[str, str]]:

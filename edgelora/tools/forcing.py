@@ -102,7 +102,8 @@ def _tagged_calls(family: TaggedCalls, tools: Sequence[Tool], made: _Rules, many
     close = f"line {_literal(family.closing)}"
     again = f"line {_literal(family.opening)} line {one} {close}"
     newline = "\n" if family.function[0] else ""  # without tags the name stands right behind the opening
-    return family.opening + newline, f"{one} ({close} ({again})*)?" if many else f"{one} ({close})?"
+    rest = f"{close} ({again})*" if many else close
+    return family.opening + newline, f"{one} ({rest})?" if end else f"{one} {rest}"
 
 
 def _tagged_arguments(family: TaggedCalls, tool: Tool, made: _Rules) -> str:
@@ -131,15 +132,22 @@ def _tagged_arguments(family: TaggedCalls, tool: Tool, made: _Rules) -> str:
 
 
 def _tagged_value(family: TaggedCalls, tool: Tool, name: str, schema: Any, made: _Rules) -> str:
-    types, end = types_of(schema, tool.parameters), family.argument[3]
+    place, end = f"#/properties/{name}", family.argument[3]
+    if not isinstance(schema, Mapping):
+        return (
+            made.text_before(end)
+            if schema is True
+            else made.problem(tool, f"no schema that a value can fit at {place}")
+        )
+    types = types_of(schema, tool.parameters)
     if types is not None and "string" not in types:
         whole = {**schema, **{key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}}
-        return made.schema(tool, whole, f"#/properties/{name}")
-    values = [schema["const"]] if "const" in schema else schema.get("enum") if isinstance(schema, Mapping) else None
+        return made.schema(tool, whole, place)
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list) and all(_is_plain(value, end) for value in values):
         return made.add("value", " | ".join(map(_literal, values)))
     if values is not None or not _is_free_text(schema):
-        return made.problem(tool, f"text with conditions between tags, at #/properties/{name}")
+        return made.problem(tool, f"text with conditions, which tags cannot keep, at {place}")
     return made.text_before(end)
 
 
@@ -207,9 +215,10 @@ class _Rules:
         if "text-0" in self.rules:  # a family has one
             return "text-0"
         for state in range(len(end)):
-            starts = {character: _next_state(end, state, character) for character in dict.fromkeys(end)}
-            ways = [f"{_literal(c)} text-{to}" for c, to in starts.items() if to < len(end)]
-            others = "".join(f"\\U{ord(character):08X}" for character in starts)
+            known = {character: _next_state(end, state, character) for character in dict.fromkeys(end)}
+            known = {character: to for character, to in known.items() if to}
+            ways = [f"{_literal(character)} text-{to}" for character, to in known.items() if to < len(end)]
+            others = "".join(f"\\U{ord(character):08X}" for character in known)
             self.rules[f"text-{state}"] = " | ".join(['""', f"[^{others}] text-0", *ways])
         return "text-0"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import string
 from dataclasses import dataclass
@@ -41,8 +40,8 @@ def parse(text: str, family: Family, tools: Tools, opening: str = "") -> Parsed:
 class Parser:
     """Reads a reply while it comes.
 
-    What looks like a call and is none (of an unknown tool, not JSON, cut off) is text. White space around calls is
-    dropped.
+    What looks like a call and is none (of an unknown tool, not JSON, cut off) is text. White space before a call and
+    at the end is dropped where there are calls.
 
     Args:
         opening: what of the reply is in the prompt already: the beginning of a call. It is no part of the text.
@@ -54,8 +53,6 @@ class Parser:
     def __init__(self, family: Family, tools: Tools, opening: str = "") -> None:
         self._family, self._tools = family, tools
         self._cursor = Cursor()
-        self._openings = re.compile("|".join(map(re.escape, family.openings)))
-        self._beginnings = {opening[:n] for opening in family.openings for n in range(1, len(opening))}
         self._out: list[str] = []
         self._unsaid = 0  # characters of `opening` that may still come out
         self.calls: list[ToolCall] = []
@@ -94,30 +91,31 @@ class Parser:
                 yield from self._calls(1)
         while (length := (yield from self._next_opening())) > 0:
             yield from self._calls(length)
-        self._release()
+        if not (self.calls and cursor.text.isspace()):
+            self._release()
 
     def _next_opening(self) -> Reading[int]:
         """Go to where a call may begin, and release the text before it; the length of what it begins with."""
-        cursor = self._cursor
-        while True:
-            found = self._openings.search(cursor.text, cursor.at)
-            end = found.start() if found else len(cursor.text)
-            if not found and not cursor.ended:
-                longest = max(map(len, self._family.openings))
-                lengths = range(min(longest - 1, end - cursor.at), 0, -1)
-                end -= next((n for n in lengths if cursor.text[end - n : end] in self._beginnings), 0)
-            space = len(cursor.text[:end]) - len(cursor.text[:end].rstrip())
-            if found:
-                cursor.at = end - space
-                self._release()
-                cursor.at = space
-                return len(found[0])
-            if cursor.ended:
-                cursor.at = len(cursor.text)
-                return 0
-            cursor.at = end - space
+        cursor, opening = self._cursor, self._family.opening
+        while (found := cursor.text.find(opening, cursor.at)) < 0 and not cursor.ended:
+            cursor.at = len(cursor.text) - self._begun_opening()
+            cursor.at = len(cursor.text[: cursor.at].rstrip())
             self._release()
             yield
+        if found < 0:
+            cursor.at = len(cursor.text)
+            return 0
+        cursor.at = len(cursor.text[:found].rstrip())
+        space = found - cursor.at
+        self._release()
+        cursor.at = space
+        return len(opening)
+
+    def _begun_opening(self) -> int:
+        """Length of the end of the text that may become an opening."""
+        text, opening = self._cursor.text, self._family.opening
+        lengths = range(min(len(opening) - 1, len(text)), 0, -1)
+        return next((n for n in lengths if text.endswith(opening[:n])), 0)
 
     def _calls(self, length: int) -> Reading[None]:
         """Read calls where the cursor is; as text goes what is none, at least `length` of it."""
@@ -131,6 +129,4 @@ class Parser:
             self._release()
         else:
             self.calls += found
-            cursor.drop()
-            yield from cursor.skip_space()
             cursor.drop()
