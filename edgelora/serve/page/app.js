@@ -1,0 +1,139 @@
+// The page: which view is open, what the keys do, and how its parts hang together.
+
+import { Api } from "./api.js";
+import { Chat } from "./chat.js";
+import { Compare } from "./compare.js";
+import { el } from "./elements.js";
+import { Load } from "./load.js";
+import { Models } from "./models.js";
+import { Settings } from "./settings.js";
+import { Speech } from "./speech.js";
+import { Choices } from "./tokens.js";
+import { Votes } from "./votes.js";
+
+const MODELS_EVERY_MS = 15000;
+
+const get = (id) => document.getElementById(id);
+const [prompt, send, keyForm] = ["prompt", "send", "key"].map(get);
+
+const api = new Api(askForKey);
+const speech = new Speech(get("spoken"));
+const models = new Models(api);
+const settings = new Settings(get("settings"), models, showWhom);
+const choices = new Choices(get("choices"), speech);
+const votes = new Votes(showVotes);
+const views = {
+  chat: new Chat(api, settings, get("chat"), speech, showState),
+  compare: new Compare(api, settings, get("compare"), speech, choices, votes, showState),
+};
+models.watch(() => (get("base").textContent = models.base?.root ?? ""));
+const load = new Load(api, get("load"), get("banner"), () => {
+  speech.say("The server is back.");
+  models.refresh();
+});
+let open = views.chat;
+
+function openView() {
+  const name = location.hash.slice(1) in views ? location.hash.slice(1) : "chat";
+  open = views[name];
+  settings.mode = name;
+  choices.hide();
+  for (const [each, view] of Object.entries(views)) {
+    view.view.hidden = each !== name;
+    document.querySelector(`nav a[href="#${each}"]`).setAttribute("aria-current", each === name ? "page" : "false");
+  }
+  showState();
+}
+
+function showState() {
+  const runs = open?.running;
+  send.textContent = runs ? "Stop" : "Send";
+  send.classList.toggle("stop", Boolean(runs));
+}
+
+function showWhom(chosen) {
+  const names = chosen.map(({ name }) => name);
+  prompt.placeholder = names.length ? `Ask ${names.join(" and ")}` : "";
+}
+
+function submit() {
+  if (open.running) return open.stop();
+  const text = prompt.value.trim();
+  if (!text || !settings.choices.length || !settings.check()) return;
+  prompt.value = "";
+  open.ask(text).then(() => load.look());
+}
+
+function onKey(event) {
+  // While an input method composes, Enter ends the composing.
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (!open.running) submit();
+}
+
+function onEscape(event) {
+  if (event.key !== "Escape") return;
+  if (choices.isShown) choices.hide();
+  else open.stop();
+}
+
+function askForKey(wasGiven) {
+  get("key-says").textContent = wasGiven ? "The server does not know this key." : "This server asks for a key.";
+  keyForm.hidden = false;
+}
+
+function useKey(event) {
+  event.preventDefault();
+  setKey(get("key-field").value.trim());
+  get("key-field").value = "";
+  prompt.focus();
+}
+
+function setKey(value) {
+  api.key = value;
+  keyForm.hidden = true;
+  get("forget-key").hidden = !value;
+  models.refresh();
+  load.look();
+}
+
+function showVotes(all, isKept) {
+  const tally = votes.tally.map(([adapter, count]) => `${adapter} ${count}`).join(", ");
+  const unkept = isKept ? "" : " (this browser keeps them only until you leave)";
+  get("votes").dataset.count = all.length;
+  get("votes-say").textContent = `${all.length === 1 ? "1 vote" : `${all.length} votes`}: ${tally}${unkept}`;
+}
+
+function exportVotes() {
+  const url = URL.createObjectURL(new Blob([votes.jsonl], { type: "application/jsonl" }));
+  el("a", { href: url, download: "preferences.jsonl" }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
+function deleteVotes() {
+  const all = votes.all.length;
+  if (confirm(all === 1 ? "Delete the vote?" : `Delete all ${all} votes?`)) votes.deleteAll();
+}
+
+get("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  submit();
+});
+prompt.addEventListener("keydown", onKey);
+document.addEventListener("keydown", onEscape);
+keyForm.addEventListener("submit", useKey);
+get("forget-key").addEventListener("click", () => setKey(""));
+get("clear").addEventListener("click", () => {
+  open.clear();
+  prompt.focus();
+});
+get("export-votes").addEventListener("click", exportVotes);
+get("delete-votes").addEventListener("click", deleteVotes);
+window.addEventListener("hashchange", openView);
+
+get("forget-key").hidden = !api.key;
+showVotes(votes.all, true);
+openView();
+models.refresh();
+load.look();
+setInterval(() => document.hidden || models.refresh(), MODELS_EVERY_MS);

@@ -1,0 +1,35 @@
+// Elements made in code. Whatever text comes in becomes text nodes: nothing that a model or a server says is ever markup.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** One element, e.g. el("p", { class: "soft" }, "12 tokens"). Attributes that are null, undefined or false are left out. */
+export function el(tag, attributes = {}, ...children) {
+  return filled(document.createElement(tag), attributes, children);
+}
+
+/** As `el`, for the elements of a drawing. */
+export function svg(tag, attributes = {}, ...children) {
+  return filled(document.createElementNS(SVG, tag), attributes, children);
+}
+
+function filled(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter(Boolean));
+  return element;
+}
+
+/** A button that does not submit. */
+export function button(text, onClick, attributes = {}) {
+  const made = el("button", { type: "button", class: "quiet", ...attributes }, text);
+  made.addEventListener("click", onClick);
+  return made;
+}
+
+/** Adds something below what a scrolling view holds, and stays at the end only if the reader was there. */
+export function atEnd(view, change) {
+  const follows = view.scrollHeight - view.scrollTop - view.clientHeight < 48;
+  change();
+  if (follows) view.scrollTop = view.scrollHeight;
+}

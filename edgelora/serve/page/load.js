@@ -1,0 +1,76 @@
+// Load at a glance, asked for every two seconds, and the banner for when the server is not there.
+
+import { svg } from "./elements.js";
+import { speed } from "./reply.js";
+
+const EVERY_MS = 2000;
+const SHOWN = 60; // two minutes
+const WIDTH = 96;
+const HEIGHT = 22;
+
+const BANNERS = {
+  restarting: "The engine is restarting. Replies under way have ended. This note goes when it is back.",
+  starting: "The engine is starting and loads the base. This note goes when it is ready.",
+};
+
+export class Load {
+  /** `onBack` is called when the server is ready after it was not. */
+  constructor(api, list, banner, onBack) {
+    Object.assign(this, { api, list, banner, onBack, speeds: [], wasReady: null, timer: 0 });
+    this.line = svg("polyline", { fill: "none" });
+    const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, "aria-hidden": "true" }, this.line);
+    this.#cell("tokens_per_second").after(drawing);
+    document.addEventListener("visibilitychange", () => document.hidden || this.look());
+  }
+
+  /** Asks now, and again every two seconds; nothing is asked while the page is hidden. */
+  async look() {
+    clearTimeout(this.timer);
+    if (document.hidden) return;
+    const turn = (this.turn = {});
+    let status = null;
+    let problem = "";
+    try {
+      status = await this.api.status();
+      problem = status.state === "ready" ? "" : (BANNERS[status.state] ?? `The server is ${status.state}.`);
+    } catch (error) {
+      problem = error.status === 401 ? "" : `${error.message.replace(/[^.!?]$/, "$&.")} Trying again every ${EVERY_MS / 1000} seconds.`;
+      if (error.status === 401) status = { state: "locked" };
+    }
+    if (turn !== this.turn) return; // a later look is under way
+    this.#show(status, problem);
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.look(), EVERY_MS);
+  }
+
+  #show(status, problem) {
+    // The same words are not set again: each setting would be read out.
+    if (this.banner.textContent !== problem) this.banner.textContent = problem;
+    const state = status?.state ?? "no answer";
+    this.list.dataset.state = state;
+    this.#cell("state").textContent = state;
+    for (const name of ["running", "waiting", "adapters_in_memory"]) this.#cell(name).textContent = status?.[name] ?? "–";
+    const value = status?.tokens_per_second ?? null;
+    this.#cell("tokens_per_second").textContent = value === null ? "–" : speed(value);
+    this.#draw(value ?? 0);
+    const ready = state === "ready";
+    if (ready && this.wasReady === false) this.onBack();
+    this.wasReady = ready;
+  }
+
+  #draw(value) {
+    this.speeds = [...this.speeds, value].slice(-SHOWN);
+    const highest = Math.max(1, ...this.speeds);
+    const step = WIDTH / (SHOWN - 1);
+    const left = WIDTH - step * (this.speeds.length - 1);
+    const points = this.speeds.map((each, at) => {
+      const y = HEIGHT - 1 - (each / highest) * (HEIGHT - 2);
+      return `${(left + at * step).toFixed(1)},${y.toFixed(1)}`;
+    });
+    this.line.setAttribute("points", points.join(" "));
+  }
+
+  #cell(name) {
+    return this.list.querySelector(`[data-of="${name}"]`);
+  }
+}
