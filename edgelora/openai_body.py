@@ -1,4 +1,7 @@
-"""A chat completion's request in OpenAI's fields, read as edgelora's own; what cannot be followed is refused."""
+"""A chat completion's request in OpenAI's fields, read as edgelora's own; what cannot be followed is refused.
+
+`plain_fields` reads the rows of a batch; the server's bodies (`edgelora.serve.bodies`) share the parts.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from edgelora.errors import SettingsError
 from edgelora.sampling import Sampling
 
 # Fields that change nothing here, and those that must have one of these values, since nothing else is done.
-_WITHOUT_MEANING = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
+WITHOUT_MEANING = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "stream": (False,),
@@ -27,7 +30,7 @@ def plain_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """
     fields, problems = dict[str, Any](), list[str]()
     for name, value in body.items():
-        if value is None or name in _WITHOUT_MEANING:
+        if value is None or name in WITHOUT_MEANING:
             continue
         try:
             fields |= _field(name, value, body)
@@ -53,11 +56,12 @@ def _field(name: str, value: Any, body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(value: Any, _body: Mapping[str, Any]) -> dict[str, Any]:
-    return {"messages": [_message(message) for message in value] if isinstance(value, list) else value}
+    return {"messages": [message_of(message) for message in value] if isinstance(value, list) else value}
 
 
-def _message(message: Any) -> Any:
-    """A message with text parts joined, and the developer's as the system's, which is its older name."""
+def message_of(message: Any) -> Any:
+    """A message with text parts joined, and the developer's as the system's, which is its older name; what is neither
+    stays as it is."""
     if not isinstance(message, Mapping):
         return message
     role, content = message.get("role"), message.get("content")
@@ -67,16 +71,28 @@ def _message(message: Any) -> Any:
 
 
 def _response_format(value: Any, _body: Mapping[str, Any]) -> dict[str, Any]:
-    described = value if isinstance(value, Mapping) else {}
+    schema = schema_of(value)
+    return {} if schema is None else {"schema": schema}
+
+
+def schema_of(response_format: Any) -> Any:
+    """The schema that a reply has to fit, None for text. Strict or not: a grammar keeps it.
+
+    Raises:
+        SettingsError: it is none of the formats that there are.
+    """
+    described = response_format if isinstance(response_format, Mapping) else {}
     inner = described.get("json_schema")
     match described.get("type"):
         case "text":
-            return {}
+            return None
         case "json_object":
-            return {"schema": {}}
-        case "json_schema" if isinstance(inner, Mapping) and "schema" in inner:
-            return {"schema": inner["schema"]}
-    raise SettingsError(f"response_format is {value!r}, expected text, json_object, or json_schema with its schema")
+            return {}
+        case "json_schema" if isinstance(inner, Mapping) and inner.get("schema") is not None:
+            return inner["schema"]
+    raise SettingsError(
+        f"response_format is {response_format!r}, expected text, json_object, or json_schema with its schema"
+    )
 
 
 def _logprobs(value: Any, body: Mapping[str, Any]) -> dict[str, Any]:
