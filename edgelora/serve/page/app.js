@@ -42,7 +42,14 @@ function openView() {
     view.view.hidden = each !== name;
     document.querySelector(`nav a[href="#${each}"]`).setAttribute("aria-current", each === name ? "page" : "false");
   }
+  alignComposer();
   showState();
+}
+
+/** The prompt stands exactly below the text, whose view keeps room for a scroll bar. */
+function alignComposer() {
+  const { offsetWidth, clientWidth } = open.view;
+  get("stage").style.setProperty("--bars", `${offsetWidth - clientWidth}px`);
 }
 
 function showState() {
@@ -53,7 +60,7 @@ function showState() {
 
 function showWhom(chosen) {
   const names = chosen.map(({ name }) => name);
-  prompt.placeholder = names.length ? `Ask ${names.join(" and ")}` : "";
+  prompt.placeholder = names.length ? `Ask ${new Intl.ListFormat("en").format(names)}` : "";
 }
 
 function submit() {
@@ -79,6 +86,7 @@ function onEscape(event) {
 
 function askForKey(wasGiven) {
   get("key-says").textContent = wasGiven ? "The server does not know this key." : "This server asks for a key.";
+  if (keyForm.hidden && !prompt.value) setTimeout(() => get("key-field").focus());
   keyForm.hidden = false;
 }
 
@@ -130,6 +138,7 @@ get("clear").addEventListener("click", () => {
 get("export-votes").addEventListener("click", exportVotes);
 get("delete-votes").addEventListener("click", deleteVotes);
 window.addEventListener("hashchange", openView);
+window.addEventListener("resize", alignComposer);
 
 get("forget-key").hidden = !api.key;
 showVotes(votes.all, true);

@@ -88,5 +88,6 @@ export class Chat {
 }
 
 function turnElement(name, kind, text = "") {
-  return el("article", { class: `turn ${kind}`, "aria-label": name }, el("h2", {}, name), el("div", { class: "text" }, text));
+  const parts = [el("h2", { title: name }, name), el("div", { class: "text" }, text)];
+  return el("article", { class: `turn ${kind}`, "aria-label": name }, ...parts);
 }

@@ -40,8 +40,9 @@ export class Compare {
       el(
         "div",
         { class: "empty soft" },
-        el("p", {}, "One prompt to two or three adapters. Tokens that the answers do not share are marked; point at a token, or go there with the arrow keys, to see what else it could have been."),
-        el("p", {}, "Votes for the better answer stay in this browser until you export or delete them."),
+        el("p", {}, "One prompt, two or three adapters. Tokens that only one answer has are marked."),
+        el("p", {}, "Point at a token, or go to it with the arrow keys, to see what else it could have been."),
+        el("p", {}, "Votes for the better answer stay in this browser until you delete them."),
       ),
     );
   }

@@ -3,19 +3,19 @@
 const MOST_CELLS = 1 << 24; // of a table, two bytes each; answers of about 4,000 tokens that differ throughout
 
 /**
- * Which tokens each answer shares with all the others, in order.
+ * Which tokens each answer shares with another, in order; what is left is that answer's own.
  *
  * answers: lists of token texts, e.g. [["It", " lasts", " 12"], ["It", " lasts", " long"]].
- * Returns { shared: [[true, true, false], [true, true, false]], parts: 2 }; `parts` is the place of the first token at
+ * Returns { shared: [[true, true, false], [true, true, false]], parts: 2 }; `parts` is the place of the first token on
  * which not all agree, or null where the answers are the same.
  */
 export function compare(answers) {
-  const shared = answers.map((tokens) => tokens.map(() => true));
+  const shared = answers.map((tokens) => tokens.map(() => false));
   for (let a = 0; a < answers.length; a++) {
     for (let b = a + 1; b < answers.length; b++) {
       const [ofA, ofB] = matched(answers[a], answers[b]);
-      ofA.forEach((is, at) => (shared[a][at] &&= is));
-      ofB.forEach((is, at) => (shared[b][at] &&= is));
+      ofA.forEach((is, at) => (shared[a][at] ||= is));
+      ofB.forEach((is, at) => (shared[b][at] ||= is));
     }
   }
   const start = commonStart(answers);

@@ -16,14 +16,14 @@ const BANNERS = {
 export class Load {
   /** `onBack` is called when the server is ready after it was not. */
   constructor(api, list, banner, onBack) {
-    Object.assign(this, { api, list, banner, onBack, speeds: [], wasReady: null, timer: 0 });
+    Object.assign(this, { api, list, banner, onBack, speeds: [], wasDown: false, timer: 0 });
     this.line = svg("polyline", { fill: "none" });
     const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, "aria-hidden": "true" }, this.line);
     this.#cell("tokens_per_second").after(drawing);
     document.addEventListener("visibilitychange", () => document.hidden || this.look());
   }
 
-  /** Asks now, and again every two seconds; nothing is asked while the page is hidden. */
+  /** Asks now, and again every two seconds, but not while the page is hidden or wants a key. */
   async look() {
     clearTimeout(this.timer);
     if (document.hidden) return;
@@ -40,6 +40,7 @@ export class Load {
     if (turn !== this.turn) return; // a later look is under way
     this.#show(status, problem);
     clearTimeout(this.timer);
+    if (status?.state === "locked") return; // until there is a key
     this.timer = setTimeout(() => this.look(), EVERY_MS);
   }
 
@@ -53,9 +54,8 @@ export class Load {
     const value = status?.tokens_per_second ?? null;
     this.#cell("tokens_per_second").textContent = value === null ? "–" : speed(value);
     this.#draw(value ?? 0);
-    const ready = state === "ready";
-    if (ready && this.wasReady === false) this.onBack();
-    this.wasReady = ready;
+    if (state === "ready" && this.wasDown) this.onBack();
+    this.wasDown = problem !== "";
   }
 
   #draw(value) {

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 WIDE = {"width": 1280, "height": 800}
 PHONE = {"width": 360, "height": 740}
+PATIENCE_MS = 15_000
 QUESTION = "How long does the battery last?"
 ENDLESS = tuple(f" {number}" for number in range(3000))
 ANSWER = {name: "".join(tokens) for name, tokens in REPLIES.items()} if not MISSING else {}
@@ -38,6 +39,7 @@ ANSWER = {name: "".join(tokens) for name, tokens in REPLIES.items()} if not MISS
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=PATIENCE_MS)  # a busy machine is no failure
     with sync_playwright() as driver:
         started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield started
@@ -63,7 +65,7 @@ def phone(browser: Browser, stub: Stub) -> Iterator[Page]:
 def opened(browser: Browser, stub: Stub, **settings: Any) -> Iterator[Page]:
     """The page in a browser without a past; nothing that it logs as an error goes unseen."""
     context = browser.new_context(**{"viewport": WIDE, "reduced_motion": "reduce", **settings})
-    context.set_default_timeout(8000)
+    context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -90,6 +92,14 @@ def ask(page: Page, text: str = QUESTION) -> None:
 
 def reply(page: Page, at: int = -1) -> Locator:
     return page.locator(".turn.reply").nth(at)
+
+
+def until(page: Page, holds: Callable[[], bool]) -> None:
+    for _ in range(PATIENCE_MS // 50):
+        if holds():
+            return
+        page.wait_for_timeout(50)
+    pytest.fail("it did not come to that")
 
 
 def compare(page: Page, third: str = "") -> None:
@@ -128,8 +138,7 @@ def test_text_is_there_while_it_is_written_and_stop_keeps_it(page: Page, stub: S
     written = reply(page).locator(".text").text_content() or ""
     assert "".join(ENDLESS).startswith(written)
     assert len(written) < len("".join(ENDLESS))
-    page.wait_for_timeout(200)
-    assert stub.given_up == 1
+    until(page, lambda: stub.given_up == 1)
     stub.replies["support"] = (" ok",)
     ask(page, "And then?")
     expect(reply(page).locator(".text")).to_have_text(" ok")
@@ -200,10 +209,10 @@ def test_refused_adapters_say_why_and_one_that_is_dropped_in_appears(page: Page,
     page.get_by_text("1 adapter was refused").click()
     expect(page.locator("#refused")).to_contain_text("broken blk.0.attn_q is 2048x2048 here")
     picker = page.get_by_role("combobox", name="Adapter")
-    assert picker.locator("option").all_text_contents() == ["base (no adapter)", "support", "extract"]
+    expect(picker.locator("option")).to_have_text(["base (no adapter)", "support", "extract"])
     stub.models = [listed("base"), listed("new")]
     page.reload()
-    assert picker.locator("option").all_text_contents() == ["base (no adapter)", "new"]
+    expect(picker.locator("option")).to_have_text(["base (no adapter)", "new"])
     expect(picker).to_have_value("new")
 
 
@@ -301,7 +310,7 @@ def test_votes_are_kept_and_exported_as_preferences(page: Page, stub: Stub) -> N
     page.reload()
     expect(page.locator("#votes-say")).to_have_text("1 vote: extract 1")
     with page.expect_download() as download:
-        page.get_by_role("button", name="Export JSONL").click()
+        page.get_by_role("button", name="Export votes as JSONL").click()
     assert download.value.suggested_filename == "preferences.jsonl"
     lines = [json.loads(line) for line in download.value.path().read_text().splitlines()]
     assert [line["rejected_adapter"] for line in lines] == ["support", "base"]
@@ -348,6 +357,17 @@ def test_the_diff_is_a_longest_common_subsequence(page: Page) -> None:
         return wrong;
     }""")
     assert wrong == []
+
+
+def test_of_three_answers_only_what_no_other_has_is_marked(page: Page) -> None:
+    answers = [["It", " lasts", " 12", " hours"], ["It", " lasts", " 3", " hours"], ["I", " sleep"]]
+    found = page.evaluate("async (answers) => (await import('/page/diff.js')).compare(answers)", answers)
+    own = [
+        [t for t, is_shared in zip(*each, strict=True) if not is_shared]
+        for each in zip(answers, found["shared"], strict=True)
+    ]
+    assert own == [[" 12"], [" 3"], ["I", " sleep"]]
+    assert found["parts"] == 0
 
 
 # Load, keyboard, looks
@@ -426,9 +446,9 @@ def test_how_it_looks_and_what_axe_finds(browser: Browser, stub: Stub, artifacts
     pytest.importorskip("axe_playwright_python", reason="axe-playwright-python brings axe-core")
     for width, viewport in (("wide", WIDE), ("phone", PHONE)):
         for page in opened(browser, stub, viewport=viewport, color_scheme=scheme):
+            page.goto(f"{stub.url}#{view}")
             page.screenshot(path=artifacts / f"{view}-empty-{scheme}-{width}.png")
             if view == "compare":
-                page.goto(f"{stub.url}#compare")
                 compare_shown(page)
             else:
                 ask(page)
@@ -436,9 +456,22 @@ def test_how_it_looks_and_what_axe_finds(browser: Browser, stub: Stub, artifacts
             page.screenshot(path=artifacts / f"{view}-{scheme}-{width}.png")
             assert findings(page) == []
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    background = {"light": "rgb(246, 247, 249)", "dark": "rgb(18, 22, 29)"}[scheme]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_in_the_banner_and_the_key_field(browser: Browser, stub: Stub, scheme: str) -> None:
+    pytest.importorskip("axe_playwright_python", reason="axe-playwright-python brings axe-core")
     for page in opened(browser, stub, color_scheme=scheme):
-        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == background
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert background == {"light": "rgb(246, 247, 249)", "dark": "rgb(18, 22, 29)"}[scheme]
+        stub.status["state"] = "starting"
+        ask(page)
+        expect(page.get_by_role("alert")).to_contain_text("The engine is starting")
+        expect(page.locator(".failure")).to_be_visible()
+        assert findings(page) == []
+        stub.key = "open sesame"
+        expect(page.locator("#key")).to_be_visible()
+        assert findings(page) == []
 
 
 def compare_shown(page: Page) -> None:
