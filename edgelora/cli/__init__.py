@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from converters.errors import ConversionError
-from edgelora.cli import add, batch, bundle, chat, convert, doctor, keys, remove, show, train, verify
+from edgelora.cli import add, batch, bundle, chat, convert, doctor, keys, remove, serve, show, train, verify
 from edgelora.cli import list as list_command
 from edgelora.cli.visible import visible
 from edgelora.errors import EdgeloraError
@@ -64,5 +64,5 @@ def cli() -> None:
     """
 
 
-for module in (train, convert, bundle, chat, batch, verify, show, list_command, add, remove, keys, doctor):
+for module in (train, convert, bundle, chat, batch, serve, verify, show, list_command, add, remove, keys, doctor):
     cli.add_command(module.command)

@@ -1,0 +1,301 @@
+"""From what was asked to the answer: replies side by side, streams that end with their client, files that come in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from edgelora.errors import EdgeloraError
+from edgelora.serve import bodies, shapes
+from edgelora.serve.keys import Key
+from edgelora.serve.limits import Admission, LimitedError
+from edgelora.serve.problems import ApiError, of_error
+from edgelora.serve.process import EngineDiedError, EngineDownError, Piece, Reply
+from edgelora.serve.protocol import EngineBugError
+from edgelora.serve.registry import Entry
+from edgelora.serve.server import Server
+
+log = logging.getLogger("edgelora.serve")
+Result = TypeVar("Result")
+IGNORED = "X-Edgelora-Ignored"
+CHUNK_BYTES = 1 << 20
+
+
+def problem_of(error: Exception) -> ApiError:
+    """What a client is told of any error on purpose."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, LimitedError):
+        return ApiError(
+            429,
+            error.message,
+            type="requests",
+            code=f"{error.what}_limit_exceeded",
+            headers={"Retry-After": str(error.retry_after)},
+        )
+    if isinstance(error, EngineDownError):
+        seconds = str(round(error.retry_after + 0.5))
+        return ApiError(
+            503,
+            "The engine is starting; try again later",
+            type="server_error",
+            code="engine_starting",
+            headers={"Retry-After": seconds},
+        )
+    if isinstance(error, EngineDiedError):
+        return ApiError(
+            503,
+            "The engine failed while it worked on this; try again",
+            type="server_error",
+            code="engine_died",
+            headers={"Retry-After": "2"},
+        )
+    if isinstance(error, EngineBugError):
+        log.error("in the engine's process: %s", error)
+        return ApiError(500, "The server made a mistake", type="server_error", code="internal_error")
+    assert isinstance(error, EdgeloraError)
+    problem = of_error(error)
+    if problem.status >= 500:
+        log.error("%s", error.message)
+    return problem
+
+
+def down(server: Server) -> ApiError:
+    """Why requests would not be answered now."""
+    if server.is_ending:
+        return ApiError(503, "The server is ending", type="server_error", code="ending", headers={"Retry-After": "5"})
+    return problem_of(EngineDownError(f"the engine is {server.engine.state}", 2.0))
+
+
+@dataclass
+class _Answer:
+    """One request at work."""
+
+    server: Server
+    asked: bodies.Asked
+    label: str
+    admission: Admission | None
+    began: float = field(default_factory=time.perf_counter)
+    tokens: int = 0
+
+    def booked(self, account: dict[str, Any]) -> None:
+        """One of its replies came to its end."""
+        self.tokens += account["prompt_tokens"] + account["completion_tokens"]
+        self.server.metrics.finished(self.label, account, time.perf_counter() - self.began)
+        if account["finish_reason"] == "deadline":
+            raise ApiError(408, "The reply took longer than it may", type="timeout", code="timeout")
+
+    def done(self) -> None:
+        if self.admission:
+            self.admission.done(self.tokens)
+
+
+async def answer(server: Server, request: Request, asked: bodies.Asked, key: Key | None) -> Response:
+    """The whole of a completion's request, streamed or not."""
+    if server.is_ending:
+        raise down(server)
+    adapter, label = server.resolve(asked.model, asked.blend, key)
+    admission = server.limits.enter(key) if key else None
+    at_work = _Answer(server, asked, label, admission)
+    started = list[Reply]()
+    try:
+        tenant = None if key is None else key.name
+        longest = server.settings.request_seconds
+        for each in asked.requests(adapter, tenant=tenant):
+            wanted = replace(
+                each,
+                deadline=min(each.deadline or longest, longest),
+                tools=asked.tools,
+                tool_choice=asked.tool_choice,
+                parallel_tool_calls=asked.parallel_tool_calls is not False,
+            )
+            started.append(server.engine.generate(wanted))
+    except BaseException as error:
+        at_work.done()
+        _note_failure(at_work, error)
+        raise
+    shape = shapes.Shape(asked, server.base_fingerprint)
+    headers = {IGNORED: ", ".join(asked.ignored)} if asked.ignored else {}
+    if asked.stream:
+        events = _events(at_work, started, shape)
+        try:  # an error before the first event has a status of its own
+            first = await _while_connected(request, asyncio.ensure_future(anext(events)))
+        except BaseException:
+            await events.aclose()
+            raise
+        return StreamingResponse(_after(first, events), media_type="text/event-stream", headers=_unbuffered(headers))
+    try:
+        finished = await _while_connected(request, asyncio.gather(*(_whole(at_work, each) for each in started)))
+    except BaseException as error:
+        for reply in started:
+            reply.cancel()
+        _note_failure(at_work, error)
+        raise
+    finally:
+        at_work.done()
+    return JSONResponse(shape.whole(finished), headers=headers)
+
+
+async def _whole(at_work: _Answer, reply: Reply) -> shapes.Finished:
+    """A reply to its end."""
+    pieces = list[Piece]()
+    async for piece in reply:
+        pieces.append(piece)
+        at_work.server.wrote(1)
+    at_work.booked(reply.account)
+    text = "".join(piece.text for piece in pieces)
+    logprobs = [token for piece in pieces for token in piece.logprobs]
+    return shapes.Finished(text, logprobs, reply.account)
+
+
+async def _events(at_work: _Answer, started: list[Reply], shape: shapes.Shape) -> AsyncGenerator[bytes]:
+    """The server-sent events of all its replies, as they come. An error ends them with an event of its own."""
+    queue: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+
+    async def follow(index: int, reply: Reply) -> None:
+        try:
+            async for piece in reply:
+                queue.put_nowait((index, piece))
+            at_work.booked(reply.account)
+            queue.put_nowait((index, None))
+        except Exception as error:
+            queue.put_nowait((index, error))
+
+    following = [asyncio.create_task(follow(index, reply)) for index, reply in enumerate(started)]
+    left, began = len(following), False
+    try:
+        while left:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                _note_failure(at_work, item)
+                problem = problem_of(item)
+                if not began:
+                    raise problem
+                yield shapes.sse(problem.body)
+                return
+            if not began:
+                began = True
+                for event in shape.opening():
+                    yield shapes.sse(event)
+            if item is None:
+                left -= 1
+                for event in shape.closing(index, started[index].account):
+                    yield shapes.sse(event)
+            else:
+                at_work.server.wrote(1)
+                for event in shape.piece(index, item.text, item.logprobs):
+                    yield shapes.sse(event)
+        for event in shape.usage([reply.account for reply in started]):
+            yield shapes.sse(event)
+        yield shapes.DONE
+    finally:
+        for task in following:
+            task.cancel()
+        for reply in started:
+            reply.cancel()
+        at_work.done()
+
+
+async def _after(first: bytes, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    try:
+        yield first
+        async for event in events:
+            yield event
+    finally:
+        await events.aclose()
+
+
+def _unbuffered(headers: dict[str, str]) -> dict[str, str]:
+    return {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+async def _while_connected(request: Request, work: asyncio.Future[Result]) -> Result:
+    """What `work` gives; given up where the client goes."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            continue
+
+    leaving = asyncio.create_task(gone())
+    try:
+        waiting: set[asyncio.Future[Any]] = {work, leaving}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ApiError(499, "The client went away", code="disconnected")
+        return await work
+    finally:
+        leaving.cancel()
+        work.cancel()
+        with suppress(BaseException):
+            await work
+
+
+def _note_failure(at_work: _Answer, error: BaseException) -> None:
+    outcome = problem_of(error).code or "error" if isinstance(error, (ApiError, EdgeloraError)) else "error"
+    at_work.server.metrics.failed(at_work.label, outcome)
+
+
+async def embed(server: Server, asked: bodies.AskedEmbeddings, key: Key | None) -> Response:
+    """Vectors of texts."""
+    adapter, label = server.resolve(asked.model, None, key)
+    admission = server.limits.enter(key) if key else None
+    used = 0
+    try:
+        result = await server.engine.call("embed", inputs=asked.inputs, adapter=adapter)
+        used = result["tokens"]
+    except EdgeloraError as error:
+        server.metrics.failed(label, problem_of(error).code or "error")
+        raise
+    finally:
+        if admission:
+            admission.done(used)
+    return JSONResponse(shapes.embeddings(asked, result["vectors"], used))
+
+
+async def upload(server: Server, request: Request, name: str, if_generation: int | None) -> Entry:
+    """A GGUF file into the folder, under NAME.gguf once it is whole and was checked.
+
+    Raises:
+        ApiError: too large, refused, another generation, or no room on the disk.
+    """
+    folder = server.registry.folder
+    if folder is None:
+        raise ApiError(400, "This server was started without --adapter-dir")
+    server.registry.check_generation(name, if_generation)
+    partial = folder / f".{name}.{uuid.uuid4().hex}.upload"
+    try:
+        await _receive(request, partial, server.settings.max_upload)
+        await server.registry.check(partial, server.settings.base if server.settings.require_verify else None)
+        os.replace(partial, folder / f"{name}.gguf")
+    except OSError as error:
+        log.error("an upload of %s: %s", name, error)
+        raise ApiError(507, "There is no room for the file", type="server_error", code="disk_full") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return await server.registry.load(name, folder / f"{name}.gguf", if_generation=if_generation)
+
+
+async def _receive(request: Request, partial: Any, most: int) -> None:
+    length = request.headers.get("content-length", "0")
+    too_large = ApiError(413, f"The file is larger than {most} bytes", code="body_too_large")
+    if not length.isascii() or not length.isdigit() or int(length) > most:
+        raise too_large
+    size = 0
+    with open(partial, "xb") as file:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > most:
+                raise too_large
+            file.write(chunk)
+        file.flush()
+        await asyncio.to_thread(os.fsync, file.fileno())

@@ -1,0 +1,354 @@
+"""The engine's process, seen from the server: started, talked to, and started again when it dies.
+
+Everything here runs on the server's event loop. A reply under way when the process dies ends with `EngineDiedError`;
+what comes before it is back gets `EngineDownError`, which says how long that takes. Adapters are loaded again before
+anything else is let in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import signal
+import socket
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgelora.engine.stream import Request, TokenLogprob
+from edgelora.errors import EdgeloraError
+from edgelora.serve import protocol
+
+log = logging.getLogger("edgelora.serve")
+
+STARTING, READY, RESTARTING, STOPPED = "starting", "ready", "restarting", "stopped"
+PAUSES = (0.0, 0.5, 2.0, 8.0, 30.0)
+"""Seconds before another start, by how many in a row came to nothing."""
+NATIVE = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+"""How a process ends that llama.cpp or a kernel took down: those who were being computed are suspects."""
+FATAL_DEATHS = 2
+EXIT_SECONDS = 10.0
+
+
+class EngineDownError(EdgeloraError):
+    """There is no engine now. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = max(1.0, retry_after)
+
+
+class EngineDiedError(EdgeloraError):
+    """The engine's process ended while it worked on this."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of a reply, and its tokens' log probabilities where they were asked for."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass
+class _Pending:
+    """Something that was asked for, and what came of it so far."""
+
+    adapters: frozenset[str] = frozenset()
+    began: bool = False
+    items: asyncio.Queue[dict[str, Any] | EdgeloraError] = field(default_factory=asyncio.Queue)
+
+
+class Reply:
+    """One reply: iterate over its pieces, then look at `account`."""
+
+    def __init__(self, engine: EngineProcess, number: int, pending: _Pending) -> None:
+        self._engine, self._number, self._pending = engine, number, pending
+        self.account: dict[str, Any] = {}
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """Raises: what went wrong, as the engine says it, or `EngineDiedError`."""
+        try:
+            while True:
+                item = await self._pending.items.get()
+                if isinstance(item, EdgeloraError):
+                    raise item
+                if "piece" in item:
+                    logprobs = tuple(protocol.logprob_of(each) for each in item.get("logprobs", ()))
+                    yield Piece(item["piece"], logprobs)
+                elif "error" in item:
+                    raise protocol.error_of(item["error"])
+                else:
+                    self.account = item["result"]
+                    return
+        finally:
+            if not self.account:
+                self.cancel()
+
+    def cancel(self) -> None:
+        """Stop writing. Its place is free within a step."""
+        self._engine.forget(self._number)
+
+
+class EngineProcess:
+    """See the module.
+
+    Args:
+        options: what `Engine` is made with, as JSON.
+        restore: loads the adapters that there are to be, after every start.
+        on_death: told why, and which adapters are suspects.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        restore: Callable[[], Awaitable[None]],
+        on_death: Callable[[str, frozenset[str]], None] = lambda reason, suspects: None,
+    ) -> None:
+        self._options, self._restore, self._on_death = dict(options), restore, on_death
+        self.state, self.description = STOPPED, dict[str, Any]()
+        self.restarts = 0
+        self._numbers = itertools.count(1)
+        self._pending: dict[int, _Pending] = {}
+        self._loading: str | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._load_seconds: deque[float] = deque([5.0], maxlen=3)
+        self._restarting_since = 0.0
+        self._ready = asyncio.Event()
+
+    async def start(self) -> None:
+        """Start the process, and wait until it can answer. Where an adapter takes it down, it is started again.
+
+        Raises:
+            EdgeloraError: the base cannot be loaded.
+        """
+        self.state = STARTING
+        for pause in PAUSES:
+            await asyncio.sleep(pause)
+            try:
+                await self._launch()
+            except EngineDiedError as error:
+                self._bury(await self._how_it_ended())
+                died = error
+                continue
+            break
+        else:
+            raise died
+        self._keeper = asyncio.create_task(self._keep(), name="engine-keeper")
+
+    async def stop(self) -> None:
+        """End the process; what is under way is given up."""
+        self.state = STOPPED
+        self._ready.clear()
+        if self._writer:
+            self._writer.close()
+        if self._keeper:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+        if self._process and self._process.returncode is None:
+            try:
+                await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        self._hang_up()
+        self._fail_all(EngineDiedError("the server is being shut down"))
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
+    def under_way(self) -> int:
+        """How many replies are asked for and not finished."""
+        return sum(bool(each.adapters) for each in self._pending.values())
+
+    def generate(self, request: Request) -> Reply:
+        """Ask for a reply.
+
+        Raises:
+            EngineDownError: there is no engine now.
+        """
+        adapter = request.adapter
+        names = [adapter or "none"] if isinstance(adapter, str | None) else list(adapter)
+        number, pending = self._ask("generate", protocol.request_fields(request), frozenset(names))
+        return Reply(self, number, pending)
+
+    async def call(self, do: str, **arguments: Any) -> Any:
+        """Have something done that gives one result.
+
+        Raises:
+            EdgeloraError: as the engine says it; EngineDownError, EngineDiedError.
+        """
+        self._check_up(also=(STARTING, RESTARTING) if do in ("load", "state") else ())
+        number, pending = self._send(do, arguments, frozenset())
+        try:
+            item = await pending.items.get()
+        finally:
+            self._pending.pop(number, None)
+        if isinstance(item, EdgeloraError):
+            raise item
+        if "error" in item:
+            raise protocol.error_of(item["error"])
+        return item["result"]
+
+    def forget(self, number: int) -> None:
+        """Nobody waits for this any more."""
+        if self._pending.pop(number, None) is not None:
+            self._write({"id": number, "do": "cancel"})
+
+    def _ask(self, do: str, arguments: dict[str, Any], adapters: frozenset[str]) -> tuple[int, _Pending]:
+        self._check_up()
+        return self._send(do, arguments, adapters)
+
+    def _check_up(self, also: tuple[str, ...] = ()) -> None:
+        if self.state in (READY, *also) and self._writer is not None:
+            return
+        left = max(self._load_seconds) - (time.monotonic() - self._restarting_since)
+        raise EngineDownError(f"the engine is {self.state}", left)
+
+    def _send(self, do: str, arguments: dict[str, Any], adapters: frozenset[str]) -> tuple[int, _Pending]:
+        number, pending = next(self._numbers), _Pending(adapters)
+        self._pending[number] = pending
+        self._write({"id": number, "do": do, "arguments": arguments})
+        return number, pending
+
+    def _write(self, message: dict[str, Any]) -> None:
+        if self._writer is not None:
+            self._writer.write(protocol.line(message))
+
+    async def _launch(self) -> None:
+        """One process, with the base and its adapters loaded."""
+        began = time.monotonic()
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "edgelora.serve.worker", str(theirs.fileno()), pass_fds=[theirs.fileno()]
+            )
+        finally:
+            theirs.close()
+        reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=protocol.MAX_LINE_BYTES)
+        self._write(self._options)
+        first = await self._event(reader)
+        if first["event"] != "ready":
+            self._hang_up()
+            await self._process.wait()
+            raise protocol.error_of(first["error"])
+        self.description = first["result"]
+        self._reading = asyncio.create_task(self._read(reader), name="engine-reader")
+        await self._restore()
+        self._load_seconds.append(time.monotonic() - began)
+        self.state = READY
+        self._ready.set()
+
+    async def _event(self, reader: asyncio.StreamReader) -> dict[str, Any]:
+        data = await reader.readline()
+        if not data:
+            raise EngineDiedError(f"the engine's process ended while it started ({await self._how_it_ended()})")
+        return protocol.parsed(data)
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        """Hand out what the process says, until it says no more."""
+        while data := await reader.readline():
+            message = protocol.parsed(data)
+            if "event" in message:
+                self._loading = message["name"] if message["event"] == "loading" else None
+                continue
+            pending = self._pending.get(message["id"])
+            if pending is None:  # cancelled
+                continue
+            pending.began = True
+            pending.items.put_nowait(message)
+            if "piece" not in message:
+                del self._pending[message["id"]]
+
+    async def _keep(self) -> None:
+        """Start it again whenever it ends."""
+        failed = 0
+        while True:
+            await self._reading
+            self._bury(await self._how_it_ended())
+            while True:
+                await asyncio.sleep(PAUSES[min(failed, len(PAUSES) - 1)])
+                try:
+                    await self._launch()
+                except EdgeloraError as error:
+                    failed += 1
+                    log.error("the engine does not start: %s", error.message)
+                    self._bury(await self._how_it_ended())
+                    continue
+                failed = 0
+                break
+
+    def _bury(self, how: str) -> None:
+        """The process is gone: everybody is told, and those who may have done it are named."""
+        self.state, self._restarting_since = RESTARTING, time.monotonic()
+        self._ready.clear()
+        self.restarts += 1
+        suspects = frozenset[str]()
+        if self._loading:
+            suspects = frozenset({self._loading})
+        elif self._process and -(self._process.returncode or 0) in NATIVE:
+            computed = (each.adapters for each in self._pending.values() if each.adapters)
+            suspects = frozenset(itertools.chain.from_iterable(computed)) - {"none", "base"}
+        self._loading = None
+        self._hang_up()
+        self._fail_all(EngineDiedError("the engine's process ended; it is started again"))
+        log.error("the engine's process ended (%s); it is started again", how)
+        self._on_death(how, suspects)
+
+    def _hang_up(self) -> None:
+        if self._writer:
+            self._writer.transport.abort()
+            self._writer = None
+
+    async def _how_it_ended(self) -> str:
+        assert self._process is not None
+        try:
+            code = await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
+        except TimeoutError:  # it closed its socket, and hangs
+            self._process.kill()
+            code = await self._process.wait()
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def _fail_all(self, error: EdgeloraError) -> None:
+        pending, self._pending = self._pending, {}
+        for each in pending.values():
+            each.items.put_nowait(error)
+
+
+class Suspects:
+    """Which adapters were there when the process died, and how often.
+
+    One that was being loaded is the culprit. Of several that were computed together nobody knows which it was: only the
+    ones that were there at every death are blamed.
+    """
+
+    def __init__(self) -> None:
+        self._deaths: Counter[str] = Counter()
+        self._all = 0
+
+    def died(self, suspects: frozenset[str]) -> frozenset[str]:
+        """Those who are to be kept out from now on."""
+        if not suspects:
+            return frozenset()
+        for name in list(self._deaths):
+            if name not in suspects and len(suspects) > 1:
+                del self._deaths[name]
+        self._deaths.update(suspects)
+        guilty = frozenset(name for name in suspects if self._deaths[name] >= FATAL_DEATHS)
+        for name in guilty:
+            del self._deaths[name]
+        return guilty
+
+    def cleared(self, name: str) -> None:
+        """Another file has that name now."""
+        self._deaths.pop(name, None)
