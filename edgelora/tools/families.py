@@ -94,16 +94,15 @@ def _found(source: str) -> Family | str:
     if _CALL.name not in called:
         named = [family for family in FAMILIES if isinstance(family, JsonCalls) and family.opening in shown]
         return replace(named[0], in_content=True) if len(named) == 1 else "it writes no calls of a conversation"
-    fitting = (family for family in FAMILIES if _reads(family, called) or (_reads(family, turn, alone=False)))
+    fitting = (family for family in FAMILIES if _reads(family, called) or _reads(family, turn))
     return next(fitting, f"the way it writes calls is not known here: {called.strip()[:200]}")
 
 
-def _reads(family: Family, text: str, alone: bool = True) -> bool:
-    """Whether a text is the call of the probe as a family writes it, maybe with more around it."""
+def _reads(family: Family, text: str) -> bool:
+    """Whether a text holds the call of the probe as a family writes it."""
     if isinstance(family, JsonCalls) and family.in_list != _has_list(text, family.opening):
         return False
-    read = parse(text.strip(), family, _PROBE)
-    return read.calls == (_CALL,) and not (alone and read.content)
+    return parse(text.strip(), family, _PROBE).calls == (_CALL,)
 
 
 def _has_list(text: str, opening: str) -> bool:

@@ -123,9 +123,9 @@ def _tagged_arguments(family: TaggedCalls, tool: Tool, made: _Rules) -> str:
             return made.problem(tool, f"a name that tags cannot hold: {name!r}")
         value = _tagged_value(family, tool, name, described, made)
         lines = '"\\n"' if family.has_lines else '""'
+        then = f"line {value_before}" if family.argument[2] else '""'
         pair = made.add(
-            "pair",
-            f"{before} {_literal(name)} {behind} line {value_before} {lines} {value} {lines} {value_behind} line",
+            "pair", f"{before} {_literal(name)} {behind} {then} {lines} {value} {lines} {value_behind} line"
         )
         parts.append(pair if name in required else f"{pair}?")
     return made.add("arguments", " ".join(parts) or '""')
