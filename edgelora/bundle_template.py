@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from edgelora.errors import ModelFileError
 from edgelora.messages import Message
@@ -170,7 +171,7 @@ def _knows_system(base: str, texts: Texts) -> bool:
     return SAMPLES[1][0]["content"] in (_rendered(ChatTemplate(base), SAMPLES[1], texts) or "")
 
 
-def _rendered(template: ChatTemplate, messages: Sequence[Message], texts: Texts, **variables: str) -> str | None:
+def _rendered(template: ChatTemplate, messages: Sequence[Message], texts: Texts, **variables: Any) -> str | None:
     """None where the template refuses the conversation."""
     try:
         return template.render(

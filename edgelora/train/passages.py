@@ -69,12 +69,14 @@ class PassageFinder:
         self, template: ChatTemplate, *, bos_token: str, eos_token: str, special_tokens: Iterable[str]
     ) -> None:
         self.template = template
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._bos, self._eos = bos_token, eos_token
         longest_first = sorted(({*special_tokens} - {bos_token} | {eos_token}) - {""}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def render(self, messages: Sequence[Message], *, reply_next: bool = False) -> str:
-        return self.template.render(messages, add_generation_prompt=reply_next, **self._tokens)
+        return self.template.render(
+            messages, add_generation_prompt=reply_next, bos_token=self._bos, eos_token=self._eos
+        )
 
     def passages(self, messages: Sequence[Message], untrained: Collection[int] = ()) -> list[Passage]:
         """The conversation as one passage; as one passage a reply where the template rewrites earlier turns.
@@ -109,7 +111,7 @@ class PassageFinder:
             following = text.partition(PROBE)[2].partition(_QUESTION["content"])[0]
         token = self._special.search(following)
         ending = token.group() if token else alone.rstrip() or following.rstrip(" ")
-        return (ending,) if ending.strip() and ending != self._tokens["eos_token"] else ()
+        return (ending,) if ending.strip() and ending != self._eos else ()
 
     def _turn(self, history: Sequence[Message], reply: Message) -> _Turn:
         before = self.render(history, reply_next=True)

@@ -137,9 +137,9 @@ def choose_probes(
 
 def _tokens(prompt: Prompt, tokenizer: Any, template: ChatTemplate) -> tuple[int, ...]:
     """The ids of a prompt; none where the template refuses it."""
-    names = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     try:
-        text = template.render(prompt, add_generation_prompt=True, **names)
+        text = template.render(prompt, add_generation_prompt=True, bos_token=bos, eos_token=eos)
     except ModelFileError:
         return ()
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
