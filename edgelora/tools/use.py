@@ -32,6 +32,11 @@ class ToolUse:
         """The tools as chat templates take them."""
         return [tool.definition for tool in self.tools.values()]
 
+    @property
+    def markers(self) -> frozenset[str]:
+        """Texts that the parser has to see in the reply, also where they are control tokens, which give no text."""
+        return self.family.markers
+
     def parser(self) -> Parser:
         """A fresh reader of one reply."""
         return Parser(self.family, self.tools, self.opening)

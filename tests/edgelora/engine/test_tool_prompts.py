@@ -187,6 +187,19 @@ def test_a_thought_that_the_template_begins_is_ended_before_a_call(model: Model)
     assert "</think>" not in said
 
 
+def test_calls_in_control_tokens_are_seen_where_the_markers_are_shown(qwen: Model) -> None:
+    use = tool_use([WEATHER], "auto", qwen_template())
+    assert use is not None
+    written = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    tokens, control = qwen.tokenizer.encode(f"Well.\n{written}", special=True), qwen.tokenizer.control_tokens
+    decoder = qwen.tokenizer.decoder()
+    shown = {control[text].id: text.encode() for text in use.markers if text in control}
+    reply = b"".join(shown.get(token) or decoder.bytes_of(token) for token in tokens).decode()
+    assert parse(reply, use.family, use.tools).content == "Well."
+    assert len(parse(reply, use.family, use.tools).calls) == 1
+    assert len(parse(text_of(qwen, tokens), use.family, use.tools).calls) == (0 if shown else 1)  # twin
+
+
 # ---- Grammars.
 
 
