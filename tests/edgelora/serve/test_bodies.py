@@ -159,7 +159,7 @@ def test_a_seed_makes_every_choice_another_one_and_the_same_again() -> None:
     ]
     assert [request.sampling for request in chat(n=2).requests("red")] == [{}, {}]
     assert chat(seed=-1).requests(None)[0].sampling == {"seed": 2**32 - 1}
-    assert Sampling.from_mapping(chat(seed=2**63 - 1).requests(None)[0].sampling or {}).seed == 2**32 - 1
+    assert chat(seed=2**63 - 1).requests(None)[0].sampling == {"seed": 2**32 - 1}
 
 
 def test_choices_are_numbered_prompt_by_prompt() -> None:
@@ -311,10 +311,17 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str, str]] = [
     ),
     (chat, {"response_format": schema_format({}, strict=1)}, "response_format.json_schema.strict", "invalid_type"),
     (chat, {"response_format": schema_format({"not": {}})}, "response_format", "invalid_value"),
+    (
+        chat,  # Python reads no number of so many digits
+        {"response_format": schema_format({"anyOf": [{"$ref": f"#/anyOf/{'9' * 5000}"}]})},
+        "response_format",
+        "invalid_value",
+    ),
     (chat, {"functions": []}, "functions", "unsupported_parameter"),
     (chat, {"function_call": "auto"}, "function_call", "unsupported_parameter"),
     (chat, {"modalities": ["text", "audio"]}, "modalities[1]", "invalid_value"),
     (chat, {"tools": [float("nan")]}, "tools", "invalid_value"),
+    (chat, {"tools": [{"\ud800": 1}]}, "tools", "invalid_value"),
     (chat, {"lora_scale": "1"}, "lora_scale", "invalid_type"),
     (chat, {"lora_scale": 101}, "lora_scale", "invalid_value"),
     (chat, {"adapters": {}}, "adapters", "invalid_value"),
@@ -500,7 +507,7 @@ def test_no_body_whatever_is_more_than_refused() -> None:
             assert json.dumps(asked.inputs, ensure_ascii=False, allow_nan=False).encode()
             continue
         for request in asked.requests(asked.blend or asked.model):
-            Sampling.from_mapping(request.sampling)  # type: ignore[arg-type]
+            Sampling.from_mapping(request.sampling)
             line = protocol.line(protocol.request_fields(request))
             line.decode()  # no half characters
             sent = protocol.request_of(protocol.parsed(line))
