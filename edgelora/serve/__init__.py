@@ -6,10 +6,13 @@
     process.py    starts it, talks to it, and starts it again when it dies
     registry.py   which adapters there are: the folder, what was loaded by hand, what was refused, what is quarantined
     keys.py       who may ask, and for which adapters; limits.py: how much
-    bodies.py     OpenAI's request bodies, read as the engine's requests
-    replies.py    completions, in OpenAI's shapes
+    usage.py      what was used, across restarts
+    bodies.py     OpenAI's request bodies, read as the engine's requests; fields.py has the checks
+    shapes.py     completions, in OpenAI's shapes
     problems.py   errors, in OpenAI's shape
     metrics.py    what /metrics tells
+    server.py     what the routes share
+    answering.py  from what was asked to the answer
     app.py        the routes
     running.py    the whole server: sockets, signals, the end
     page/         the web page at /

@@ -68,7 +68,7 @@ async def _run(settings: ServeSettings, on_start: Callable[[str], None]) -> int:
     loop.add_signal_handler(signal.SIGHUP, server.reload_keys)
     await server.start()
     serving = asyncio.create_task(http.serve(), name="http")
-    watching = asyncio.create_task(server.registry.watch(), name="watch")
+    beside = [asyncio.create_task(server.registry.watch()), asyncio.create_task(server.keep_usage())]
     try:
         while not http.started and not serving.done():
             await asyncio.sleep(0.02)
@@ -89,7 +89,8 @@ async def _run(settings: ServeSettings, on_start: Callable[[str], None]) -> int:
                     await asyncio.sleep(0.05)
         http.force_exit = True
     finally:
-        watching.cancel()
+        for task in beside:
+            task.cancel()
         await server.stop()
         http.should_exit = http.force_exit = True
         with contextlib.suppress(asyncio.CancelledError, SystemExit):

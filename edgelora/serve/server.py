@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -21,6 +22,7 @@ from edgelora.serve.problems import ApiError, unknown_model
 from edgelora.serve.process import READY, EngineProcess
 from edgelora.serve.registry import Registry
 from edgelora.serve.settings import LOOPBACK, ServeSettings
+from edgelora.serve.usage import SAVE_SECONDS, UsageFile
 
 log = logging.getLogger("edgelora.serve")
 RATE_SECONDS = 10.0
@@ -42,7 +44,9 @@ class Server:
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
         self.keys = None if settings.keys is None else KeyRing.read(settings.keys)
-        self.limits, self.metrics = Limits(), Metrics()
+        self._usage = None if settings.keys is None else UsageFile(settings.keys)
+        self.limits = self._usage.restored() if self._usage else Limits()
+        self.metrics = Metrics()
         self.registry = Registry(settings.adapters, settings.adapter_dir)
         options = {**settings.engine, "base": str(settings.base), "max_waiting": settings.max_waiting}
         self.engine = EngineProcess(options, self.registry.restore, self._on_death)
@@ -63,6 +67,17 @@ class Server:
 
     async def stop(self) -> None:
         await self.engine.stop()
+        self.save_usage()
+
+    async def keep_usage(self) -> None:
+        """Save what the keys have used now and then, until cancelled."""
+        while True:
+            await asyncio.sleep(SAVE_SECONDS)
+            self.save_usage()
+
+    def save_usage(self) -> None:
+        if self._usage:
+            self._usage.save(self.limits)
 
     def reload_keys(self) -> None:
         """Read the key file again; a broken one changes nothing."""

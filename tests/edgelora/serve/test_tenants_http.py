@@ -177,3 +177,21 @@ def test_sighup_reads_the_keys_again_and_a_broken_file_changes_nothing(tenants: 
     tenants.served.until(lambda: "the old keys stay" in tenants.served.log.read_text())
     assert httpx.get(f"{tenants.served.url}/v1/models", headers=headers).status_code == 200
     tenants.keys.write_text(whole)
+
+
+def test_a_restart_gives_nobody_a_new_day(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    folder, keys = tmp_path / "adapters", tmp_path / "keys.toml"
+    folder.mkdir()
+    secret = add_key(keys, Key("poor", frozenset({"*"}), tokens=Rate(30, 86400)))
+    headers = {"Authorization": f"Bearer {secret}"}
+    for codes in ([200, 429], [429]):
+        with serving(base, folder, keys=keys) as served:
+            tenant = replace(served, headers=headers)
+            body_of_many = body("base", grammar="root ::= [a-z ] root", max_tokens=40)
+            assert [tenant.post("/v1/chat/completions", body_of_many).status_code for _ in codes] == codes
+    usage = keys.with_name("keys.toml.usage")
+    assert usage.stat().st_mode & 0o077 == 0
+    usage.write_text("{broken")
+    with serving(base, folder, keys=keys) as served:
+        assert replace(served, headers=headers).post("/v1/chat/completions", body("base")).status_code == 200
+        assert "what was used before is not counted" in served.log.read_text()
