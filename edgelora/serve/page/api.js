@@ -41,8 +41,8 @@ export class Api {
   /**
    * The chunks of a chat completion, as OpenAI's API has them.
    *
-   * Throws ApiFailure where the server refuses, reports an error in mid-stream, or ends before it said so; an AbortError
-   * where `signal` stops it.
+   * Throws ApiFailure where the server refuses, reports an error in mid-stream, or ends before it said so, and an
+   * AbortError where `signal` stops it.
    */
   async *stream(body, signal) {
     const response = await this.#fetch("v1/chat/completions", {

@@ -84,8 +84,8 @@ class Trial {
     const { shared, parts } = compare(lanes.map(({ tokens }) => tokens.texts));
     lanes.forEach(({ tokens }, at) => tokens.mark(shared[at], parts));
     const shares = lanes.map(({ letter }, at) => `${letter} ${percentTrue(shared[at])}`).join(", ");
-    this.says =
-      parts === null ? "The answers are the same, token for token." : `They part at token ${parts + 1}. Shared: ${shares}.`;
+    const same = "The answers are the same, token for token.";
+    this.says = parts === null ? same : `They part at token ${parts + 1}. Shared: ${shares}.`;
     this.note.textContent = this.says;
   }
 
@@ -99,7 +99,9 @@ class Trial {
     const retracts = this.lanes[at].isChosen;
     this.lanes.forEach((lane, place) => (lane.isChosen = place === at && !retracts));
     if (retracts) return this.votes.retract(this.id);
-    const answers = this.lanes.map(({ choice, tokens }) => ({ adapter: choice.model, scale: choice.scale, text: tokens.text }));
+    const answers = this.lanes.map(({ choice: { model, scaled }, tokens }) => {
+      return { adapter: model, scale: scaled, text: tokens.text };
+    });
     this.votes.cast({ id: this.id, time: new Date().toISOString(), messages: this.messages, answers, chosen: at });
   }
 }
@@ -110,7 +112,8 @@ class Lane {
     Object.assign(this, { choice, letter, body, end: null });
     this.tokens = new TokenText(choice.name, choices);
     this.below = el("p", { class: "end row small soft" });
-    this.better = button("Better", onVote, { "aria-pressed": "false", "aria-label": `Better: ${letter}, ${choice.name}` });
+    const label = `Better: ${letter}, ${choice.name}`;
+    this.better = button("Better", onVote, { "aria-pressed": "false", "aria-label": label });
     this.element = el(
       "section",
       { class: "answer", "aria-label": `${letter}: ${choice.name}` },

@@ -1,8 +1,8 @@
-// Elements made in code. Whatever text comes in becomes text nodes: nothing that a model or a server says is ever markup.
+// Elements made in code. Text becomes text nodes: nothing that a model or a server says is ever markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** One element, e.g. el("p", { class: "soft" }, "12 tokens"). Attributes that are null, undefined or false are left out. */
+/** One element, e.g. el("p", { class: "soft" }, "12 tokens"). What is null or false is left out. */
 export function el(tag, attributes = {}, ...children) {
   return filled(document.createElement(tag), attributes, children);
 }
@@ -14,7 +14,7 @@ export function svg(tag, attributes = {}, ...children) {
 
 function filled(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
-    if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
+    if (value !== null && value !== false) element.setAttribute(name, value);
   }
   element.append(...children.filter(Boolean));
   return element;

@@ -4,6 +4,7 @@ import { svg } from "./elements.js";
 import { speed } from "./reply.js";
 
 const EVERY_MS = 2000;
+const COUNTS = ["running", "waiting", "adapters_in_memory"];
 const SHOWN = 60; // two minutes
 const WIDTH = 96;
 const HEIGHT = 22;
@@ -34,8 +35,8 @@ export class Load {
       status = await this.api.status();
       problem = status.state === "ready" ? "" : (BANNERS[status.state] ?? `The server is ${status.state}.`);
     } catch (error) {
-      problem = error.status === 401 ? "" : `${error.message.replace(/[^.!?]$/, "$&.")} Trying again every ${EVERY_MS / 1000} seconds.`;
       if (error.status === 401) status = { state: "locked" };
+      else problem = `${error.message.replace(/[^.!?]$/, "$&.")} Trying again every ${EVERY_MS / 1000} seconds.`;
     }
     if (turn !== this.turn) return; // a later look is under way
     this.#show(status, problem);
@@ -50,7 +51,7 @@ export class Load {
     const state = status?.state ?? "no answer";
     this.list.dataset.state = state;
     this.#cell("state").textContent = state;
-    for (const name of ["running", "waiting", "adapters_in_memory"]) this.#cell(name).textContent = status?.[name] ?? "–";
+    for (const name of COUNTS) this.#cell(name).textContent = status?.[name] ?? "–";
     const value = status?.tokens_per_second ?? null;
     this.#cell("tokens_per_second").textContent = value === null ? "–" : speed(value);
     this.#draw(value ?? 0);

@@ -2,8 +2,6 @@
 
 import { el } from "./elements.js";
 
-export const BASE = "base";
-
 export class Models {
   constructor(api) {
     this.api = api;
@@ -60,7 +58,9 @@ export class Models {
   /** Fills a picker and leaves its choice alone; a chosen model that is gone stays, and is marked as gone. */
   fill(select, none = null) {
     const chosen = select.value;
-    const options = this.ready.map(({ id }) => el("option", { value: id }, this.isAdapter(id) ? id : `${id} (no adapter)`));
+    const options = this.ready.map(({ id }) => {
+      return el("option", { value: id }, this.isAdapter(id) ? id : `${id} (no adapter)`);
+    });
     if (none !== null) options.unshift(el("option", { value: "" }, none));
     const isGone = chosen && !this.ready.some(({ id }) => id === chosen);
     if (isGone) options.push(el("option", { value: chosen }, `${chosen} (not loaded)`));

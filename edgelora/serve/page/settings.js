@@ -36,11 +36,11 @@ class Lane {
     return this.models.own(this.model).scale;
   }
 
-  /** { model, scale, name }; scale is null where it is the adapter's own, and for the base. */
+  /** { model, name, scaled, scale }; `scaled` is null for the base, `scale` also where it is the adapter's own. */
   get choice() {
-    const scale = Number(this.slider.value);
-    const isOwn = !this.hasScale || scale === this.ownScale;
-    return { model: this.model, scale: isOwn ? null : scale, name: isOwn ? this.model : `${this.model} × ${scale}` };
+    const scaled = this.hasScale ? Number(this.slider.value) : null;
+    const scale = scaled === this.ownScale ? null : scaled;
+    return { model: this.model, name: scale === null ? this.model : `${this.model} × ${scale}`, scaled, scale };
   }
 
   get hasScale() {
@@ -172,7 +172,8 @@ export class Settings {
     };
     this.form.elements.system.placeholder = own(({ system }) => system) || "none";
     for (const name of PARAMETERS) {
-      this.form.elements[name].placeholder = own(({ sampling }) => sampling[name]) || (name === "seed" ? "random" : "default");
+      const otherwise = name === "seed" ? "random" : "default";
+      this.form.elements[name].placeholder = own(({ sampling }) => sampling[name]) || otherwise;
     }
     this.form.querySelector("#settings-say").textContent = this.#summary();
     this.onChange(this.choices);

@@ -3,7 +3,7 @@
 import { el } from "./elements.js";
 
 /**
- * Reads pieces of a reply as tokens: [{ text, entry }], where entry is OpenAI's { token, logprob, top_logprobs } or null.
+ * Reads pieces of a reply as tokens: [{ text, entry }]; entry is OpenAI's { token, logprob, top_logprobs }, or null.
  *
  * The texts are always exactly the reply's: where a piece is not the text of the tokens that came with it (a character
  * of several tokens, or text that was held back), it becomes one token with the first entry.
@@ -110,6 +110,8 @@ export class Choices {
   constructor(element, speech) {
     this.element = element;
     this.speech = speech;
+    this.span = null;
+    document.addEventListener("scroll", () => this.isShown && this.#place(), { capture: true, passive: true });
   }
 
   get isShown() {
@@ -125,14 +127,17 @@ export class Choices {
     const lines = rows.map(({ token, probability, isChosen }) => line(token, probability, isChosen));
     const rest = 1 - rows.reduce((sum, { probability }) => sum + probability, 0);
     if (rows.length && rest > 0.0005) lines.push(line(null, rest, false));
-    this.element.replaceChildren(...(lines.length ? lines : [el("p", {}, "The server sent no probabilities for this.")]));
+    if (!lines.length) lines.push(el("p", {}, "The server sent no probabilities for this."));
+    this.element.replaceChildren(...lines);
     this.element.hidden = false;
-    this.#place(span.getClientRects()[0] ?? span.getBoundingClientRect());
+    this.span = span;
+    this.#place();
     if (aloud) this.speech.say(rows.map((row) => `${row.token} ${percent(row.probability)}`).join(", "));
   }
 
-  #place(token) {
+  #place() {
     const margin = 8;
+    const token = this.span.getClientRects()[0] ?? this.span.getBoundingClientRect();
     const { width, height } = this.element.getBoundingClientRect();
     const left = Math.max(margin, Math.min(token.left, window.innerWidth - width - margin));
     const below = token.bottom + 6;
@@ -155,7 +160,8 @@ function line(token, probability, isChosen) {
   const bar = el("span", { class: "bar" });
   bar.style.width = `${(probability * 100).toFixed(2)}%`;
   const name = token === null ? el("span", { class: "soft" }, "all others") : el("code", {}, visible(token));
-  return el("p", { class: isChosen ? "chosen" : null }, name, el("span", { class: "bars" }, bar), el("b", {}, percent(probability)));
+  const figure = el("b", {}, percent(probability));
+  return el("p", { class: isChosen ? "chosen" : null }, name, el("span", { class: "bars" }, bar), figure);
 }
 
 function percent(probability) {

@@ -10,8 +10,8 @@ export class Votes {
   }
 
   /**
-   * [{ id, time, messages, answers: [{ adapter, scale, text }], chosen }], oldest first; chosen is the better answer's
-   * place. Read anew each time: another tab may have voted.
+   * [{ id, time, messages, answers: [{ adapter, scale, text }], chosen }], oldest first. `chosen` is the better one's
+   * place, `scale` null for the base. Read anew each time: another tab may have voted.
    */
   get all() {
     try {
@@ -44,7 +44,7 @@ export class Votes {
     return [...counts].sort((a, b) => b[1] - a[1]);
   }
 
-  /** Preference data as JSONL, in the conversational form that TRL's DPOTrainer reads: a line for each answer not chosen. */
+  /** Preference data as JSONL, a line for each answer not chosen: the conversational form of TRL's DPOTrainer. */
   get jsonl() {
     return this.all.flatMap(lines).map((line) => `${JSON.stringify(line)}\n`).join("");
   }

@@ -318,7 +318,7 @@ def test_votes_are_kept_and_exported_as_preferences(page: Page, stub: Stub) -> N
         assert line["prompt"] == [{"role": "user", "content": QUESTION}]
         assert line["chosen"] == [{"role": "assistant", "content": ANSWER["extract"]}]
         assert line["rejected"] == [{"role": "assistant", "content": ANSWER[line["rejected_adapter"]]}]
-        assert (line["chosen_adapter"], line["chosen_scale"]) == ("extract", None)
+        assert (line["chosen_adapter"], line["chosen_scale"]) == ("extract", 0.8)
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Delete votes").click()
     expect(page.locator("#votes")).to_be_hidden()
@@ -368,6 +368,50 @@ def test_of_three_answers_only_what_no_other_has_is_marked(page: Page) -> None:
     ]
     assert own == [[" 12"], [" 3"], ["I", " sleep"]]
     assert found["parts"] == 0
+
+
+def test_tokens_are_the_replys_text_however_they_come(page: Page) -> None:
+    """A character of two tokens, text held back, two tokens in one event, and text without probabilities."""
+    pieces = [
+        ["", ["\ufffd"]],
+        ["é", ["\ufffd"]],
+        ["", ["E"]],
+        ["", ["N"]],
+        [" ENd", ["d"]],
+        [" of it", [" of", " it"]],
+        ["!", []],
+    ]
+    read = page.evaluate(
+        """async (pieces) => {
+            const { TokenReader } = await import("/page/tokens.js");
+            const reader = new TokenReader();
+            const tokens = pieces.flatMap(([piece, all]) => reader.push(piece, all.map((token) => ({ token }))));
+            return tokens.map(({ text, entry }) => [text, entry?.token ?? null]);
+        }""",
+        pieces,
+    )
+    assert read == [["é", "\ufffd"], [" ENd", "E"], [" of", " of"], [" it", " it"], ["!", None]]
+
+
+def test_events_are_read_wherever_the_network_cuts_them(page: Page) -> None:
+    said = page.evaluate(r"""async () => {
+        const { Api } = await import("/page/api.js");
+        const events = ': hello\r\n\r\ndata: {"choices": ["é",\r\ndata: 1]}\r\n\r\n'
+            + 'data:{"choices":[]}\n\ndata: [DONE]\n\n';
+        const bytes = new TextEncoder().encode(events);
+        const said = new Set();
+        for (let size = 1; size <= bytes.length; size++) {
+            window.fetch = async () => new Response(new ReadableStream({ start(controller) {
+                for (let at = 0; at < bytes.length; at += size) controller.enqueue(bytes.slice(at, at + size));
+                controller.close();
+            } }));
+            const chunks = [];
+            for await (const chunk of new Api(() => {}).stream({})) chunks.push(chunk);
+            said.add(JSON.stringify(chunks));
+        }
+        return [...said];
+    }""")
+    assert said == ['[{"choices":["é",1]},{"choices":[]}]']
 
 
 # Load, keyboard, looks
@@ -472,6 +516,21 @@ def test_axe_finds_nothing_in_the_banner_and_the_key_field(browser: Browser, stu
         stub.key = "open sesame"
         expect(page.locator("#key")).to_be_visible()
         assert findings(page) == []
+
+
+def test_long_names_and_long_words_stay_inside(phone: Page, stub: Stub) -> None:
+    name = "customer-" * 12
+    stub.models, stub.replies = [listed("base"), listed(name)], {name: ("x" * 500,), "base": ("y" * 500,)}
+    phone.reload()
+    expect(phone.locator("#settings-say")).to_have_text(name)
+    ask(phone, "w" * 500)
+    expect(phone.get_by_role("button", name="Again")).to_be_visible()
+    for width in (360, 1000, 1300):
+        phone.set_viewport_size({"width": width, "height": 740})
+        for view in ("Chat", "Compare"):
+            phone.get_by_role("link", name=view).click()
+            wider = "(all) => all.filter((each) => each.scrollWidth > each.clientWidth).map((each) => each.id)"
+            assert phone.locator("html, main, .view").evaluate_all(wider) == []
 
 
 def compare_shown(page: Page) -> None:
