@@ -95,6 +95,8 @@ class Generation:
         self._limit = min(plan.sampling.max_tokens or plan.n_ctx, plan.n_ctx - len(plan.tokens))
         self._pieces: list[str] = []
         self._calls = plan.tools.parser() if plan.tools else None
+        markers = plan.tools.markers if plan.tools else ()
+        self._markers = {control[text].id: text.encode() for text in markers if text in control}
         self._said = 0  # log probabilities that went with a piece
         self._completion_tokens = 0
         self._began = time.perf_counter()
@@ -130,11 +132,11 @@ class Generation:
             self.reason = "stop"
             return
         self._completion_tokens += 1
-        data = self._decoder.bytes_of(token)
+        data = self._markers.get(token) or self._decoder.bytes_of(token)
         if self.plan.sampling.logprobs is not None:
             self._logprobs.append(self._judged(logits, token, data, self.plan.sampling.logprobs))
         self._say(self._text.feed(data))
-        if self._text.stopped:
+        if self._text.stopped or self._has_called:
             self.reason = "stop"
         elif self._completion_tokens >= self._limit:
             self.reason = "length"
@@ -144,6 +146,8 @@ class Generation:
         self._say(self._text.end(), is_last=True)
         self._sampler.close()
         calls = tuple(self._calls.calls) if self._calls else ()
+        if self.plan.tools and not self.plan.tools.parallel:
+            calls = calls[:1]
         decoding, count = self._last_token - self._first_token, self._completion_tokens
         adapters = self.plan.answering
         return Completion(
@@ -161,6 +165,11 @@ class Generation:
             logprobs=None if self.plan.sampling.logprobs is None else tuple(self._logprobs),
             tool_calls=calls,
         )
+
+    @property
+    def _has_called(self) -> bool:
+        """Whether the one call that it may make is made."""
+        return bool(self._calls and self._calls.calls and self.plan.tools and not self.plan.tools.parallel)
 
     def abandon(self) -> None:
         """Free what it holds, after an error."""

@@ -14,7 +14,7 @@ from edgelora.engine.overflow import shortened
 from edgelora.engine.prompt import encode_prompt
 from edgelora.engine.stream import Request
 from edgelora.errors import ContextOverflowError, ModelFileError, SettingsError
-from edgelora.messages import Message, check_messages, user_message
+from edgelora.messages import Message, check_messages, check_tool_turns, prepared, user_message
 from edgelora.sampling import Sampling
 from edgelora.template import ChatTemplate
 from edgelora.tools.use import ToolUse, tool_use
@@ -55,9 +55,12 @@ class Planner:
         sampling = resolve_sampling(request.sampling, first)
         _check_numbers(request)
         tools = self._tools(request, first)
+        if tools and sampling.gbnf is not None:
+            raise SettingsError(
+                "tools are given, and a grammar or schema for the reply, which no call could follow",
+                hint="Leave one of them out, or say tool_choice none.",
+            )
         if tools and tools.grammar is not None:
-            if sampling.gbnf is not None:
-                raise SettingsError("a call of a tool is required, and a grammar or schema is given; expected one")
             sampling = replace(sampling, grammar=tools.grammar)
         tokens, dropped, public = self._prompt(request, first, sampling, tools)
         begins = _invocation(adapters, tokens)
@@ -139,8 +142,9 @@ class Planner:
         if not isinstance(messages, (str, Sequence)):
             raise SettingsError(f"messages are {messages!r}, expected text or a list of {{role, content}}")
         conversation = [user_message(messages)] if isinstance(messages, str) else list(messages)
-        if problem := check_messages(conversation):
+        if problem := check_messages(conversation) or check_tool_turns(conversation):
             raise SettingsError(problem)
+        conversation = list(prepared(conversation))
         if conversation[0]["role"] != "system" and adapter.contract and adapter.contract.system:
             conversation.insert(0, {"role": "system", "content": adapter.contract.system})
         if conversation[0]["role"] == "system" and not conversation[0]["content"]:

@@ -8,7 +8,7 @@
     keys.py       who may ask, and for which adapters; limits.py: how much
     usage.py      what was used, across restarts
     bodies.py     OpenAI's request bodies, read as the engine's requests; fields.py has the checks
-    shapes.py     completions, in OpenAI's shapes
+    replies.py    completions, in OpenAI's shapes
     problems.py   errors, in OpenAI's shape
     metrics.py    what /metrics tells
     server.py     what the routes share

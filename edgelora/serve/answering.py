@@ -16,7 +16,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from edgelora.errors import EdgeloraError
-from edgelora.serve import bodies, shapes
+from edgelora.serve import bodies, replies
 from edgelora.serve.keys import Key
 from edgelora.serve.limits import Admission, LimitedError
 from edgelora.serve.problems import ApiError, of_error
@@ -105,6 +105,7 @@ async def answer(server: Server, request: Request, asked: bodies.Asked, key: Key
     if server.is_ending:
         raise down(server)
     adapter, label = server.resolve(asked.model, asked.blend, key)
+    asked.check_blend(server.named(asked.model))
     admission = server.limits.enter(key) if key else None
     at_work = _Answer(server, asked, label, admission)
     started = list[Reply]()
@@ -124,7 +125,7 @@ async def answer(server: Server, request: Request, asked: bodies.Asked, key: Key
         at_work.done()
         _note_failure(at_work, error)
         raise
-    shape = shapes.Shape(asked, server.base_fingerprint)
+    shape = replies.shape_of(asked, server.base_fingerprint)
     headers = {IGNORED: ", ".join(asked.ignored)} if asked.ignored else {}
     if asked.stream:
         events = _events(at_work, started, shape)
@@ -146,7 +147,7 @@ async def answer(server: Server, request: Request, asked: bodies.Asked, key: Key
     return JSONResponse(shape.whole(finished), headers=headers)
 
 
-async def _whole(at_work: _Answer, reply: Reply) -> shapes.Finished:
+async def _whole(at_work: _Answer, reply: Reply) -> replies.Finished:
     """A reply to its end."""
     pieces = list[Piece]()
     async for piece in reply:
@@ -155,10 +156,10 @@ async def _whole(at_work: _Answer, reply: Reply) -> shapes.Finished:
     at_work.booked(reply.account)
     text = "".join(piece.text for piece in pieces)
     logprobs = [token for piece in pieces for token in piece.logprobs]
-    return shapes.Finished(text, logprobs, reply.account)
+    return replies.Finished(text, logprobs, reply.account)
 
 
-async def _events(at_work: _Answer, started: list[Reply], shape: shapes.Shape) -> AsyncGenerator[bytes]:
+async def _events(at_work: _Answer, started: list[Reply], shape: replies.Shape) -> AsyncGenerator[bytes]:
     """The server-sent events of all its replies, as they come. An error ends them with an event of its own."""
     queue: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
 
@@ -181,23 +182,23 @@ async def _events(at_work: _Answer, started: list[Reply], shape: shapes.Shape) -
                 problem = problem_of(item)
                 if not began:
                     raise problem
-                yield shapes.sse(problem.body)
+                yield replies.sse(problem.body)
                 return
             if not began:
                 began = True
                 for event in shape.opening():
-                    yield shapes.sse(event)
+                    yield replies.sse(event)
             if item is None:
                 left -= 1
                 for event in shape.closing(index, started[index].account):
-                    yield shapes.sse(event)
+                    yield replies.sse(event)
             else:
                 at_work.server.wrote(1)
                 for event in shape.piece(index, item.text, item.logprobs):
-                    yield shapes.sse(event)
+                    yield replies.sse(event)
         for event in shape.usage([reply.account for reply in started]):
-            yield shapes.sse(event)
-        yield shapes.DONE
+            yield replies.sse(event)
+        yield replies.DONE
     finally:
         for task in following:
             task.cancel()
@@ -259,7 +260,7 @@ async def embed(server: Server, asked: bodies.AskedEmbeddings, key: Key | None) 
     finally:
         if admission:
             admission.done(used)
-    return JSONResponse(shapes.embeddings(asked, result["vectors"], used))
+    return JSONResponse(replies.embeddings(asked, result["vectors"], used))
 
 
 async def upload(server: Server, request: Request, name: str, if_generation: int | None) -> Entry:

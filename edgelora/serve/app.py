@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgelora.adapter_ref import check_name
 from edgelora.errors import EdgeloraError, SettingsError
-from edgelora.serve import answering, bodies, shapes
+from edgelora.serve import answering, bodies, replies
 from edgelora.serve.problems import ApiError
 from edgelora.serve.registry import READY, Entry
 from edgelora.serve.server import Server, read_json
@@ -134,7 +134,7 @@ def _model(server: Server, entry: Entry | None, *, whole: bool = False) -> dict[
     if entry is None:
         more: dict[str, Any] = {"fingerprint": fingerprint, "n_ctx": description.get("n_ctx")}
         more |= {"state": READY, "problem": ""}
-        return shapes.model("base", server.started, root=server.base_id, parent=None, more=more)
+        return replies.model("base", server.started, root=server.base_id, parent=None, more=more)
     contract = entry.about.get("contract") or {}
     more = {
         "fingerprint": contract.get("base_fingerprint", ""),
@@ -148,7 +148,7 @@ def _model(server: Server, entry: Entry | None, *, whole: bool = False) -> dict[
     }
     if whole:
         more |= {"training": contract.get("training", {}), "notices": entry.about.get("notices", [])}
-    return shapes.model(entry.name, server.started, root=entry.path.name, parent="base", more=more)
+    return replies.model(entry.name, server.started, root=entry.path.name, parent="base", more=more)
 
 
 def _add_models(app: FastAPI, server: Server) -> None:

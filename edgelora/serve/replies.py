@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 from edgelora.engine.stream import TokenLogprob
 from edgelora.serve.bodies import Asked, AskedEmbeddings
 from edgelora.serve.problems import ApiError
+from edgelora.tools import new_call_id
 
 DONE = b"data: [DONE]\n\n"
 LEAST_LOGPROB = -9999.0
@@ -296,7 +297,7 @@ def embeddings(asked: AskedEmbeddings, vectors: Sequence[Sequence[float]], token
 def _calls(account: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
-            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "id": new_call_id(),
             "type": "function",
             "function": {"name": call["name"], "arguments": call["arguments"]},
         }

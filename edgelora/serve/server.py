@@ -146,17 +146,20 @@ class Server:
         Raises:
             ApiError: 404 for what does not exist, or is not this key's.
         """
-        name = model
-        head, colon, tail = model.partition(":")
-        if colon and self._is_base(head):
-            name = tail
+        name = self.named(model)
         names = [*blend] if blend else []
-        for each in {name, *names}:
+        for each in {name or "base", *names}:
             self._check_may(each, key, model)
         if blend:
             acting = {each: scale for each, scale in blend.items() if not self._is_base(each)}
             return acting or None, "+".join(sorted(names))
-        return (None, "base") if self._is_base(name) else (name, name)
+        return name, name or "base"
+
+    def named(self, model: str) -> str | None:
+        """The adapter that a request's `model` names; None for the base."""
+        head, colon, tail = model.partition(":")
+        name = tail if colon and self._is_base(head) else model
+        return None if self._is_base(name) else name
 
     def visible(self, key: Key | None) -> list[str]:
         """Names of the adapters that a key may know of."""

@@ -20,12 +20,14 @@ class ToolUse:
     tools: those of the request.
     opening: what the prompt ends with: the beginning of a call that the reply has to be.
     grammar: GBNF of the rest of that call; None where the reply is free.
+    parallel: whether a reply may call more than once.
     """
 
     tools: Tools
     family: Family
     opening: str = ""
     grammar: str | None = None
+    parallel: bool = True
 
     @property
     def shown(self) -> list[Mapping[str, Any]]:
@@ -57,6 +59,6 @@ def tool_use(tools: object, choice: object, template: ChatTemplate, *, parallel:
         return None
     family = required_family(template)
     if chosen.kind == "auto":
-        return ToolUse(checked, family)
+        return ToolUse(checked, family, parallel=parallel)
     must = forced(chosen, checked, family, parallel=parallel)
-    return ToolUse(checked, family, must.opening, must.grammar)
+    return ToolUse(checked, family, must.opening, must.grammar, parallel)

@@ -380,3 +380,72 @@ def test_an_address_for_others_needs_keys(base: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "without --keys, only this machine may ask" in done.stderr
+
+
+# Tools
+
+HERMES = (
+    "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n'
+    "</tool_call>{% endfor %}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "enum": ["Fennick", "Oslo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_tools_are_called_and_answered(base: Path, shelf: Path, tmp_path: Path) -> None:
+    (tmp_path / "hermes.jinja").write_text(HERMES)
+    with serving(base, shelf, "--chat-template", str(tmp_path / "hermes.jinja")) as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
+        forced = asked("red", tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, max_tokens=60)
+        done = client.chat.completions.create(**forced)
+        (call,) = done.choices[0].message.tool_calls or ()
+        assert call.function.name == "weather"
+        assert json.loads(call.function.arguments)["city"] in ("Fennick", "Oslo")
+        assert done.choices[0].finish_reason == "tool_calls"
+        chunks = list(client.chat.completions.create(**forced, stream=True))
+        streamed = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or ()]
+        assert [c.function.arguments for c in streamed if c.function] == [call.function.arguments]
+        turns = [
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]},
+            {"role": "tool", "tool_call_id": call.id, "content": "4 degrees"},
+        ]
+        again = client.chat.completions.create(model="red", messages=turns, tools=[WEATHER], max_tokens=8)
+        assert again.choices[0].finish_reason in ("stop", "length")
+        with pytest.raises(openai.BadRequestError, match="tool_call_id"):
+            client.chat.completions.create(model="red", messages=[{**turns[2], "tool_call_id": "x"}], max_tokens=8)
+
+
+def test_tools_of_a_template_without_them_are_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(**asked("red", tools=[WEATHER]))
+
+
+def test_embeddings_of_other_bases_are_refused_and_those_of_such_are_vectors(
+    client: openai.OpenAI, base: Path, shelf: Path, tmp_path: Path
+) -> None:
+    from tests.edgelora.engine.gguf_copies import write_copy
+
+    with pytest.raises(openai.BadRequestError, match="not a base for embeddings"):
+        client.embeddings.create(model="base", input="hello")
+    write_copy(base, tmp_path / "embedder.gguf", {}, metadata={"llama.pooling_type": 1})
+    with serving(tmp_path / "embedder.gguf", shelf) as served:
+        other = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
+        one, two = (other.embeddings.create(model=name, input=["hello", "boats"]) for name in ("base", "red"))
+        assert [each.index for each in one.data] == [0, 1]
+        assert sum(x * x for x in one.data[0].embedding) == pytest.approx(1, abs=1e-4)
+        assert one.data[0].embedding != two.data[0].embedding
+        assert one.usage.prompt_tokens > 0
