@@ -11,6 +11,7 @@ const HEIGHT = 22;
 
 const BANNERS = {
   restarting: "The engine is restarting. Replies under way have ended. This note goes when it is back.",
+  ending: "The server is ending. Replies under way are finished, new ones are refused.",
   starting: "The engine is starting and loads the base. This note goes when it is ready.",
 };
 

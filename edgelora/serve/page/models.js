@@ -32,7 +32,7 @@ export class Models {
   }
 
   get ready() {
-    return this.listed.filter((model) => !isRefused(model));
+    return this.listed.filter(isReady);
   }
 
   /** The names of those that can answer, adapters first. */
@@ -41,8 +41,9 @@ export class Models {
     return [...ids.filter((id) => this.isAdapter(id)), ...ids.filter((id) => !this.isAdapter(id))];
   }
 
-  get refused() {
-    return this.listed.filter(isRefused);
+  /** Those that the server knows and does not let answer: refused or quarantined. */
+  get out() {
+    return this.listed.filter((model) => !isReady(model));
   }
 
   /** The adapter's own settings; empty ones for a model that is not listed. */
@@ -69,6 +70,6 @@ export class Models {
   }
 }
 
-function isRefused(model) {
-  return model.edgelora?.state === "refused";
+function isReady(model) {
+  return (model.edgelora?.state ?? "ready") === "ready";
 }

@@ -84,7 +84,7 @@ export class Settings {
     this.lanes = LETTERS.map((letter) => new Lane(models, letter, () => this.#show()));
     form.querySelector("#lanes").append(...this.lanes.map((lane) => lane.element));
     this.panel = form.querySelector("#panel");
-    this.refused = form.querySelector("#refused");
+    this.out = form.querySelector("#out");
     this.isChosen = false;
     models.watch(() => this.#refill());
     form.addEventListener("submit", (event) => event.preventDefault());
@@ -137,13 +137,18 @@ export class Settings {
     this.lanes.forEach((lane, at) => this.models.fill(lane.select, at === 2 ? "none" : null));
     if (!this.isChosen) this.#chooseFirst();
     this.lanes.forEach((lane) => lane.showScale());
-    const refused = this.models.refused;
-    this.refused.hidden = refused.length === 0;
-    this.refused.querySelector("summary").textContent =
-      refused.length === 1 ? "1 adapter was refused" : `${refused.length} adapters were refused`;
-    const items = refused.map(({ id, edgelora }) => el("li", {}, el("b", {}, id), ` ${edgelora.problem ?? ""}`));
-    this.refused.querySelector("ul").replaceChildren(...items);
+    this.#listOut(this.models.out);
     this.#show();
+  }
+
+  #listOut(models) {
+    this.out.hidden = models.length === 0;
+    const count = models.length === 1 ? "1 adapter" : `${models.length} adapters`;
+    this.out.querySelector("summary").textContent = `${count} left out`;
+    const items = models.map(({ id, edgelora: { state, problem } }) => {
+      return el("li", {}, el("b", {}, id), ` ${state}: ${problem}`);
+    });
+    this.out.querySelector("ul").replaceChildren(...items);
   }
 
   #chooseFirst() {

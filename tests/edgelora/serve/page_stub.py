@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -101,17 +101,16 @@ class Stub:
 
     def app(self) -> Starlette:
         routes = [
-            Route("/", lambda _: FileResponse(PAGE / "index.html")),
-            Mount("/page", StaticFiles(directory=PAGE)),
             Route("/status", self._status),
             Route("/v1/models", self._models),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Mount("/", StaticFiles(directory=PAGE, html=True)),
         ]
         return Starlette(routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=self._guarded)])
 
     async def _guarded(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
-        is_open = request.url.path == "/" or request.url.path.startswith("/page/")
-        if self.key and not is_open and request.headers.get("authorization") != f"Bearer {self.key}":
+        is_api = request.url.path.startswith(("/v1/", "/status"))
+        if self.key and is_api and request.headers.get("authorization") != f"Bearer {self.key}":
             return _problem(401, "Incorrect API key provided", "invalid_api_key")
         response = await call_next(request)
         response.headers["Content-Security-Policy"] = POLICY

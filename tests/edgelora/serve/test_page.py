@@ -206,8 +206,8 @@ def test_what_a_model_says_is_never_markup(page: Page, stub: Stub) -> None:
 
 
 def test_refused_adapters_say_why_and_one_that_is_dropped_in_appears(page: Page, stub: Stub) -> None:
-    page.get_by_text("1 adapter was refused").click()
-    expect(page.locator("#refused")).to_contain_text("broken blk.0.attn_q is 2048x2048 here")
+    page.get_by_text("1 adapter left out").click()
+    expect(page.locator("#out")).to_contain_text("broken refused: blk.0.attn_q is 2048x2048 here")
     picker = page.get_by_role("combobox", name="Adapter")
     expect(picker.locator("option")).to_have_text(["base (no adapter)", "support", "extract"])
     stub.models = [listed("base"), listed("new")]
@@ -339,7 +339,7 @@ def test_there_is_no_vote_on_answers_that_broke_off_or_are_the_same(page: Page, 
 def test_the_diff_is_a_longest_common_subsequence(page: Page) -> None:
     """Against a plain recursion over all short sequences of two and three letters."""
     wrong = page.evaluate("""async () => {
-        const { compare } = await import("/page/diff.js");
+        const { compare } = await import("/diff.js");
         const longest = (a, b) => !a.length || !b.length ? 0 : a[0] === b[0]
             ? 1 + longest(a.slice(1), b.slice(1)) : Math.max(longest(a.slice(1), b), longest(a, b.slice(1)));
         let state = 1;
@@ -361,7 +361,7 @@ def test_the_diff_is_a_longest_common_subsequence(page: Page) -> None:
 
 def test_of_three_answers_only_what_no_other_has_is_marked(page: Page) -> None:
     answers = [["It", " lasts", " 12", " hours"], ["It", " lasts", " 3", " hours"], ["I", " sleep"]]
-    found = page.evaluate("async (answers) => (await import('/page/diff.js')).compare(answers)", answers)
+    found = page.evaluate("async (answers) => (await import('/diff.js')).compare(answers)", answers)
     own = [
         [t for t, is_shared in zip(*each, strict=True) if not is_shared]
         for each in zip(answers, found["shared"], strict=True)
@@ -383,7 +383,7 @@ def test_tokens_are_the_replys_text_however_they_come(page: Page) -> None:
     ]
     read = page.evaluate(
         """async (pieces) => {
-            const { TokenReader } = await import("/page/tokens.js");
+            const { TokenReader } = await import("/tokens.js");
             const reader = new TokenReader();
             const tokens = pieces.flatMap(([piece, all]) => reader.push(piece, all.map((token) => ({ token }))));
             return tokens.map(({ text, entry }) => [text, entry?.token ?? null]);
@@ -395,7 +395,7 @@ def test_tokens_are_the_replys_text_however_they_come(page: Page) -> None:
 
 def test_events_are_read_wherever_the_network_cuts_them(page: Page) -> None:
     said = page.evaluate(r"""async () => {
-        const { Api } = await import("/page/api.js");
+        const { Api } = await import("/api.js");
         const events = ': hello\r\n\r\ndata: {"choices": ["é",\r\ndata: 1]}\r\n\r\n'
             + 'data:{"choices":[]}\n\ndata: [DONE]\n\n';
         const bytes = new TextEncoder().encode(events);
