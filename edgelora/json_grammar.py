@@ -18,6 +18,9 @@ from edgelora import gbnf
 from edgelora.json_pattern import PatternError, expression_of, quoted
 
 MAX_DEPTH = 64
+MAX_STEPS = 20_000
+"""Rules made, and schemas compared, for one schema: alternatives within alternatives double with every level, and a
+schema may come from anybody."""
 MAX_TIMES = 100_000
 """The highest minItems, maxLength ...; beyond gbnf.MAX_REPEATS, rules are chained."""
 
@@ -86,8 +89,14 @@ def _converted(schema: str) -> tuple[str, tuple[str, ...]]:
         text = converter.grammar()
     except RecursionError:
         return "", ("it is nested too deeply, or holds a name that is too long",)
+    except _TooLarge:
+        return "", (f"as a grammar, it takes more than {MAX_STEPS} rules and comparisons",)
     found = converter.problems or [f"as a grammar, {problem}" for problem in gbnf.problems(text)]
     return text, tuple(dict.fromkeys(found))
+
+
+class _TooLarge(Exception):
+    pass
 
 
 class _Converter:
@@ -101,7 +110,7 @@ class _Converter:
         self._root = schema
         self._rules: dict[str, str] = {}
         self._by_ref: dict[str, str] = {}
-        self._depth = 0
+        self._depth = self._steps = 0
         self.problems: list[str] = []
 
     def grammar(self) -> str:
@@ -115,9 +124,15 @@ class _Converter:
 
     def _add(self, text: str) -> str:
         """The name of a new rule."""
+        self._step()
         name = f"r{len(self._rules)}"
         self._rules[name] = text.strip()
         return name
+
+    def _step(self) -> None:
+        self._steps += 1
+        if self._steps > MAX_STEPS:
+            raise _TooLarge
 
     def _shared(self, name: str) -> str:
         """The name of one of `RULES`, which comes with those it needs."""
@@ -130,6 +145,7 @@ class _Converter:
 
     def _rule(self, schema: Any, at: str) -> str:
         """The name of the rule for a schema."""
+        self._step()
         if schema is True or schema == {}:
             return self._shared("value")
         if not isinstance(schema, Mapping):
@@ -154,7 +170,7 @@ class _Converter:
             return self._combined(combiner, schema, at)
         wanted = schema.get("type", _implied(keywords))
         if isinstance(wanted, list) and wanted:
-            return self._any_of([{**schema, "type": each} for each in wanted], at)
+            return self._any_of([{**schema, "type": each} for each in _each_once(wanted)], at)
         if unknown := sorted(keywords - _KNOWN - {"type"}):
             return self._problem(f"unsupported keyword {', '.join(unknown)}", at)
         if not isinstance(wanted, str) or wanted not in KEYWORDS:
@@ -204,7 +220,7 @@ class _Converter:
         target = self._root
         for part in reference.split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(target, list) and part.isdecimal() and int(part) < len(target):
+            if isinstance(target, list) and re.fullmatch("[0-9]{1,9}", part) and int(part) < len(target):
                 target = target[int(part)]
             elif isinstance(target, Mapping) and part in target:
                 target = target[part]
@@ -225,6 +241,7 @@ class _Converter:
 
     def _apart(self, one: Any, other: Any, depth: int = 0) -> bool:
         """Whether it is plain that no value fits both."""
+        self._step()
         one, other = self._resolved(one), self._resolved(other)
         if not isinstance(one, Mapping) or not isinstance(other, Mapping) or depth > 8:
             return False
@@ -504,3 +521,8 @@ def _required_properties(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(properties, Mapping) or not _are_strings(required):
         return {}
     return {name: properties[name] for name in required if name in properties}
+
+
+def _each_once(values: list[Any]) -> list[Any]:
+    """Without those that came before; a value may be anything that JSON has."""
+    return [value for at, value in enumerate(values) if value not in values[:at]]

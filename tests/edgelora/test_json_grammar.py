@@ -6,6 +6,7 @@ import ast
 import json
 import random
 import re
+import time
 from datetime import date
 from typing import Any
 
@@ -242,3 +243,36 @@ def test_twin_the_validator_of_these_tests_sees_what_is_wrong() -> None:
     assert breaks({"kind": "triangle"}, SCHEMAS["shapes"])
     assert breaks({"ab": None, "a": True}, SCHEMAS["others"])
     assert breaks({"day": "2023-02-29", "id": "0" * 32, "more": True}, SCHEMAS["formats"])
+
+
+def doubling(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(levels):
+        schema = {"type": ["object", "array"], "properties": {"a": schema}, "items": schema, "required": ["a"]}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        doubling(40),
+        {"oneOf": [{"type": "object", "properties": {"k": {"const": n}}, "required": ["k"]} for n in range(1500)]},
+        {"anyOf": [{"enum": [n]} for n in range(30_000)]},
+    ],
+    ids=["doubling", "compared", "many"],
+)
+def test_schemas_that_would_take_for_ever_are_refused_soon(schema: dict[str, Any]) -> None:
+    began = time.monotonic()
+    assert any("takes more than" in problem for problem in problems_of(json.dumps(schema)))
+    assert time.monotonic() - began < 5
+
+
+def test_a_type_that_is_named_twice_counts_once() -> None:
+    once, twice = (
+        {"type": types, "properties": {"a": {"type": "null"}}} for types in (["object"], ["object", "object"])
+    )
+    assert grammar_of(json.dumps(once)) == grammar_of(json.dumps(twice))
+
+
+def test_an_index_of_many_digits_points_to_nothing() -> None:
+    assert problems_of(json.dumps({"$ref": "#/prefixItems/" + "9" * 5000, "prefixItems": [{}]}))
