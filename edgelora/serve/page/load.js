@@ -11,6 +11,7 @@ const HEIGHT = 22;
 
 const BANNERS = {
   restarting: "The engine is restarting. Replies under way have ended. This note goes when it is back.",
+  restarted: "The engine died and is back. Replies that were under way have ended.", // all of it between two looks
   ending: "The server is ending. Replies under way are finished, new ones are refused.",
   starting: "The engine is starting and loads the base. This note goes when it is ready.",
 };
@@ -34,7 +35,7 @@ export class Load {
     let problem = "";
     try {
       status = await this.api.status();
-      problem = status.state === "ready" ? "" : (BANNERS[status.state] ?? `The server is ${status.state}.`);
+      problem = this.#problemOf(status);
     } catch (error) {
       if (error.status === 401) status = { state: "locked" };
       else problem = `${error.message.replace(/[^.!?]$/, "$&.")} Trying again every ${EVERY_MS / 1000} seconds.`;
@@ -44,6 +45,13 @@ export class Load {
     clearTimeout(this.timer);
     if (status?.state === "locked") return; // until there is a key
     this.timer = setTimeout(() => this.look(), EVERY_MS);
+  }
+
+  #problemOf({ state, restarts = 0 }) {
+    const restarted = restarts > (this.restarts ?? restarts);
+    this.restarts = restarts;
+    if (state !== "ready") return BANNERS[state] ?? `The server is ${state}.`;
+    return restarted ? BANNERS.restarted : "";
   }
 
   #show(status, problem) {

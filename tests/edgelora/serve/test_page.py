@@ -247,6 +247,13 @@ def test_the_banner_tells_of_a_server_that_does_not_answer(page: Page, stub: Stu
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
+def test_a_restart_between_two_looks_is_told_all_the_same(page: Page, stub: Stub) -> None:
+    expect(page.locator("#load")).to_contain_text("ready")
+    stub.status["restarts"] += 1
+    expect(page.get_by_role("alert")).to_contain_text("The engine died and is back")
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
 def test_a_question_without_answer_is_not_sent_with_the_next(page: Page, stub: Stub) -> None:
     stub.cut_after = 0
     ask(page, "lost")
