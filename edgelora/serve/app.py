@@ -6,7 +6,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from edgelora.version import __version__
 
 log = logging.getLogger("edgelora.serve")
 access = logging.getLogger("edgelora.access")
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 REQUEST_ID, MAX_ID = "X-Request-Id", 64
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -38,9 +36,9 @@ PAGE_HEADERS = {
 }
 
 
-def make_app(server: Server, lifespan: Lifespan | None = None) -> FastAPI:
+def make_app(server: Server) -> FastAPI:
     """The app of a server."""
-    app = FastAPI(title="edgelora", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="edgelora", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = server
     _add_errors(app)
     _add_models(app, server)

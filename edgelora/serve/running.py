@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import uvicorn
-from fastapi import FastAPI
 
 from edgelora.errors import SettingsError
 from edgelora.serve.app import make_app
@@ -43,17 +42,12 @@ def run(settings: ServeSettings, on_start: Callable[[str], None] = lambda url: N
 
 async def _run(settings: ServeSettings, on_start: Callable[[str], None]) -> int:
     server = Server(settings)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        yield
-
-    app = make_app(server, lifespan)
     config = uvicorn.Config(
-        app,
+        make_app(server),
         host=settings.host,
         port=settings.port,
         http="h11",  # which bounds what headers may take
+        lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
