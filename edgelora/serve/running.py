@@ -17,6 +17,7 @@ from edgelora.serve.settings import ServeSettings
 
 log = logging.getLogger("edgelora.serve")
 KEEP_ALIVE_SECONDS = 30
+FLUSH_SECONDS = 2.0
 
 
 def run(settings: ServeSettings, on_start: Callable[[str], None] = lambda url: None) -> int:
@@ -81,12 +82,13 @@ async def _run(settings: ServeSettings, on_start: Callable[[str], None]) -> int:
             async with asyncio.timeout(settings.grace):
                 while server.under_way:
                     await asyncio.sleep(0.05)
-        http.force_exit = True
     finally:
         for task in beside:
             task.cancel()
         await server.stop()
-        http.should_exit = http.force_exit = True
+        http.should_exit = True
+        await asyncio.wait([serving], timeout=FLUSH_SECONDS)  # what was given up is told so
+        http.force_exit = True
         with contextlib.suppress(asyncio.CancelledError, SystemExit):
             await serving
     return 0

@@ -103,6 +103,7 @@ def serving(base: Path, folder: Path, *options: str, keys: Path | None = None) -
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             assert process.wait(END_SECONDS) == 0, log.read_text()
+        assert "Traceback" not in log.read_text(), log.read_text()
     finally:
         if process.poll() is None:
             process.kill()
