@@ -13,7 +13,7 @@
     metrics.py    what /metrics tells
     server.py     what the routes share
     answering.py  from what was asked to the answer
-    app.py        the routes
+    app.py        the routes; document.py what /openapi.json says of them
     running.py    the whole server: sockets, signals, the end
     page/         the web page at /
 

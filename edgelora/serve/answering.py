@@ -126,7 +126,8 @@ async def answer(server: Server, request: Request, asked: bodies.Asked, key: Key
         _note_failure(at_work, error)
         raise
     shape = replies.shape_of(asked, server.base_fingerprint)
-    headers = {IGNORED: ", ".join(asked.ignored)} if asked.ignored else {}
+    ignored = ", ".join(filter(None, asked.ignored))  # a name may be empty, and a header may not end in a space
+    headers = {IGNORED: ignored} if ignored else {}
     if asked.stream:
         events = _events(at_work, started, shape)
         try:  # an error before the first event has a status of its own

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgelora.adapter_ref import check_name
 from edgelora.errors import EdgeloraError, SettingsError
-from edgelora.serve import answering, bodies, replies
+from edgelora.serve import answering, bodies, document, replies
 from edgelora.serve.problems import ApiError
 from edgelora.serve.registry import READY, Entry
 from edgelora.serve.server import Server, read_json
@@ -175,26 +175,19 @@ def _add_completions(app: FastAPI, server: Server) -> None:
         asked = read(await read_json(request, server.settings.max_body))
         return await answering.answer(server, request, asked, key)
 
-    @app.post("/v1/chat/completions", openapi_extra=_body("messages"))
+    @app.post("/v1/chat/completions", openapi_extra=document.body(document.CHAT))
     async def chat(request: Request) -> Response:
         return await answered(request, bodies.read_chat)
 
-    @app.post("/v1/completions", openapi_extra=_body("prompt"))
+    @app.post("/v1/completions", openapi_extra=document.body(document.COMPLETION))
     async def completions(request: Request) -> Response:
         return await answered(request, bodies.read_completion)
 
-    @app.post("/v1/embeddings", openapi_extra=_body("input"))
+    @app.post("/v1/embeddings", openapi_extra=document.body(document.EMBEDDINGS))
     async def embeddings(request: Request) -> Response:
         key = server.authenticate(request)
         asked = bodies.read_embeddings(await read_json(request, server.settings.max_body))
         return await answering.embed(server, asked, key)
-
-
-def _body(*required: str) -> dict[str, Any]:
-    """What the document at /openapi.json says of a body."""
-    properties: dict[str, Any] = {name: {} for name in required} | {"model": {"type": "string"}}
-    schema = {"type": "object", "required": ["model", *required], "properties": properties}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _add_adapters(app: FastAPI, server: Server) -> None:
@@ -217,7 +210,7 @@ def _add_adapters(app: FastAPI, server: Server) -> None:
         except SettingsError as error:
             raise ApiError(400, error.message, param="lora_name") from None
 
-    @app.post("/v1/load_lora_adapter", openapi_extra=_body("lora_name", "lora_path"))
+    @app.post("/v1/load_lora_adapter", openapi_extra=document.body(document.LOAD))
     async def load(request: Request) -> Response:
         server.authenticate(request, admin=True)
         body = await read_json(request, server.settings.max_body)
@@ -232,7 +225,7 @@ def _add_adapters(app: FastAPI, server: Server) -> None:
         entry = await server.registry.load(name, path, float(scale), generation(body.get("if_generation")))
         return JSONResponse(_model(server, entry, whole=True))
 
-    @app.post("/v1/unload_lora_adapter", openapi_extra=_body("lora_name"))
+    @app.post("/v1/unload_lora_adapter", openapi_extra=document.body(document.UNLOAD))
     async def unload(request: Request) -> Response:
         server.authenticate(request, admin=True)
         body = await read_json(request, server.settings.max_body)
@@ -240,7 +233,7 @@ def _add_adapters(app: FastAPI, server: Server) -> None:
         await server.registry.unload(name, generation(body.get("if_generation")))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
-    @app.put("/v1/adapters/{name}")
+    @app.put("/v1/adapters/{name}", openapi_extra=document.FILE)
     async def upload(request: Request, name: str) -> Response:
         """A GGUF file as the body; `?if_generation=N`."""
         server.authenticate(request, admin=True)

@@ -150,6 +150,13 @@ def test_unknown_fields_are_ignored_and_listed(served: Served, said: dict[str, s
     answer = served.post("/v1/chat/completions", asked("red", banana=1, user="me"))
     assert answer.json()["choices"][0]["message"]["content"] == said["red"]
     assert answer.headers["X-Edgelora-Ignored"] == "banana"
+    for names, listed in (
+        ({"a b": 1, "": 2, " ": 3}, "a%20b, %20"),
+        ({"": 1}, None),
+        ({"\r\nSet-Cookie: x": 1}, "%0D%0ASet-Cookie%3A%20x"),
+    ):
+        answer = served.post("/v1/chat/completions", asked("red", **names))
+        assert answer.headers.get("X-Edgelora-Ignored") == listed
 
 
 def test_models_are_listed_with_their_roots(client: openai.OpenAI, served: Served) -> None:
