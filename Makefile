@@ -19,7 +19,7 @@ CMAKE_vulkan := -DGGML_VULKAN=on
 REFERENCE := build/reference/convert_hf_to_gguf.py
 TAR_WILDCARDS := $(shell tar --version 2>/dev/null | grep -q GNU && echo --wildcards)
 
-.PHONY: help setup demo test test-all bench adapters-table check docs reference clean
+.PHONY: help setup demo test test-all bench load adapters-table check docs reference clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -74,6 +74,9 @@ bench: setup reference  ## conversion, kernels, importance, perplexity and the e
 	$(BIN)/python -m bench.quantize_kernels
 	$(BIN)/python -m bench.imatrix
 	$(BIN)/python -m bench.engine
+
+load: setup  ## three minutes of 200 clients and 16 adapters on the server; LOAD='--shape 1.1b --clients 40 --peer' for more
+	$(BIN)/python -m bench.load $(LOAD)
 
 adapters-table: setup  ## measure again what becomes of every PEFT method, for the README's tables
 	$(BIN)/python -m bench.adapters_table
