@@ -41,7 +41,7 @@ from edgelora.engine.threads import threads_for
 
 BUNDLED = "bundled"
 BUNDLED_BASE = ROOT / "examples" / "tiny-base" / "fennick-2.6m"
-ADAPTERS, PROMPTS, MARKER_TOKENS, N_CTX = 16, 40, 8, 512
+ADAPTERS, PROMPTS, MARKER_TOKENS, N_CTX = 16, 40, 4, 512
 SURE = 0.1
 """Nats between the best token and the next that batching cannot overturn: it moves logits by some thousandths."""
 GROWTH_MB = 64
@@ -109,7 +109,7 @@ Pair = tuple[str, str]
 async def find_markers(client: Client, names: Sequence[str]) -> dict[Pair, str]:
     """What a reply of (adapter, prompt) certainly begins with, where no other adapter's does.
 
-    Prompts are tried until every adapter has two.
+    Prompts are tried until every adapter has a marker for one of them.
     """
     found = dict[Pair, str]()
     for seed in range(PROMPTS):
@@ -120,7 +120,7 @@ async def find_markers(client: Client, names: Sequence[str]) -> dict[Pair, str]:
             others = (choices[other]["text"] for other in names if other != name)
             if marker and not any(text.startswith(marker) for text in others):
                 found[name, prompt] = marker
-        if min(Counter(name for name, _ in found).get(name, 0) for name in names) >= 2:
+        if {name for name, _ in found} == set(names):
             break
     return found
 
