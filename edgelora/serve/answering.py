@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from edgelora.errors import EdgeloraError
 from edgelora.serve import bodies, replies
@@ -294,10 +295,13 @@ async def _receive(request: Request, partial: Any, most: int) -> None:
         raise too_large
     size = 0
     with open(partial, "xb") as file:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > most:
-                raise too_large
-            file.write(chunk)
+        try:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > most:
+                    raise too_large
+                file.write(chunk)
+        except ClientDisconnect:
+            raise ApiError(400, "The file ended early", code="disconnected") from None
         file.flush()
         await asyncio.to_thread(os.fsync, file.fileno())

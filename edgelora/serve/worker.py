@@ -34,6 +34,7 @@ class Worker:
         self._streams: dict[int, Stream] = {}
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="edgelora-slow")  # what reads files
         self._engine: Engine | None = None
+        self._base = ""
         self._does: dict[str, Callable[[Arguments], Any]] = {
             "load": self._load,
             "unload": self._unload,
@@ -54,6 +55,7 @@ class Worker:
         writer.start()
         with self._connection.makefile("rb") as lines:
             options = protocol.parsed(lines.readline(protocol.MAX_LINE_BYTES))
+            self._base = options["base"]
             try:
                 self._engine = Engine(Path(options.pop("base")), **options)
             except Exception as error:
@@ -90,19 +92,19 @@ class Worker:
             if isinstance(item, Completion):
                 self._say({"id": number, "result": protocol.completion_fields(item)})
             else:
-                self._say({"id": number, "error": protocol.error_fields(item)})
+                self._fail(number, item)
 
         try:
             request = protocol.request_of(arguments)
             self._streams[number] = self.engine.submit(request, deliver)
         except Exception as error:
-            self._say({"id": number, "error": protocol.error_fields(error)})
+            self._fail(number, error)
 
     def _answer(self, number: int, do: str, arguments: Arguments) -> None:
         try:
             result = self._does[do](arguments)
         except Exception as error:
-            self._say({"id": number, "error": protocol.error_fields(error)})
+            self._fail(number, error)
         else:
             self._say({"id": number, "result": result})
 
@@ -117,7 +119,7 @@ class Worker:
         return {
             "content_hash": adapter.content_hash,
             "scale": adapter.scale,
-            "notices": list(adapter.notices),
+            "notices": [self._without_paths(each).replace(given["path"], ref.path.name) for each in adapter.notices],
             "contract": None
             if contract is None
             else {
@@ -141,6 +143,14 @@ class Worker:
 
     def _state(self) -> dict[str, Any]:
         return {**self.engine.state(), "pid": os.getpid()}
+
+    def _fail(self, number: int, error: BaseException) -> None:
+        fields = protocol.error_fields(error)
+        self._say({"id": number, "error": {**fields, "message": self._without_paths(fields["message"])}})
+
+    def _without_paths(self, text: str) -> str:
+        """Clients hear of it: they know the base by its name, and not where it lies."""
+        return text.replace(self._base, Path(self._base).name)
 
     def _say(self, message: dict[str, Any]) -> None:
         self._outgoing.put(message)
