@@ -370,6 +370,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     given = options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the servers end with this program
     base, folder = files(given.shape)
     given.threads = given.threads or threads_for(base.stat().st_size)
     packages = ("llama-cpp-python", "uvicorn", "fastapi", "httpx")
