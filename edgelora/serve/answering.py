@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import time
@@ -279,13 +280,15 @@ async def upload(server: Server, request: Request, name: str, if_generation: int
     try:
         await _receive(request, partial, server.settings.max_upload)
         await server.registry.check(partial, server.settings.base if server.settings.require_verify else None)
-        os.replace(partial, folder / f"{name}.gguf")
+        return await server.registry.load(name, folder / f"{name}.gguf", if_generation=if_generation, incoming=partial)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ApiError(400, "The name is too long for a file", param="lora_name") from None
         log.error("an upload of %s: %s", name, error)
         raise ApiError(507, "There is no room for the file", type="server_error", code="disk_full") from None
     finally:
-        partial.unlink(missing_ok=True)
-    return await server.registry.load(name, folder / f"{name}.gguf", if_generation=if_generation)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 async def _receive(request: Request, partial: Any, most: int) -> None:

@@ -120,14 +120,27 @@ class Registry:
             except (EngineDownError, EngineDiedError):
                 return  # the next start looks around as well
 
-    async def load(self, name: str, path: Path, scale: float = 1.0, if_generation: int | None = None) -> Entry:
+    async def load(
+        self,
+        name: str,
+        path: Path,
+        scale: float = 1.0,
+        if_generation: int | None = None,
+        incoming: Path | None = None,
+    ) -> Entry:
         """Load or replace by hand.
+
+        Args:
+            incoming: a file that takes the place of `path` first, where the generation is the wanted one.
 
         Raises:
             ApiError: 409 where the generation is another; what the file lacks.
+            OSError: the file cannot be moved.
         """
         async with self._changing:
             self.check_generation(name, if_generation)
+            if incoming is not None:
+                os.replace(incoming, path)
             ref = AdapterRef(name, path, scale)
             entry = await self._load(ref, by_hand=True)
             if entry.state != READY:

@@ -325,3 +325,20 @@ def test_an_upload_that_ends_early_leaves_nothing(base: Path, adapters: dict[str
         served.until(lambda: not list(served.folder.glob("*.upload")))
         assert "half" not in served.models(everything=True)
         # The block's end finds no traceback in the log.
+
+
+def test_of_two_uploads_at_once_for_one_generation_one_is_in(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    files = [adapters[name].read_bytes() for name in ("red", "blue")]
+    with guarded(base, adapters, tmp_path / "adapters") as served, ThreadPoolExecutor(2) as pool:
+
+        def upload(data: bytes, name: str) -> int:
+            url = f"{served.url}/v1/adapters/{name}?if_generation=0"
+            return httpx.put(url, content=data, headers=served.headers, timeout=60).status_code
+
+        for name in ("first", "second", "third"):
+            statuses = list(pool.map(upload, files, [name] * 2))
+            assert sorted(statuses) == [201, 409]
+            assert (served.folder / f"{name}.gguf").read_bytes() == files[statuses.index(201)]
+        assert upload(files[0], "n" * 230) == 400
