@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -45,9 +46,9 @@ def run(markers: dict[load.Pair, str], answers: dict[str, Answer], monkeypatch: 
     """A short load on a client that answers as told, by the model's name."""
 
     class Told(Client):
-        async def ask(self, content: bytes, **_: object) -> Answer:
+        async def ask(self, body: bytes, **_: Any) -> Answer:
             await asyncio.sleep(0.01)
-            return answers[json.loads(content)["model"]]
+            return answers[json.loads(body)["model"]]
 
     monkeypatch.setattr(load, "KINDS", {"stream": 1})
     server = load.Server("", None, [])  # type: ignore[arg-type]
