@@ -250,14 +250,14 @@ class EngineProcess:
         self._ready.set()
 
     async def _event(self, reader: asyncio.StreamReader) -> dict[str, Any]:
-        data = await reader.readline()
+        data = await _line(reader)
         if not data:
             raise EngineDiedError(f"the engine's process ended while it started ({await self._how_it_ended()})")
         return protocol.parsed(data)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         """Hand out what the process says, until it says no more."""
-        while data := await reader.readline():
+        while data := await _line(reader):
             message = protocol.parsed(data)
             if "event" in message:
                 self._loading = message["name"] if message["event"] == "loading" else None
@@ -323,6 +323,15 @@ class EngineProcess:
         pending, self._pending = self._pending, {}
         for each in pending.values():
             each.items.put_nowait(error)
+
+
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    """A whole line; empty where the process said its last, be it amid a line or with something of ours unread."""
+    try:
+        data = await reader.readline()
+    except ConnectionError:
+        return b""
+    return data if data.endswith(b"\n") else b""
 
 
 class Suspects:
