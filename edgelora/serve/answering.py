@@ -8,15 +8,17 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
+from edgelora.engine.stream import Request as EngineRequest
 from edgelora.errors import EdgeloraError
 from edgelora.serve import bodies, replies
 from edgelora.serve.keys import Key
@@ -81,7 +83,8 @@ def down(server: Server) -> ApiError:
 
 @dataclass
 class _Answer:
-    """One request at work."""
+    """One request at work. Its key has its place back, and its tokens booked, when every reply is accounted for, be it
+    after nobody waits for it any more."""
 
     server: Server
     asked: bodies.Asked
@@ -89,16 +92,42 @@ class _Answer:
     admission: Admission | None
     began: float = field(default_factory=time.perf_counter)
     tokens: int = 0
+    replies: list[Reply] = field(default_factory=list)
+    open: set[Reply] = field(default_factory=set)
+    is_closed: bool = False
 
-    def booked(self, account: dict[str, Any]) -> None:
-        """One of its replies came to its end."""
-        self.tokens += account["prompt_tokens"] + account["completion_tokens"]
-        self.server.metrics.finished(self.label, account, time.perf_counter() - self.began)
-        if account["finish_reason"] == "deadline":
+    def start(self, request: EngineRequest) -> None:
+        """Raises: EngineDownError."""
+        reply = self.server.engine.generate(request)
+        self.replies.append(reply)
+        self.open.add(reply)
+
+    def booked(self, reply: Reply) -> None:
+        """A reply was read to its end.
+
+        Raises:
+            ApiError: 408, its time was over.
+        """
+        self._account(reply, reply.account)
+        if reply.account["finish_reason"] == "deadline":
             raise ApiError(408, "The reply took longer than it may", type="timeout", code="timeout")
 
-    def done(self) -> None:
-        if self.admission:
+    def close(self) -> None:
+        """Nobody waits for more."""
+        self.is_closed = True
+        for reply in list(self.open):
+            reply.cancel(partial(self._account, reply))
+        self._release()
+
+    def _account(self, reply: Reply, account: Mapping[str, Any] | None) -> None:
+        if reply in self.open and account:
+            self.tokens += account["prompt_tokens"] + account["completion_tokens"]
+            self.server.metrics.finished(self.label, account, time.perf_counter() - self.began)
+        self.open.discard(reply)
+        self._release()
+
+    def _release(self) -> None:
+        if self.is_closed and not self.open and self.admission:
             self.admission.done(self.tokens)
 
 
@@ -110,7 +139,6 @@ async def answer(server: Server, request: Request, asked: bodies.Asked, key: Key
     asked.check_blend(server.named(asked.model))
     admission = server.limits.enter(key) if key else None
     at_work = _Answer(server, asked, label, admission)
-    started = list[Reply]()
     try:
         tenant = None if key is None else key.name
         longest = server.settings.request_seconds
@@ -122,16 +150,16 @@ async def answer(server: Server, request: Request, asked: bodies.Asked, key: Key
                 tool_choice=asked.tool_choice,
                 parallel_tool_calls=asked.parallel_tool_calls is not False,
             )
-            started.append(server.engine.generate(wanted))
+            at_work.start(wanted)
     except BaseException as error:
-        at_work.done()
+        at_work.close()
         _note_failure(at_work, error)
         raise
     shape = replies.shape_of(asked, server.base_fingerprint)
     ignored = ", ".join(filter(None, asked.ignored))  # a name may be empty, and a header may not end in a space
     headers = {IGNORED: ignored} if ignored else {}
     if asked.stream:
-        events = _events(at_work, started, shape)
+        events = _events(at_work, shape)
         try:  # an error before the first event has a status of its own
             first = await _while_connected(request, asyncio.ensure_future(anext(events)))
         except BaseException:
@@ -139,14 +167,12 @@ async def answer(server: Server, request: Request, asked: bodies.Asked, key: Key
             raise
         return StreamingResponse(_after(first, events), media_type="text/event-stream", headers=_unbuffered(headers))
     try:
-        finished = await _while_connected(request, asyncio.gather(*(_whole(at_work, each) for each in started)))
+        finished = await _while_connected(request, asyncio.gather(*(_whole(at_work, each) for each in at_work.replies)))
     except BaseException as error:
-        for reply in started:
-            reply.cancel()
         _note_failure(at_work, error)
         raise
     finally:
-        at_work.done()
+        at_work.close()
     return JSONResponse(shape.whole(finished), headers=headers)
 
 
@@ -156,21 +182,22 @@ async def _whole(at_work: _Answer, reply: Reply) -> replies.Finished:
     async for piece in reply:
         pieces.append(piece)
         at_work.server.wrote(1)
-    at_work.booked(reply.account)
+    at_work.booked(reply)
     text = "".join(piece.text for piece in pieces)
     logprobs = [token for piece in pieces for token in piece.logprobs]
     return replies.Finished(text, logprobs, reply.account)
 
 
-async def _events(at_work: _Answer, started: list[Reply], shape: replies.Shape) -> AsyncGenerator[bytes]:
+async def _events(at_work: _Answer, shape: replies.Shape) -> AsyncGenerator[bytes]:
     """The server-sent events of all its replies, as they come. An error ends them with an event of its own."""
+    started = at_work.replies
     queue: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
 
     async def follow(index: int, reply: Reply) -> None:
         try:
             async for piece in reply:
                 queue.put_nowait((index, piece))
-            at_work.booked(reply.account)
+            at_work.booked(reply)
             queue.put_nowait((index, None))
         except Exception as error:
             queue.put_nowait((index, error))
@@ -205,9 +232,7 @@ async def _events(at_work: _Answer, started: list[Reply], shape: replies.Shape) 
     finally:
         for task in following:
             task.cancel()
-        for reply in started:
-            reply.cancel()
-        at_work.done()
+        at_work.close()
 
 
 async def _after(first: bytes, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
@@ -245,6 +270,8 @@ async def _while_connected(request: Request, work: asyncio.Future[Result]) -> Re
 
 
 def _note_failure(at_work: _Answer, error: BaseException) -> None:
+    if isinstance(error, ApiError) and error.code == "timeout":  # its account has said so
+        return
     outcome = problem_of(error).code or "error" if isinstance(error, (ApiError, EdgeloraError)) else "error"
     at_work.server.metrics.failed(at_work.label, outcome)
 

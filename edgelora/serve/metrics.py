@@ -6,6 +6,7 @@ rest is counted as "other".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -50,7 +51,7 @@ class Metrics:
         self._labels.add(adapter)
         return adapter
 
-    def finished(self, adapter: str, account: dict[str, Any], seconds: float) -> None:
+    def finished(self, adapter: str, account: Mapping[str, Any], seconds: float) -> None:
         """A reply came to its end."""
         label = self.label(adapter)
         self.requests.labels(label, account["finish_reason"]).inc()

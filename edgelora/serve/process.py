@@ -55,17 +55,22 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
+Late = Callable[[Mapping[str, Any] | None], None]
+"""Told the account of a reply that was cancelled, once it has one; None where there is none."""
+
+
 @dataclass
 class _Pending:
     """Something that was asked for, and what came of it so far."""
 
     adapters: frozenset[str] = frozenset()
     began: bool = False
+    late: Late | None = None
     items: asyncio.Queue[dict[str, Any] | EdgeloraError] = field(default_factory=asyncio.Queue)
 
 
 class Reply:
-    """One reply: iterate over its pieces, then look at `account`."""
+    """One reply: iterate over its pieces, then look at `account`. Whoever does not read it to its end cancels it."""
 
     def __init__(self, engine: EngineProcess, number: int, pending: _Pending) -> None:
         self._engine, self._number, self._pending = engine, number, pending
@@ -73,26 +78,22 @@ class Reply:
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Raises: what went wrong, as the engine says it, or `EngineDiedError`."""
-        try:
-            while True:
-                item = await self._pending.items.get()
-                if isinstance(item, EdgeloraError):
-                    raise item
-                if "piece" in item:
-                    logprobs = tuple(protocol.logprob_of(each) for each in item.get("logprobs", ()))
-                    yield Piece(item["piece"], logprobs)
-                elif "error" in item:
-                    raise protocol.error_of(item["error"])
-                else:
-                    self.account = item["result"]
-                    return
-        finally:
-            if not self.account:
-                self.cancel()
+        while True:
+            item = await self._pending.items.get()
+            if isinstance(item, EdgeloraError):
+                raise item
+            if "piece" in item:
+                logprobs = tuple(protocol.logprob_of(each) for each in item.get("logprobs", ()))
+                yield Piece(item["piece"], logprobs)
+            elif "error" in item:
+                raise protocol.error_of(item["error"])
+            else:
+                self.account = item["result"]
+                return
 
-    def cancel(self) -> None:
-        """Stop writing. Its place is free within a step."""
-        self._engine.forget(self._number)
+    def cancel(self, late: Late = lambda account: None) -> None:
+        """Stop writing. Its place is free within a step, and then what was written is accounted for."""
+        self._engine.forget(self._number, self._pending, late)
 
 
 class EngineProcess:
@@ -200,10 +201,14 @@ class EngineProcess:
             raise protocol.error_of(item["error"])
         return item["result"]
 
-    def forget(self, number: int) -> None:
+    def forget(self, number: int, pending: _Pending, late: Late) -> None:
         """Nobody waits for this any more."""
-        if self._pending.pop(number, None) is not None:
+        if number in self._pending:
+            pending.late = late
             self._write({"id": number, "do": "cancel"})
+            return
+        told = [item for item in _drained(pending.items) if isinstance(item, dict) and "result" in item]
+        late(told[-1]["result"] if told else None)  # it had ended already, unread
 
     def _ask(self, do: str, arguments: dict[str, Any], adapters: frozenset[str]) -> tuple[int, _Pending]:
         self._check_up()
@@ -263,12 +268,15 @@ class EngineProcess:
                 self._loading = message["name"] if message["event"] == "loading" else None
                 continue
             pending = self._pending.get(message["id"])
-            if pending is None:  # cancelled
+            if pending is None:  # of a call that was given up
                 continue
             pending.began = True
-            pending.items.put_nowait(message)
+            if pending.late is None:
+                pending.items.put_nowait(message)
             if "piece" not in message:
                 del self._pending[message["id"]]
+                if pending.late is not None:
+                    pending.late(message.get("result"))
 
     async def _keep(self) -> None:
         """Start it again whenever it ends."""
@@ -322,7 +330,14 @@ class EngineProcess:
     def _fail_all(self, error: EdgeloraError) -> None:
         pending, self._pending = self._pending, {}
         for each in pending.values():
-            each.items.put_nowait(error)
+            if each.late is None:
+                each.items.put_nowait(error)
+            else:
+                each.late(None)
+
+
+def _drained(items: asyncio.Queue[Any]) -> list[Any]:
+    return [items.get_nowait() for _ in range(items.qsize())]
 
 
 async def _line(reader: asyncio.StreamReader) -> bytes:

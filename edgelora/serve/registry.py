@@ -71,6 +71,7 @@ class Registry:
         self._changing = asyncio.Lock()
         self._suspects = Suspects()
         self._generations: dict[str, int] = {}
+        self._held: set[str] = set()  # what the engine's process has under these names
         self.engine: EngineProcess | None = None
         self._by_hand: dict[str, AdapterRef] = self._read_state()
 
@@ -93,6 +94,7 @@ class Registry:
     async def restore(self) -> None:
         """Load everything that there is to be into an engine that has just started."""
         async with self._changing:
+            self._held.clear()
             for name, ref in {**self._given, **self._by_hand}.items():
                 if name not in self._unloaded and not self._is_out(name):
                     await self._load(ref, by_hand=name in self._by_hand)
@@ -177,17 +179,8 @@ class Registry:
         except ModelFileError as error:
             problem = error.message.replace(str(path), "the file")
             raise ApiError(400, f"The adapter is refused: {problem}", code="adapter_refused") from None
-        if base is None:
-            return
-        command = [sys.executable, "-m", "edgelora", "verify", str(path), "--base", str(base), "--json"]
-        verify = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=DEVNULL)
-        try:
-            await verify.communicate()
-        finally:
-            if verify.returncode is None:
-                verify.kill()
-        if verify.returncode != 0:
-            raise ApiError(400, "The adapter's certificate does not hold on this server", code="not_verified")
+        if base is not None:
+            await _verify(path, base)
 
     def died(self, suspects: frozenset[str]) -> None:
         """The engine's process died, perhaps for one of these."""
@@ -268,13 +261,14 @@ class Registry:
         except EdgeloraError as error:
             problem = error.message.replace(str(ref.path), ref.path.name)
             log.warning("adapter %s stays out: %s", ref.name, error.message)
-            if known is not None and known.state == READY and not by_hand and is_new and signature is not None:
+            if known is None or ref.name not in self._held:
+                self._entries[ref.name] = replace(entry, state=REFUSED, problem=problem)
+            elif not by_hand and is_new and signature is not None:
                 # The old content goes on under its name until a file comes that can be used.
                 self._entries[ref.name] = replace(known, problem=problem, signature=signature)
-            elif known is None or known.state != READY:
-                self._entries[ref.name] = replace(entry, state=REFUSED, problem=problem)
             return replace(entry, state=REFUSED, problem=problem)
         self._generations[ref.name] = generation
+        self._held.add(ref.name)
         if is_new:
             self._suspects.cleared(ref.name)
         self._entries[ref.name] = entry = replace(entry, about=about)
@@ -284,6 +278,7 @@ class Registry:
     async def _forget(self, name: str) -> None:
         assert self.engine is not None
         entry = self._entries.pop(name)
+        self._held.discard(name)
         if entry.state != REFUSED:
             with suppress(SettingsError, EngineDiedError, EngineDownError):  # it is not there any more
                 await self.engine.call("unload", name=name)
@@ -328,6 +323,30 @@ class Registry:
 def is_base(name: str, base: str) -> bool:
     """Whether a request's `model` is the bare base."""
     return name in BASE_NAMES or name == base
+
+
+async def _verify(path: Path, base: Path) -> None:
+    """Replay an adapter's certificate on this base, in a process of its own.
+
+    Raises:
+        ApiError: it has none, or does not do here what it did where it was trained.
+    """
+    command = [sys.executable, "-m", "edgelora", "verify", f"uploaded={path}", "--base", str(base), "--json"]
+    verify = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=DEVNULL)
+    try:
+        told, _ = await verify.communicate()
+    finally:
+        if verify.returncode is None:
+            verify.kill()
+    try:
+        report = json.loads(told)
+        failed, is_certified = report["failed"], bool(report["recorded"])
+    except (ValueError, KeyError, TypeError):
+        failed, is_certified = ["it could not be replayed"], True
+    if not is_certified:
+        raise ApiError(400, "The adapter carries no certificate that could be replayed", code="not_certified")
+    if failed or verify.returncode != 0:
+        raise ApiError(400, f"The adapter's certificate does not hold here: {', '.join(failed)}", code="not_verified")
 
 
 def signature_of(path: Path) -> Signature | None:

@@ -82,12 +82,16 @@ class Worker:
             self._slow.submit(self._answer, number, do, message["arguments"])
 
     def _generate(self, number: int, arguments: Arguments) -> None:
+        is_over = False
+
         def deliver(item: Item) -> None:
+            nonlocal is_over
             if isinstance(item, str):
                 logprobs = item.logprobs if isinstance(item, Piece) else ()
                 more = {"logprobs": [protocol.logprob_fields(each) for each in logprobs]} if logprobs else {}
                 self._say({"id": number, "piece": str(item), **more})
                 return
+            is_over = True
             self._streams.pop(number, None)
             if isinstance(item, Completion):
                 self._say({"id": number, "result": protocol.completion_fields(item)})
@@ -97,6 +101,8 @@ class Worker:
         try:
             request = protocol.request_of(arguments)
             self._streams[number] = self.engine.submit(request, deliver)
+            if is_over:  # before it was noted
+                self._streams.pop(number, None)
         except Exception as error:
             self._fail(number, error)
 

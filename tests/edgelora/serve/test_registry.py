@@ -156,3 +156,26 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     (folder / "link.gguf").symlink_to(tmp_path / "secret.gguf")
     with pytest.raises(ApiError):
         Registry((), folder).inside("link.gguf")
+
+
+def test_a_file_that_broke_meanwhile_is_refused_after_the_engine_died(tmp_path: Path) -> None:
+    """Before, its old content went on; the new process has none."""
+    (tmp_path / "a.gguf").write_text("a")
+
+    async def work() -> None:
+        made, engine = registry(tmp_path)
+        await made.restore()
+        (tmp_path / "a.gguf").write_text("broken")
+        await made.rescan()
+        assert made.get("a").problem
+        assert engine.loaded == {"a": "a"}
+        engine.loaded.clear()
+        await made.restore()
+        with pytest.raises(ApiError) as caught:
+            made.get("a")
+        assert caught.value.status == 404
+        (tmp_path / "a.gguf").write_text("mended")
+        await made.rescan()
+        assert made.get("a").state == READY
+
+    run(work)

@@ -195,3 +195,22 @@ def test_a_restart_gives_nobody_a_new_day(base: Path, adapters: dict[str, Path],
     with serving(base, folder, keys=keys) as served:
         assert replace(served, headers=headers).post("/v1/chat/completions", body("base")).status_code == 200
         assert "what was used before is not counted" in served.log.read_text()
+
+
+def test_who_leaves_early_pays_for_what_was_written(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    folder, keys = tmp_path / "adapters", tmp_path / "keys.toml"
+    folder.mkdir()
+    secret = add_key(keys, Key("sly", frozenset({"*"}), tokens=Rate(60, 86400)))
+    with serving(base, folder, "--ctx-size", "4096", keys=keys) as served:
+        sly = replace(served, headers={"Authorization": f"Bearer {secret}"})
+        endless = body("base", grammar="root ::= [a-z ] root", max_tokens=3500, stream=True)
+        with httpx.stream("POST", f"{sly.url}/v1/chat/completions", json=endless, headers=sly.headers) as answer:
+            lines = answer.iter_lines()
+            for _ in range(200):
+                next(lines)
+
+        def refused() -> httpx.Response | None:
+            answer = sly.post("/v1/chat/completions", body("base"))
+            return answer if answer.is_error else None
+
+        assert sly.until(refused).json()["error"]["code"] == "tokens_limit_exceeded"
