@@ -68,6 +68,16 @@ KEYWORDS: Mapping[str, frozenset[str]] = {
     "boolean": frozenset(),
     "null": frozenset(),
 }
+TYPES: Mapping[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "null": (type(None),),
+}
+"""What Python reads a JSON value of each type as; a bool is no number."""
 FORMATS = ("date", "time", "date-time", "uuid")
 _KNOWN = frozenset().union(*KEYWORDS.values())
 
@@ -230,7 +240,7 @@ class _Converter:
 
     def _literals(self, values: Any, types: Sequence[str] | None, at: str) -> str:
         listed = values if isinstance(values, list) else []
-        fitting = [value for value in listed if types is None or any(_is_a(value, each) for each in types)]
+        fitting = [value for value in listed if types is None or any(is_a(value, each) for each in types)]
         if not fitting:
             return self._problem("no value fits the enum or const", at)
         texts = dict.fromkeys(json.dumps(value, ensure_ascii=False) for value in fitting)
@@ -481,17 +491,9 @@ def _are_strings(values: Any) -> TypeGuard[list[str]]:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
-def _is_a(value: Any, wanted: Any) -> bool:
-    types: Mapping[str, tuple[type, ...]] = {
-        "object": (dict,),
-        "array": (list,),
-        "string": (str,),
-        "integer": (int,),
-        "number": (int, float),
-        "boolean": (bool,),
-        "null": (type(None),),
-    }
-    return isinstance(value, types.get(wanted, ())) and (wanted == "boolean" or not isinstance(value, bool))
+def is_a(value: Any, name: Any) -> bool:
+    """Whether a value is of a type of JSON schemas."""
+    return isinstance(value, TYPES.get(name, ())) and (name == "boolean" or not isinstance(value, bool))
 
 
 def _values_of(schema: Mapping[str, Any]) -> set[str] | None:
@@ -507,7 +509,7 @@ def _types_of(schema: Mapping[str, Any]) -> set[str]:
     """The types that a schema allows, a number standing for an integer too; empty where that is not plain."""
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list):
-        return {name for value in values for name in KEYWORDS if name != "integer" and _is_a(value, name)}
+        return {name for value in values for name in KEYWORDS if name != "integer" and is_a(value, name)}
     return {"number" if name == "integer" else name for name in _type_names(schema)}
 
 

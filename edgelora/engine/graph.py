@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -61,6 +62,19 @@ class InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
+@contextmanager
+def _scratch() -> Iterator[tuple[Any, Any]]:
+    """A ggml context for nodes without memory, freed afterwards; and the function that makes tensors in it, of a type
+    and three sizes."""
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    init, free = ggml_function("ggml_init", pointer, InitParams), ggml_function("ggml_free", None, pointer)
+    context = init(InitParams(1 << 16, None, True))
+    try:
+        yield context, ggml_function("ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, size, size, size)
+    finally:
+        free(context)
+
+
 @cache
 def operations() -> tuple[int, int]:
     """The numbers of MUL_MAT and MUL_MAT_ID in `enum ggml_op`.
@@ -68,16 +82,12 @@ def operations() -> tuple[int, int]:
     Raises:
         EdgeloraError: this build of llama.cpp lays its nodes out otherwise.
     """
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    init = ggml_function("ggml_init", pointer, InitParams)
-    free = ggml_function("ggml_free", None, pointer)
-    new = ggml_function("ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, size, size, size)
+    pointer = ctypes.c_void_p
     set_name = ggml_function("ggml_set_name", pointer, pointer, ctypes.c_char_p)
     multiply = ggml_function("ggml_mul_mat", pointer, pointer, pointer, pointer)
     multiply_by_id = ggml_function("ggml_mul_mat_id", pointer, pointer, pointer, pointer, pointer)
     name_of = ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
-    context = init(InitParams(1 << 16, None, True))
-    try:
+    with _scratch() as (context, new):
         weight, rows, ids = new(context, F32, 8, 5, 3), new(context, F32, 8, 2, 7), new(context, I32, 2, 7, 1)
         set_name(weight, b"weight")
         plain = Node.from_address(multiply(context, new(context, F32, 8, 5, 1), rows))
@@ -90,8 +100,6 @@ def operations() -> tuple[int, int]:
             and (by_id.source(2).type, by_id.source(2).data, by_id.buffer, plain.view_src) == (I32, None, None, None)
         )
         operation = int(plain.op), int(by_id.op)
-    finally:
-        free(context)
     if not found or [name_of(number) for number in operation] != [b"MUL_MAT", b"MUL_MAT_ID"]:
         raise EdgeloraError(
             "this llama.cpp lays out its graphs in a way that edgelora does not know",
@@ -108,17 +116,12 @@ def elementwise_operations() -> tuple[int, int]:
         EdgeloraError: this build of llama.cpp lays its nodes out otherwise.
     """
     operations()
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    init, free = ggml_function("ggml_init", pointer, InitParams), ggml_function("ggml_free", None, pointer)
-    new = ggml_function("ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, size, size, size)
-    context = init(InitParams(1 << 16, None, True))
-    try:
+    pointer = ctypes.c_void_p
+    with _scratch() as (context, new):
         rows = new(context, F32, 8, 2, 1)
         product = ggml_function("ggml_mul", pointer, pointer, pointer, pointer)(context, rows, rows)
         scaled = ggml_function("ggml_scale", pointer, pointer, pointer, ctypes.c_float)(context, rows, 2.0)
         numbers = int(Node.from_address(product).op), int(Node.from_address(scaled).op)
-    finally:
-        free(context)
     name_of = ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
     if [name_of(number) for number in numbers] != [b"MUL", b"SCALE"]:
         raise EdgeloraError("this llama.cpp lays out its operations in a way that edgelora does not know", hint=_TESTED)
@@ -134,8 +137,6 @@ def custom_operation(function: Any) -> tuple[int, bytes, int]:
     """
     operations()
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    init, free = ggml_function("ggml_init", pointer, InitParams), ggml_function("ggml_free", None, pointer)
-    new = ggml_function("ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, size, size, size)
     custom = ggml_function(
         "ggml_custom_4d",
         pointer,
@@ -149,13 +150,10 @@ def custom_operation(function: Any) -> tuple[int, bytes, int]:
         pointer,
     )
     address, argument, every_thread = ctypes.cast(function, pointer), 0x5AFE5EED5AFE5EED, -1  # GGML_N_TASKS_MAX
-    context = init(InitParams(1 << 16, None, True))
-    try:
+    with _scratch() as (context, new):
         inputs = (pointer * 1)(new(context, F32, 8, 1, 1))
         node = Node.from_address(custom(context, F32, 8, 1, 1, 1, inputs, 1, address, every_thread, argument))
         number, parameters = int(node.op), bytes(node.op_params)
-    finally:
-        free(context)
     name = ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)(number)
     user_at = parameters.find(argument.to_bytes(8, sys.byteorder))
     if name != b"CUSTOM" or user_at < 8 or int.from_bytes(parameters[:8], sys.byteorder) != address.value:

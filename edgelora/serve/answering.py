@@ -12,11 +12,11 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.requests import ClientDisconnect
 
 from edgelora.engine.stream import Request as EngineRequest
 from edgelora.errors import EdgeloraError
@@ -27,12 +27,11 @@ from edgelora.serve.problems import ApiError, of_error
 from edgelora.serve.process import EngineDiedError, EngineDownError, Piece, Reply
 from edgelora.serve.protocol import EngineBugError
 from edgelora.serve.registry import Entry
-from edgelora.serve.server import Server
+from edgelora.serve.server import Server, body_parts
 
 log = logging.getLogger("edgelora.serve")
 Result = TypeVar("Result")
 IGNORED = "X-Edgelora-Ignored"
-CHUNK_BYTES = 1 << 20
 
 
 def problem_of(error: Exception) -> ApiError:
@@ -109,8 +108,7 @@ class _Answer:
             ApiError: 408, its time was over.
         """
         self._account(reply, reply.account)
-        if reply.account["finish_reason"] == "deadline":
-            raise ApiError(408, "The reply took longer than it may", type="timeout", code="timeout")
+        replies.finish_reason(reply.account)
 
     def close(self) -> None:
         """Nobody waits for more."""
@@ -318,20 +316,12 @@ async def upload(server: Server, request: Request, name: str, if_generation: int
             partial.unlink(missing_ok=True)
 
 
-async def _receive(request: Request, partial: Any, most: int) -> None:
-    length = request.headers.get("content-length", "0")
-    too_large = ApiError(413, f"The file is larger than {most} bytes", code="body_too_large")
-    if not length.isascii() or not length.isdigit() or int(length) > most:
-        raise too_large
-    size = 0
+async def _receive(request: Request, partial: Path, most: int) -> None:
+    parts = body_parts(request, most, "file")
+    first = await anext(parts, b"")  # what is refused by its length leaves no file
     with open(partial, "xb") as file:
-        try:
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > most:
-                    raise too_large
-                file.write(chunk)
-        except ClientDisconnect:
-            raise ApiError(400, "The file ended early", code="disconnected") from None
+        file.write(first)
+        async for part in parts:
+            file.write(part)
         file.flush()
         await asyncio.to_thread(os.fsync, file.fileno())

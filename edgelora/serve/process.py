@@ -64,7 +64,6 @@ class _Pending:
     """Something that was asked for, and what came of it so far."""
 
     adapters: frozenset[str] = frozenset()
-    began: bool = False
     late: Late | None = None
     items: asyncio.Queue[dict[str, Any] | EdgeloraError] = field(default_factory=asyncio.Queue)
 
@@ -122,7 +121,6 @@ class EngineProcess:
         self._keeper: asyncio.Task[None] | None = None
         self._load_seconds: deque[float] = deque([5.0], maxlen=3)
         self._restarting_since = 0.0
-        self._ready = asyncio.Event()
 
     async def start(self) -> None:
         """Start the process, and wait until it can answer. Where an adapter takes it down, it is started again.
@@ -147,7 +145,6 @@ class EngineProcess:
     async def stop(self) -> None:
         """End the process; what is under way is given up."""
         self.state = STOPPED
-        self._ready.clear()
         if self._writer:
             self._writer.close()
         if self._keeper:
@@ -252,7 +249,6 @@ class EngineProcess:
         await self._restore()
         self._load_seconds.append(time.monotonic() - began)
         self.state = READY
-        self._ready.set()
 
     async def _event(self, reader: asyncio.StreamReader) -> dict[str, Any]:
         data = await _line(reader)
@@ -270,7 +266,6 @@ class EngineProcess:
             pending = self._pending.get(message["id"])
             if pending is None:  # of a call that was given up
                 continue
-            pending.began = True
             if pending.late is None:
                 pending.items.put_nowait(message)
             if "piece" not in message:
@@ -299,7 +294,6 @@ class EngineProcess:
     def _bury(self, how: str) -> None:
         """The process is gone: everybody is told, and those who may have done it are named."""
         self.state, self._restarting_since = RESTARTING, time.monotonic()
-        self._ready.clear()
         self.restarts += 1
         suspects = frozenset[str]()
         if self._loading:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgelora.adapter_ref import BASE_NAMES, AdapterRef, check_name
+from edgelora.adapter_ref import AdapterRef, check_name
 from edgelora.errors import EdgeloraError, ModelFileError, SettingsError
 from edgelora.serve.problems import ApiError, unknown_model
 from edgelora.serve.process import EngineDiedError, EngineDownError, EngineProcess, Suspects
@@ -318,11 +318,6 @@ class Registry:
             log.error("%s cannot be written (%s); this change does not outlive the server", STATE_FILE, error)
         finally:
             partial.unlink(missing_ok=True)
-
-
-def is_base(name: str, base: str) -> bool:
-    """Whether a request's `model` is the bare base."""
-    return name in BASE_NAMES or name == base
 
 
 async def _verify(path: Path, base: Path) -> None:

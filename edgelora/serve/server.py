@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -232,33 +232,32 @@ async def read_json(request: Request, most: int) -> Any:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a web page may send elsewhere without asking is not this
         raise ApiError(415, "The body has to be JSON: Content-Type: application/json", code="unsupported_media_type")
-    data = await read_body(request, most)
+    data = b"".join([part async for part in body_parts(request, most)])
     try:
         return json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise ApiError(400, "The body is not valid JSON", code="invalid_json") from None
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """All of a body.
+async def body_parts(request: Request, most: int, what: str = "body") -> AsyncIterator[bytes]:
+    """A request's body as it comes.
 
     Raises:
-        ApiError: 413.
+        ApiError: 413 for more than `most` bytes, 400 for one that ends early.
     """
-    too_large = ApiError(413, f"The body is larger than {most} bytes", code="body_too_large")
+    too_large = ApiError(413, f"The {what} is larger than {most} bytes", code="body_too_large")
     length = request.headers.get("content-length", "0")
     if not length.isascii() or not length.isdigit() or int(length) > most:
         raise too_large
-    parts, size = list[bytes](), 0
+    size = 0
     try:
         async for part in request.stream():
             size += len(part)
             if size > most:
                 raise too_large
-            parts.append(part)
+            yield part
     except ClientDisconnect:
-        raise ApiError(400, "The body ended early", code="disconnected") from None
-    return b"".join(parts)
+        raise ApiError(400, f"The {what} ended early", code="disconnected") from None
 
 
 def _no_constant(name: str) -> Any:

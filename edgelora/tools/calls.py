@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgelora.json_grammar import is_a
 from edgelora.tools.cursor import Cursor, NoCall, Reading, RefusedCall, parsed_json
 from edgelora.tools.definitions import Tools
-from edgelora.tools.schema_types import is_a, types_of
+from edgelora.tools.schema_types import types_of
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-TYPES: Mapping[str, tuple[type, ...]] = {
-    "object": (dict,),
-    "array": (list,),
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "null": (type(None),),
-}
+from edgelora.json_grammar import TYPES, is_a
 
 
 def types_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str] | None:
@@ -36,11 +28,6 @@ def types_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str] | None:
     wanted = schema.get("type")
     names = [wanted] if isinstance(wanted, str) else wanted
     return frozenset(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
-
-
-def is_a(value: Any, name: str) -> bool:
-    """Whether a value is of a type of JSON schemas."""
-    return isinstance(value, TYPES.get(name, ())) and (name == "boolean" or not isinstance(value, bool))
 
 
 def _target(root: Any, reference: Any) -> Any:
