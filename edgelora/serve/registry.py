@@ -24,6 +24,7 @@ from edgelora.adapter_ref import AdapterRef, check_name
 from edgelora.errors import EdgeloraError, ModelFileError, SettingsError
 from edgelora.serve.problems import ApiError, unknown_model
 from edgelora.serve.process import EngineDiedError, EngineDownError, EngineProcess, Suspects
+from edgelora.whole_file import write_whole
 
 log = logging.getLogger("edgelora.serve")
 
@@ -307,17 +308,10 @@ class Registry:
             if ref.path.is_relative_to(self.folder)
         }
         text = json.dumps({"loaded": loaded, "unloaded": sorted(self._unloaded)}, indent=2)
-        partial = self.folder / f"{STATE_FILE}.{os.getpid()}.partial"
         try:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.folder / STATE_FILE)
+            write_whole(self.folder / STATE_FILE, text + "\n")
         except OSError as error:
             log.error("%s cannot be written (%s); this change does not outlive the server", STATE_FILE, error)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 async def _verify(path: Path, base: Path) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from contextlib import suppress
 from pathlib import Path
 
 from edgelora.errors import SettingsError
 from edgelora.serve.limits import Limits
+from edgelora.whole_file import write_whole
 
 log = logging.getLogger("edgelora.serve")
 SAVE_SECONDS = 30.0
@@ -37,16 +36,8 @@ class UsageFile:
         text = json.dumps(limits.snapshot())
         if text == self._saved:
             return
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         try:
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path)
+            write_whole(self.path, text, mode=0o600)
             self._saved = text
         except OSError as error:
             log.error("%s cannot be written: %s", self.path, error)
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
