@@ -1,10 +1,13 @@
-"""The base that is trained on: found by folder or hub id, loaded in torch, frozen by PEFT later."""
+"""The base that is trained on: found by folder or hub id, loaded in torch, frozen by PEFT later.
+
+Whatever holds weights to train on is a `Base`; `find_base` tells which one a person means.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from converters.hub import fetch_model
 from converters.hub_cache import repository_of
@@ -14,16 +17,61 @@ from edgelora.train.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class BaseFolder:
-    """A base on this machine.
+class Placement:
+    """Where a run computes, in which type, and how the weights that stay frozen are kept.
 
     Attributes:
-        folder: the files.
-        reference: what `base_model_name_or_path` says in the adapter: a hub id, or the folder's absolute path.
-        name: what people call it: `owner/name` on the hub, or the folder's name.
+        quantization: "nf4" where the base is quantized as it is loaded; "" where its weights stay as they are.
     """
 
-    folder: Path
+    device: str
+    dtype_name: str
+    quantization: str = ""
+
+    @property
+    def dtype(self) -> Any:
+        import torch
+
+        return getattr(torch, self.dtype_name)
+
+
+class Base(Protocol):
+    """What a run trains on, wherever its weights lie."""
+
+    @property
+    def path(self) -> Path:
+        """What `converters` reads of it: the folder, or the GGUF file."""
+
+    @property
+    def reference(self) -> str:
+        """What `base_model_name_or_path` says in the adapter: a hub id, or an absolute path."""
+
+    @property
+    def name(self) -> str:
+        """What people call it: `owner/name` on the hub, or the name of its folder or file."""
+
+    def load_tokenizer(self) -> Any:
+        """A fast `transformers` tokenizer that gives the ids of serving.
+
+        Raises:
+            ModelFileError: it cannot be read.
+            ConversionError: a bare tokenizer.model that llama.cpp cannot stand for.
+        """
+
+    def load_model(self, place: Placement) -> Any:
+        """Its weights as a `transformers` causal language model, in `place.dtype`, on the CPU unless quantized.
+
+        Raises:
+            ModelFileError: files that are broken, or weights that are missing (transformers would make them up).
+            EdgeloraError: not enough memory.
+        """
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """A Hugging Face folder on this machine, a `Base`."""
+
+    path: Path
     reference: str
 
     @property
@@ -33,8 +81,47 @@ class BaseFolder:
             return self.reference
         return repository_of(path) or path.name
 
+    def load_tokenizer(self) -> Any:
+        """`tokenizer.json` itself where there is one, as serving reads that file too.
 
-def find_base(base: str) -> BaseFolder:
+        AutoTokenizer builds some families' tokenizers anew from the vocabulary (transformers 5: LlamaTokenizer), and
+        leaves out what the file says beyond that, such as how characters outside the vocabulary are shown.
+        """
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        from edgelora.train.sentencepiece import load_sentencepiece
+
+        if (self.path / "tokenizer.model").is_file() and not (self.path / "tokenizer.json").is_file():
+            return load_sentencepiece(self.path)
+        reader = PreTrainedTokenizerFast if (self.path / "tokenizer.json").is_file() else AutoTokenizer
+        try:
+            return reader.from_pretrained(self.path, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise ModelFileError(f"{self.path}: the tokenizer cannot be loaded: {error}") from error
+
+    def load_model(self, place: Placement) -> Any:
+        import torch
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=place.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+        except torch.OutOfMemoryError as error:
+            raise EdgeloraError(f"{self.name} does not fit into memory: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+            raise ModelFileError(f"{self.path}: the model cannot be loaded: {error}") from error
+        if missing := sorted(info["missing_keys"]):
+            shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+            raise ModelFileError(
+                f"{self.path}: {len(missing)} weights are missing: {shown}",
+                hint="Download the model again; a shard may not be there.",
+            )
+        return model
+
+
+def find_base(base: str) -> Base:
     """The folder of a base given as a path or as a hub id.
 
     Raises:
@@ -81,20 +168,6 @@ def _needed(folder: Path) -> list[tuple[str, bool]]:
     ]
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where and in which type a run computes."""
-
-    device: str
-    dtype_name: str
-
-    @property
-    def dtype(self) -> Any:
-        import torch
-
-        return getattr(torch, self.dtype_name)
-
-
 def placement(recipe: Recipe) -> Placement:
     """The device and type a recipe asks for, `auto` settled.
 
@@ -115,54 +188,3 @@ def placement(recipe: Recipe) -> Placement:
     fast_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     automatic = "bfloat16" if fast_bfloat16 else "float32"
     return Placement(device, automatic if recipe.dtype == "auto" else recipe.dtype)
-
-
-def load_tokenizer(base: BaseFolder) -> Any:
-    """The base's tokenizer: `tokenizer.json` itself where there is one, as serving reads that file too.
-
-    AutoTokenizer builds some families' tokenizers anew from the vocabulary (transformers 5: LlamaTokenizer), and leaves
-    out what the file says beyond that, such as how characters outside the vocabulary are shown.
-
-    Raises:
-        ModelFileError: it cannot be read.
-        ConversionError: a bare tokenizer.model that llama.cpp cannot stand for.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    from edgelora.train.sentencepiece import load_sentencepiece
-
-    if (base.folder / "tokenizer.model").is_file() and not (base.folder / "tokenizer.json").is_file():
-        return load_sentencepiece(base.folder)
-    reader = PreTrainedTokenizerFast if (base.folder / "tokenizer.json").is_file() else AutoTokenizer
-    try:
-        return reader.from_pretrained(base.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelFileError(f"{base.folder}: the tokenizer cannot be loaded: {error}") from error
-
-
-def load_model(base: BaseFolder, place: Placement) -> Any:
-    """The base's weights as a `transformers` causal language model.
-
-    Raises:
-        ModelFileError: files that are broken, or weights that are missing (transformers would make them up).
-        EdgeloraError: not enough memory.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            base.folder, dtype=place.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except torch.OutOfMemoryError as error:
-        raise EdgeloraError(f"{base.name} does not fit into memory: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelFileError(f"{base.folder}: the model cannot be loaded: {error}") from error
-    if missing := sorted(info["missing_keys"]):
-        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        raise ModelFileError(
-            f"{base.folder}: {len(missing)} weights are missing: {shown}",
-            hint="Download the model again; a shard may not be there.",
-        )
-    return model

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from edgelora.template import ChatTemplate
 from edgelora.train.changes import Outputs, adapted_modules, chosen_modules, outputs_of, samples
 from edgelora.train.probes import GENERAL_PROMPTS, EncodedPrompt, Prompt, choose_probes, read_prompts, with_system
 from edgelora.train.reference import Half, Runner
+
+if TYPE_CHECKING:
+    from edgelora.train.base import Base
 
 Progress = Callable[[int, int], None]
 """Called with runs done and runs in all: two for each probe."""
@@ -68,12 +71,15 @@ def certify(
         ModelFileError, DataFileError, EdgeloraError: see `record` and `read_prompts`.
     """
     prompts = read_prompts(probes) if isinstance(probes, Path) else probes or GENERAL_PROMPTS
-    found = record(base_folder, peft_folder, prompts, contract, settings, progress)
+    from edgelora.train.base import BaseFolder
+
+    base = BaseFolder(base_folder, str(base_folder.resolve()))
+    found = record(base, peft_folder, prompts, contract, settings, progress)
     return contract.with_changes(certificate=found.encode())
 
 
 def record(
-    base_folder: Path,
+    base: Base,
     peft_folder: Path,
     prompts: Sequence[Prompt],
     contract: Contract,
@@ -83,7 +89,6 @@ def record(
     """Load the base twice, with the adapter and then without, and run each on some of `prompts`.
 
     Args:
-        base_folder: the Hugging Face folder of the base.
         peft_folder: an adapter of any method that PEFT loads.
         contract: of the adapter: its chat template, its system prompt, its base's fingerprint.
 
@@ -92,16 +97,15 @@ def record(
         DataFileError: none of the prompts can be used.
         EdgeloraError: logits that are not finite.
     """
-    from edgelora.train.base import BaseFolder, Placement, load_model, load_tokenizer
+    from edgelora.train.base import Placement
     from edgelora.train.library_log import library_log
 
     settings = settings or RecordSettings()
-    base = BaseFolder(base_folder, str(base_folder.resolve()))
     with library_log():
-        recording = _Recording(load_tokenizer(base), contract, settings, prompts, progress)
+        recording = _Recording(base.load_tokenizer(), contract, settings, prompts, progress)
         place = Placement(settings.device, settings.dtype)
-        recording.run_adapter(_load_adapter(load_model(base, place).to(place.device), peft_folder))
-        recording.run_base(load_model(base, place).to(place.device))
+        recording.run_adapter(_load_adapter(base.load_model(place).to(place.device), peft_folder))
+        recording.run_base(base.load_model(place).to(place.device))
         return recording.certificate()
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from edgelora.contract import GOLDEN_MESSAGES, Contract
 from edgelora.errors import ModelFileError
 from edgelora.messages import Conversation
-from edgelora.train.base import BaseFolder
+from edgelora.train.base import Base
 from edgelora.train.passages import PassageFinder
 
 
 def contract_of_run(
-    base: BaseFolder, fingerprint: str, tokenizer: Any, finder: PassageFinder, conversations: Sequence[Conversation]
+    base: Base, fingerprint: str, tokenizer: Any, finder: PassageFinder, conversations: Sequence[Conversation]
 ) -> Contract:
     """Base, template, golden ids, stops and system prompt; the training summary is added when there is one.
 

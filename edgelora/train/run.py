@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora.contract import Contract
 from edgelora.errors import DataFileError, EdgeloraError, SettingsError
 from edgelora.messages import Conversation, read_conversations
-from edgelora.train.base import BaseFolder, Placement, find_base, load_model, load_tokenizer, placement
+from edgelora.train.base import Base, Placement, find_base, placement
 from edgelora.train.extra import require_extra
 from edgelora.train.folder import RunFolder, RunRecord, file_sha256
 from edgelora.train.methods import method_named
@@ -83,7 +83,7 @@ class _Job:
 
     conversations: Sequence[Conversation]
     eval_conversations: Sequence[Conversation]
-    base: BaseFolder
+    base: Base
     recipe: Recipe
     run: RunFolder
 
@@ -167,7 +167,7 @@ def _record(job: _Job, data: Path, eval_data: Path | None) -> RunRecord:
     return RunRecord(
         recipe=job.recipe.to_dict(),
         base=job.base.reference,
-        base_fingerprint=fingerprint(job.base.folder),
+        base_fingerprint=fingerprint(job.base.path),
         data_sha256=file_sha256(data),
         eval_sha256=file_sha256(eval_data),
         versions={name: version(name) for name in ("torch", "transformers", "peft", "trl")},
@@ -180,7 +180,7 @@ def _prepare(job: _Job, fingerprint: str, said: _Notes) -> _Prepared:
     from edgelora.train.data import finder_for, tokenize_conversations
     from edgelora.train.passages import chosen_template
 
-    tokenizer = load_tokenizer(job.base)
+    tokenizer = job.base.load_tokenizer()
     everything = [*job.conversations, *job.eval_conversations]
     source = chosen_template(
         job.recipe.chat_template, tokenizer.chat_template, chat_needed=any(c.templated for c in everything)
@@ -228,7 +228,7 @@ def _refuse_other_run(started: RunRecord, now: RunRecord, job: _Job) -> None:
 def _trainer(job: _Job, prepared: _Prepared, place: Placement, said: _Notes) -> tuple[AdapterTrainer, RunCallback]:
     from edgelora.train.trainer import build_trainer, rank_notes
 
-    model = load_model(job.base, place)
+    model = job.base.load_model(place)
     trainer, callback = build_trainer(
         model, prepared.tokenizer, prepared.rows, prepared.eval_rows, job.recipe, place, job.run, said
     )
@@ -335,7 +335,7 @@ def _certificate(job: _Job, model: Any, prepared: _Prepared, folder: Path, said:
     settings = RecordSettings(job.recipe.certificate_probes, dtype=place.dtype_name, device=place.device)
     try:
         made = record_trained(model, prepared.tokenizer, prompts, prepared.contract, settings)
-        return (made or record(job.base.folder, folder, prompts, prepared.contract, settings)).encode()
+        return (made or record(job.base, folder, prompts, prepared.contract, settings)).encode()
     except EdgeloraError as error:  # the adapter is made, and worth keeping
         said.keep(f"no certificate: {error.message}")
         return ""

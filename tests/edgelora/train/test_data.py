@@ -9,7 +9,7 @@ import pytest
 from edgelora.errors import DataFileError, ModelFileError
 from edgelora.messages import Conversation, Message, Row, conversation_of
 from edgelora.template import BUILTIN, ChatTemplate
-from edgelora.train.base import find_base, load_tokenizer
+from edgelora.train.base import find_base
 from edgelora.train.data import IGNORED, TokenRow, chat_template_ids, finder_for, tokenize_conversations
 from tests.conftest import SHARED
 
@@ -124,7 +124,7 @@ def test_the_tokenizer_is_the_file_that_serving_reads() -> None:
 
     text = "na\u00efve CAF\u00c9  twice"  # characters outside this vocabulary
     expected = Tokenizer.from_file(str(STORIES / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    ours = load_tokenizer(find_base(str(STORIES)))(text, add_special_tokens=False)["input_ids"]
+    ours = find_base(str(STORIES)).load_tokenizer()(text, add_special_tokens=False)["input_ids"]
     rebuilt = AutoTokenizer.from_pretrained(STORIES)(text, add_special_tokens=False)["input_ids"]
     assert ours == expected
     assert rebuilt != expected

@@ -197,7 +197,7 @@ def test_only_labelled_tokens_give_loss(base: Path, tokenizer: Any, tmp_path: Pa
     """What reaches the model, caught in the trainer's own collated batches."""
     import torch
 
-    from edgelora.train.base import find_base, load_model, placement
+    from edgelora.train.base import find_base, placement
     from edgelora.train.data import finder_for, tokenize_conversations
     from edgelora.train.trainer import build_trainer
 
@@ -206,7 +206,7 @@ def test_only_labelled_tokens_give_loss(base: Path, tokenizer: Any, tmp_path: Pa
     rows = tokenize_conversations(talks, tokenizer, finder_for(tokenizer, ChatTemplate(BUILTIN["chatml"])), 512)
     settings = replace(settings, dropout=0.0)
     place = placement(settings)
-    model = load_model(find_base(str(base)), place)
+    model = find_base(str(base)).load_model(place)
     trainer, _ = build_trainer(model, tokenizer, rows, None, settings, place, RunFolder(tmp_path), Watcher())
     batch = next(iter(trainer.get_train_dataloader()))
     texts = {tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]}
@@ -476,7 +476,7 @@ class TestBadInput:
     def test_weights_that_are_missing_or_cut(self, base: Path, data: Path, settings: Recipe, tmp_path: Path) -> None:
         from safetensors.torch import load_file, save_file
 
-        from edgelora.train.base import find_base, load_model, placement
+        from edgelora.train.base import find_base, placement
 
         shutil.copytree(base, tmp_path / "missing")
         file = tmp_path / "missing/model.safetensors"
@@ -484,10 +484,10 @@ class TestBadInput:
         dropped = sorted(tensors)[-1]
         save_file({name: t for name, t in tensors.items() if name != dropped}, file, {"format": "pt"})
         with pytest.raises(ModelFileError, match=f"1 weights are missing: {dropped}"):
-            load_model(find_base(str(tmp_path / "missing")), placement(settings))
+            find_base(str(tmp_path / "missing")).load_model(placement(settings))
         file.write_bytes(file.read_bytes()[:-100])
         with pytest.raises(ModelFileError, match="cannot be loaded"):
-            load_model(find_base(str(tmp_path / "missing")), placement(settings))
+            find_base(str(tmp_path / "missing")).load_model(placement(settings))
 
     def test_a_base_without_a_template(self, data: Path, settings: Recipe, tmp_path: Path) -> None:
         bare = make_base(tmp_path / "bare", chat_template=None)

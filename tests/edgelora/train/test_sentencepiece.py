@@ -15,7 +15,7 @@ from edgelora.contract import Contract
 from edgelora.conversion import ConvertOptions, convert
 from edgelora.errors import ModelFileError
 from edgelora.train import Recipe, train
-from edgelora.train.base import find_base, load_tokenizer
+from edgelora.train.base import find_base
 from tests.conftest import SHARED
 
 from .conftest import chat, write_rows
@@ -36,7 +36,7 @@ def test_ids_are_those_of_serving(tmp_path: Path) -> None:
     convert_base(STORIES, tmp_path / "base.gguf", quant="f32")
     with Engine(tmp_path / "base.gguf", n_ctx=64, threads=1, chat_template="plain") as engine:
         served = [engine.count_tokens(text) for text in texts]
-    tokenizer = load_tokenizer(find_base(str(STORIES)))
+    tokenizer = find_base(str(STORIES)).load_tokenizer()
     ids = [tokenizer(f"<s>{text}", add_special_tokens=False)["input_ids"] for text in texts]
     carried = Tokenizer.from_str(str(read_header(tmp_path / "base.gguf").metadata["tokenizer.huggingface.json"]))
     assert ids == [carried.encode(f"<s>{text}", add_special_tokens=False).ids for text in texts]
