@@ -27,6 +27,7 @@ The only package that imports `llama_cpp`, and only its low-level half:
     scheduler.py    who is decoded next
     runtime.py      everything above, on the engine's own thread
     replay.py       every position's logits, with an adapter and without: what verify compares
+    scoring.py      how likely a reply is that is given: what eval and fit compare
     coverage.py     which of an adapter's tensors the graph computes with
     stream.py       what callers hold: Request, Stream, Completion
     engine.py       Engine: the thread and its queue

@@ -19,6 +19,7 @@ from edgelora.engine.fit import KV_TYPES
 from edgelora.engine.planning import ERROR, ON_OVERFLOW
 from edgelora.engine.preflight import base_fingerprint
 from edgelora.engine.runtime import Runtime, Settings
+from edgelora.engine.scoring import ReplyScore, Speed, Wanted
 from edgelora.engine.stream import Completion, Item, Request, Stream, Task
 from edgelora.errors import EdgeloraError, SettingsError
 from edgelora.messages import Message
@@ -294,6 +295,22 @@ class Engine:
     def count_tokens(self, messages: Messages, adapter: str | None = None) -> int:
         """How many tokens the conversation takes, with the template and system prompt it would be given."""
         return self._call(lambda runtime: len(runtime.planner.encode(messages, runtime.adapters.get(adapter))))
+
+    def score(self, request: Request, reply: str, wanted: Wanted | None = None) -> ReplyScore:
+        """How likely the model takes a reply that is given to a request's conversation, token by token, as the chat
+        template writes it. The numbers are the same whatever ran before; replies under way pause meanwhile.
+
+        Args:
+            wanted: what to report beside the losses.
+
+        Raises:
+            SettingsError, ContextOverflowError, ModelFileError: as `stream`.
+        """
+        return self._call(lambda runtime: runtime.score(request, reply, wanted))
+
+    def measure_speed(self, adapter: str | None = None) -> Speed:
+        """Tokens a second that one conversation is read and written with, alone on this machine, in a second or two."""
+        return self._call(lambda runtime: runtime.speed(adapter))
 
     def embed(self, inputs: Sequence[str | Sequence[int]], adapter: str | None = None) -> tuple[list[list[float]], int]:
         """Vectors of texts (or token ids), each of length 1, and how many tokens they had together. Replies under way

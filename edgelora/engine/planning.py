@@ -54,14 +54,14 @@ class Planner:
         inside = first if first.bundled else None
         sampling = resolve_sampling(request.sampling, first)
         _check_numbers(request)
-        tools = self._tools(request, first)
-        if tools and sampling.gbnf is not None:
+        tools = self._tools(request, first, sampling.schema)
+        if tools and sampling.grammar is not None:
             raise SettingsError(
-                "tools are given, and a grammar or schema for the reply, which no call could follow",
-                hint="Leave one of them out, or say tool_choice none.",
+                "tools are given, and a grammar for the reply, which no call could follow",
+                hint="Leave one of them out, say tool_choice none, or give a JSON schema instead of a grammar.",
             )
         if tools and tools.grammar is not None:
-            sampling = replace(sampling, grammar=tools.grammar)
+            sampling = replace(sampling, grammar=tools.grammar, schema=None)
         tokens, dropped, public = self._prompt(request, first, sampling, tools)
         begins = _invocation(adapters, tokens)
         acting = () if inside else adapters
@@ -83,13 +83,37 @@ class Planner:
         """The prompt's tokens, with the adapter's system prompt where the conversation has none."""
         return self._tokens(self._conversation(messages, adapter), adapter)
 
-    def _tools(self, request: Request, adapter: Adapter) -> ToolUse | None:
+    def reply_tokens(self, request: Request, reply: str) -> list[int]:
+        """The tokens of a reply to a request's conversation, as its template writes it, up to the one that ends it.
+
+        Where the template writes the conversation otherwise once it has the reply, or a token would reach from one into
+        the other, the reply is tokenized apart.
+
+        Raises:
+            SettingsError, ModelFileError: as `Engine.stream` says.
+        """
+        adapters = self._adapters_of(request)
+        adapter = adapters[0][0] if adapters else BARE
+        conversation = self._conversation(cast(Sequence[Message] | str, request.messages), adapter)
+        tools = self._tools(request, adapter)
+        prompt = self._tokens(conversation, adapter, tools)
+        answer: Message = {"role": "assistant", "content": reply}
+        whole = self._tokens([*conversation, answer], adapter, tools, closed=True)
+        ends = self._model.tokenizer.end_tokens
+        if whole[: len(prompt)] == prompt:
+            rest = whole[len(prompt) :]
+            end = next((at for at, token in enumerate(rest) if token in ends), len(rest) - 1)
+            return rest[: end + 1]
+        end_tokens = [token for token in whole if token in ends]
+        return [*self._model.tokenizer.encode(reply, special=False), *end_tokens[-1:]]
+
+    def _tools(self, request: Request, adapter: Adapter, schema: Mapping[str, Any] | None) -> ToolUse | None:
         if not request.tools and request.tool_choice is None:
             return None
         if request.raw:
             raise SettingsError("tools are for conversations, and raw texts are none")
         template, parallel = self._template(adapter), request.parallel_tool_calls
-        return tool_use(request.tools, request.tool_choice, template, parallel=parallel)
+        return tool_use(request.tools, request.tool_choice, template, parallel=parallel, schema=schema)
 
     def _prompt(
         self, request: Request, adapter: Adapter, sampling: Sampling, tools: ToolUse | None
@@ -151,10 +175,19 @@ class Planner:
             conversation.pop(0)
         return conversation
 
-    def _tokens(self, conversation: Sequence[Message], adapter: Adapter, tools: ToolUse | None = None) -> list[int]:
+    def _tokens(
+        self, conversation: Sequence[Message], adapter: Adapter, tools: ToolUse | None = None, *, closed: bool = False
+    ) -> list[int]:
+        """Of a conversation that a reply follows, or of a `closed` one that ends with it."""
         shown, opening = (tools.shown, tools.opening) if tools else (None, "")
-        template = self._template(adapter)
-        tokens = encode_prompt(self._model.tokenizer, template, conversation, tools=shown, opening=opening)
+        tokens = encode_prompt(
+            self._model.tokenizer,
+            self._template(adapter),
+            conversation,
+            add_generation_prompt=not closed,
+            tools=shown,
+            opening="" if closed else opening,
+        )
         return adapter.bundled.placed(tokens, self._model.tokenizer.bos) if adapter.bundled else tokens
 
     def _fitting(

@@ -8,12 +8,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edgelora.adapter_ref import AdapterRef
-from edgelora.engine.adapters import Adapter, Adapters, Prepared
+from edgelora.engine.adapters import Adapter, Adapters, Prepared, Scaled
 from edgelora.engine.cache import KVCache
-from edgelora.engine.context import Context
+from edgelora.engine.context import Applied, Context
 from edgelora.engine.devices import backend_name, devices
 from edgelora.engine.embedding import Embedder
 from edgelora.engine.fit import DEFAULT_N_CTX, KV_TYPES, KVFit, fit_gpu_layers, fit_kv, kv_values_per_token
@@ -25,11 +25,13 @@ from edgelora.engine.native import llama
 from edgelora.engine.planning import ERROR, Planner
 from edgelora.engine.preflight import base_fingerprint, read_checked
 from edgelora.engine.scheduler import READ, Scheduler
-from edgelora.engine.stream import Task
+from edgelora.engine.scoring import ReplyScore, Scorer, Speed, Wanted
+from edgelora.engine.stream import Request, Task
 from edgelora.engine.threads import LoadFollower, threads_for
 from edgelora.errors import EdgeloraError, EngineBusyError, SettingsError
 from edgelora.template import ChatTemplate
 
+Result = TypeVar("Result")
 ADAPTER_SHARE = 4
 """By default, adapters in memory take no more than this part of the free memory."""
 
@@ -74,6 +76,7 @@ class Runtime:
         self, settings: Settings, keep_going: Callable[[], bool], wake: Callable[[], None] = lambda: None
     ) -> None:
         self.settings = settings
+        self._scorer: Scorer | None = None
         with ExitStack() as undo:
             self.model = Model(settings.base, gpu_layers=_gpu_layers(settings), keep_going=keep_going)
             undo.callback(self.model.close)
@@ -104,7 +107,7 @@ class Runtime:
                 self.model,
                 self.mixer,
                 self._adapter_bytes(),
-                lambda: self.context.apply(()),
+                self._detach,
                 wake,
                 threads,
                 must_mix=settings.mode == "mixed",
@@ -125,6 +128,7 @@ class Runtime:
             self._threads = threads
             self._embedder: Embedder | None = None
             undo.callback(self._close_embedder)
+            undo.callback(self._close_scorer)
             self._undo = undo.pop_all()
 
     def close(self) -> None:
@@ -137,6 +141,16 @@ class Runtime:
     def _close_embedder(self) -> None:
         if self._embedder:
             self._embedder.close()
+
+    def _close_scorer(self) -> None:
+        if self._scorer:
+            self._scorer.close()
+
+    def _detach(self) -> None:
+        """Let every context go of llama.cpp's own adapters."""
+        self.context.apply(())
+        if self._scorer:
+            self._scorer.release()
 
     def _fit(self) -> KVFit:
         settings = self.settings
@@ -192,6 +206,30 @@ class Runtime:
             return self._embedder.embed(tokens, applied).tolist(), len(tokens)
         finally:
             self._embedder.release()
+            self.adapters.release(acting)
+
+    def score(self, request: Request, reply: str, wanted: Wanted | None) -> ReplyScore:
+        """How likely a reply is; see `Engine.score`."""
+        plan = self.planner.plan(request)
+        tokens = self.planner.reply_tokens(request, reply)
+        return self._scoring(
+            plan.adapters, lambda scorer, own: scorer.score(plan.tokens, tokens, own, plan.begins, wanted)
+        )
+
+    def speed(self, adapter: str | None) -> Speed:
+        """See `Engine.measure_speed`."""
+        named = self.adapters.get(adapter)
+        return self._scoring(((named, named.scale),) if named.file else (), lambda scorer, own: scorer.speed(own))
+
+    def _scoring(self, acting: Scaled, work: Callable[[Scorer, Applied], Result]) -> Result:
+        if self._scorer is None:
+            self._scorer = Scorer(self.model, self.n_ctx, self._threads)
+        self.adapters.use(acting)
+        try:
+            self.adapters.ready(acting, mixed=False)
+            return work(self._scorer, tuple((adapter.pointer, scale) for adapter, scale in acting))
+        finally:
+            self._scorer.release()
             self.adapters.release(acting)
 
     def bundled(self) -> dict[str, Adapter]:
