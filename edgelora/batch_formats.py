@@ -27,8 +27,8 @@ from typing import Any, Protocol
 from edgelora.engine.engine import Completion
 from edgelora.engine.stream import TokenLogprob
 from edgelora.errors import ContextOverflowError, EdgeloraError, ModelFileError, SettingsError
-from edgelora.messages import Row
 from edgelora.openai_body import plain_fields
+from edgelora.rows import Row
 
 OPENAI_FIELDS = ("custom_id", "method", "url", "body")
 OPENAI_URL = "/v1/chat/completions"

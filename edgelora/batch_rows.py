@@ -18,7 +18,8 @@ from edgelora.engine.engine import Engine, Request
 from edgelora.engine.planning import ERROR
 from edgelora.engine.preflight import content_hash
 from edgelora.errors import ContextOverflowError, DataFileError, ModelFileError, SettingsError
-from edgelora.messages import Message, Row, check_messages, read_rows, user_message
+from edgelora.messages import Message, check_messages, user_message
+from edgelora.rows import Row, read_rows
 from edgelora.sampling import Sampling
 
 ROW_FIELDS = ("id", "prompt", "messages", "adapter", "scale", "system", "metadata")

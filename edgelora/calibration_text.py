@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgelora.dataset import read_conversations
 from edgelora.errors import DataFileError
-from edgelora.messages import Conversation, read_conversations
+from edgelora.messages import Conversation
 
-CONVERSATION_SUFFIXES = (".jsonl", ".csv")  # what `messages.read_rows` tells apart
+CONVERSATION_SUFFIXES = (".jsonl", ".csv")  # what `edgelora.rows.read_rows` tells apart
 
 
 @dataclass(frozen=True)

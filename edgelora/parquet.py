@@ -31,11 +31,11 @@ def parquet_rows(file: IO[bytes]) -> Iterator[tuple[tuple[str, ...], dict[str, A
         columns = tuple(source.schema_arrow.names)
         for piece in source.iter_batches(batch_size=ROWS_AT_ONCE):
             for row in piece.to_pylist():
-                yield columns, {name: _plain(value) for name, value in row.items() if value is not None}
+                yield columns, {name: plain_cell(value) for name, value in row.items() if value is not None}
     except (pyarrow.ArrowException, OSError) as error:
         raise DataFileError(f"{file.name}: not Parquet that can be read ({error})") from None
 
 
-def _plain(value: Any) -> Any:
+def plain_cell(value: Any) -> Any:
     """A cell as JSON has it."""
     return value if isinstance(value, str | int | float) else json.loads(json.dumps(value, default=str))

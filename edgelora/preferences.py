@@ -2,7 +2,7 @@
 
     {"prompt": "Is it waterproof?", "chosen": "Yes, IP67.", "rejected": "No idea."}
     {"prompt": [MESSAGE, ...], "chosen": [MESSAGE, ...], "rejected": [MESSAGE, ...]}
-    {"chosen": [MESSAGE, ...], "rejected": [MESSAGE, ...]}                             the prompt is what both begin with
+    {"chosen": [MESSAGE, ...], "rejected": [MESSAGE, ...]}                      the prompt is what both begin with
     {"input": {"messages": [MESSAGE, ...]}, "preferred_output": [MESSAGE], "non_preferred_output": [MESSAGE]}
 
 The first three are TRL's (https://huggingface.co/docs/trl/dataset_formats#preference), the last is that of OpenAI's
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from edgelora.errors import DataFileError
-from edgelora.messages import MAX_PROBLEMS_SHOWN, Message, Row, check_messages, prepared, read_rows, user_message
+from edgelora.dataset.reading import Data, read_all
+from edgelora.messages import Message, check_messages, prepared, user_message
+from edgelora.rows import Row
 
 _HINT = "Each row has `prompt`, `chosen` and `rejected`, or `input`, `preferred_output` and `non_preferred_output`."
 
@@ -38,24 +38,13 @@ class Preference:
     source: str
 
 
-def read_preferences(path: Path | str) -> list[Preference]:
-    """Every preference pair of a file.
+def read_preferences(data: Data, seed: int = 0) -> list[Preference]:
+    """Every preference pair of a file, or of several, as `edgelora.dataset.read_conversations` reads conversations.
 
     Raises:
-        DataFileError: the file cannot be read, holds no row, or holds bad rows (up to eight are named by line).
+        DataFileError: a file cannot be read, holds no row, or holds bad rows (up to eight of all are named by line).
     """
-    pairs, problems = [], []
-    for row in read_rows(path):
-        found = preference_of(row, f"{path}:{row.line}")
-        if isinstance(found, str):
-            problems.append(f"{path}:{row.line}: {found}")
-        else:
-            pairs.append(found)
-    if problems or not pairs:
-        rest = len(problems) - MAX_PROBLEMS_SHOWN
-        more = [f"... and {rest} more bad rows"] if rest > 0 else []
-        raise DataFileError("\n".join([*problems[:MAX_PROBLEMS_SHOWN], *more]) or f"{path}: no rows", hint=_HINT)
-    return pairs
+    return read_all(data, seed, lambda source: lambda row: preference_of(row, source.place(row)), _HINT)
 
 
 def preference_of(row: Row, source: str) -> Preference | str:
@@ -88,6 +77,8 @@ def _pair(names: tuple[str, str, str], prompt: Any, chosen: Any, rejected: Any, 
             return f"`{name}` is not a text, nor a list of messages with something in it"
         if part and (problem := check_messages(part)):
             return f"`{name}`: {problem}"
+    if parts[1] == parts[2]:
+        return f"`{names[1]}` and `{names[2]}` are the same, so nothing to prefer"
     before, *replies = parts
     before, replies = _split(before, replies[0], replies[1])
     for name, reply in zip(names[1:], replies, strict=True):
@@ -97,8 +88,6 @@ def _pair(names: tuple[str, str, str], prompt: Any, chosen: Any, rejected: Any, 
             return f"`{name}` is empty"
     if not before or before[-1]["role"] == "assistant":
         return "no prompt that ends with the user's turn before the replies"
-    if replies[0] == replies[1]:
-        return f"`{names[1]}` and `{names[2]}` are the same, so nothing to prefer"
     return Preference(tuple(prepared(before)), tuple(prepared(replies[0])), tuple(prepared(replies[1])), source)
 
 

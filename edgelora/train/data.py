@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgelora.errors import DataFileError, ModelFileError
-from edgelora.messages import MAX_PROBLEMS_SHOWN, Conversation, Message
+from edgelora.messages import Conversation, Message
+from edgelora.rows import listed_problems
 from edgelora.train.passages import Passage, PassageFinder
 
 IGNORED = -100
@@ -137,10 +138,8 @@ def _find_passages(conversations: Sequence[Conversation], finder: PassageFinder)
             problems.append(f"{conversation.source}: {error.message}")
             hint = error.hint
     if problems:
-        rest = len(problems) - MAX_PROBLEMS_SHOWN
-        more = [f"... and {rest} more rows"] if rest > 0 else []
         raise DataFileError(
-            "\n".join(problems[:MAX_PROBLEMS_SHOWN] + more),
+            listed_problems(problems, "rows"),
             hint=hint or "Change these rows, or give another --chat-template.",
         )
     return found

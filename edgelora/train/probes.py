@@ -16,17 +16,10 @@ from typing import Any
 import numpy as np
 
 from edgelora.contract import GOLDEN_MESSAGES
+from edgelora.dataset import conversation_of
 from edgelora.errors import DataFileError, ModelFileError
-from edgelora.messages import (
-    MAX_PROBLEMS_SHOWN,
-    Conversation,
-    Message,
-    Row,
-    check_messages,
-    conversation_of,
-    read_rows,
-    user_message,
-)
+from edgelora.messages import Conversation, Message, check_messages, user_message
+from edgelora.rows import Row, listed_problems, read_rows
 from edgelora.template import ChatTemplate
 
 Prompt = tuple[Message, ...]
@@ -72,10 +65,8 @@ def read_prompts(path: Path) -> list[Prompt]:
         else:
             prompts.append(found)
     if problems or not prompts:
-        rest = len(problems) - MAX_PROBLEMS_SHOWN
-        more = [f"... and {rest} more bad rows"] if rest > 0 else []
         raise DataFileError(
-            "\n".join([*problems[:MAX_PROBLEMS_SHOWN], *more]) or f"{path}: no rows",
+            listed_problems(problems) or f"{path}: no rows",
             hint="Each line is one JSON object with `messages`, or with `prompt`.",
         )
     return prompts

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelora.contract import Contract
+from edgelora.dataset import read_conversations
 from edgelora.errors import DataFileError, EdgeloraError, SettingsError
-from edgelora.messages import Conversation, read_conversations
+from edgelora.messages import Conversation
 from edgelora.train.base import Base, Placement, find_base, placement
 from edgelora.train.extra import require_extra
 from edgelora.train.folder import RunFolder, RunRecord, file_sha256

@@ -12,8 +12,8 @@ import pytest
 
 from edgelora.batch import BatchOptions, BatchSummary, Defaults, run_batch
 from edgelora.errors import DataFileError, MissingExtraError, SettingsError
-from edgelora.messages import read_rows
 from edgelora.openai_body import plain_fields
+from edgelora.rows import read_rows
 from tests.edgelora.fake_engine import FakeEngine
 
 MESSAGES = [{"role": "user", "content": "Is it waterproof?"}]

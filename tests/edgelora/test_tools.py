@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edgelora.errors import SettingsError
-from edgelora.messages import Message, Row, check_messages, check_tool_turns, conversation_of, prepared
+from edgelora.messages import Message, check_messages, check_tool_turns, prepared
 from edgelora.template import BUILTIN, ChatTemplate
 from edgelora.tools import (
     Choice,
@@ -577,8 +577,8 @@ def test_a_tools_message_answers_a_call_before_it() -> None:
     assert "message 2 has tool_call_id None" in check_tool_turns([QUESTION, {"role": "tool", "content": "x"}])
 
 
-def test_training_on_calls_stays_refused() -> None:
-    row = Row(1, {"messages": [QUESTION, calling({"city": "Oslo"})]})
-    assert "training on tools is not supported" in str(conversation_of(row, "x"))
-    row = Row(1, {"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": []}]})
-    assert "`content` of type null" in str(conversation_of(row, "x"))
+def test_a_message_without_text_or_calls_is_refused() -> None:
+    assert check_messages([QUESTION, calling({"city": "Oslo"})]) == ""
+    assert "`content` of type null" in check_messages(
+        [QUESTION, {"role": "assistant", "content": None, "tool_calls": []}]
+    )

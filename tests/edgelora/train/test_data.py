@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from edgelora.dataset import conversation_of
 from edgelora.errors import DataFileError, ModelFileError
-from edgelora.messages import Conversation, Message, Row, conversation_of
+from edgelora.messages import Conversation, Message
+from edgelora.rows import Row
 from edgelora.template import BUILTIN, ChatTemplate
 from edgelora.train.base import find_base
 from edgelora.train.data import IGNORED, TokenRow, chat_template_ids, finder_for, tokenize_conversations
@@ -163,9 +165,14 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        ({"messages": chat("Hi", "Yes."), "tools": [{"type": "function"}]}, "`tools`: training on tools"),
-        ({"messages": [*chat("Hi"), CALL]}, "`tool_calls` in message 2: training on tools"),
-        ({"messages": [*chat("Hi"), {**CALL, "weight": 0}, *chat("Hi", "Yes.")]}, "`tool_calls` in message 2"),
+        ({"messages": chat("Hi", "Yes."), "tools": [{"type": "function"}]}, "tools: tool 1: it is no function"),
+        ({"messages": [*chat("Hi"), CALL]}, "`tool_calls` of which 1 is no function's"),
+        ({"messages": chat("Hi", "Yes."), "functions": [{}]}, "`functions` (now `tools`)"),
+        ({"messages": [*chat("Hi"), {**CALL, "function_call": {}, "weight": 0}]}, "`tool_calls` of which"),
+        (
+            {"messages": [*chat("Hi"), {"role": "assistant", "function_call": {"name": "x"}}]},
+            "`function_call` in message",
+        ),
         ({"messages": [{**m, "weight": 0} for m in chat("Hi", "Yes.")[1:]]}, "nothing to learn"),
         ({"messages": [*chat("Hi"), {"role": "assistant", "content": "Yes.", "weight": 0.5}]}, "expected 0 or 1"),
         ({"messages": [{**chat("Hi")[0], "weight": 1}, *chat("Hi", "Yes.")[1:]]}, "only the assistant's messages"),
