@@ -95,12 +95,12 @@ class Planner:
         adapters = self._adapters_of(request)
         adapter = adapters[0][0] if adapters else BARE
         conversation = self._conversation(cast(Sequence[Message] | str, request.messages), adapter)
-        tools = self._tools(request, adapter)
+        tools = self._tools(request, adapter, None)
         prompt = self._tokens(conversation, adapter, tools)
         answer: Message = {"role": "assistant", "content": reply}
         whole = self._tokens([*conversation, answer], adapter, tools, closed=True)
         ends = self._model.tokenizer.end_tokens
-        if whole[: len(prompt)] == prompt:
+        if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
             rest = whole[len(prompt) :]
             end = next((at for at, token in enumerate(rest) if token in ends), len(rest) - 1)
             return rest[: end + 1]

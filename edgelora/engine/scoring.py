@@ -90,7 +90,7 @@ class Scorer:
         begins: int = 0,
         wanted: Wanted | None = None,
     ) -> ReplyScore:
-        """The losses of a reply.
+        """The losses of a reply of at least a token.
 
         Args:
             applied: adapters; they act from position `begins` on.
