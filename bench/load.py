@@ -137,7 +137,10 @@ def _sure_start(choice: dict[str, Any]) -> str:
 
 async def run_load(server: Server, client: Client, markers: dict[Pair, str], clients: int, seconds: float) -> Tally:
     """`clients` of every kind for `seconds`, and then until the last of them has its answer."""
-    tally, rng, pairs = Tally(), client.rng, list(markers)
+    tally, rng = Tally(), client.rng
+    prompts: dict[str, list[str]] = {}
+    for name, prompt in markers:
+        prompts.setdefault(name, []).append(prompt)
     until = time.perf_counter() + seconds
 
     async def one() -> None:
@@ -148,7 +151,8 @@ async def run_load(server: Server, client: Client, markers: dict[Pair, str], cli
                 content, expected = rng.choice(BAD)
                 tally.note(kind, await client.ask(content, until=until), expected)
                 continue
-            pair, max_tokens = rng.choice(pairs), rng.randint(4, 48)
+            name = rng.choice(list(prompts))  # first the adapter: each is asked as often, however many markers it has
+            pair, max_tokens = (name, rng.choice(prompts[name])), rng.randint(4, 48)
             more: dict[str, Any] = {"stream": False, "stream_options": None} if kind == "whole" else {}
             leave_after = rng.uniform(0.001, 0.3) if kind == "cancel" else 0.0
             answer = await client.ask(
