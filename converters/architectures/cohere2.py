@@ -14,6 +14,7 @@ from converters.architectures.settings import (
     usual_head_dim,
     whole_rope,
 )
+from converters.architectures.stored import Stored
 
 ROWS = (*embeddings()[:2], norm("input_layernorm", "attn_norm"), *attention(), *gated_mlp())
 
@@ -40,6 +41,10 @@ def problems(config: Config) -> list[str]:
     return [*own, *usual_head_dim(config), *rope_type_problems("default")(config), *whole_rope(config)]
 
 
+def restored(stored: Stored, found: Config) -> dict[str, Any]:
+    return {"logit_scale": stored["logit_scale"]}
+
+
 FAMILY = Family(
     "cohere2",
     ROWS,
@@ -54,4 +59,5 @@ FAMILY = Family(
     fixed={"attention_bias": False},
     kinds={"sliding_window": "whole", "sliding_window_pattern": "whole?", "logit_scale": "number"},
     problems=problems,
+    restored=restored,
 )  # fmt: skip

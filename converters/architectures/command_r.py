@@ -7,6 +7,7 @@ from typing import Any
 from converters.architectures.blocks import attention, embeddings, gated_mlp, head_norms, norm, where
 from converters.architectures.family import Config, Family
 from converters.architectures.settings import common, rope_type_problems, usual_head_dim, whole_rope
+from converters.architectures.stored import Stored
 
 ROWS = (
     *embeddings()[:2],  # always tied
@@ -39,6 +40,10 @@ def problems(config: Config) -> list[str]:
     return [*own, *usual_head_dim(config), *rope_type_problems("default")(config), *whole_rope(config)]
 
 
+def restored(stored: Stored, found: Config) -> dict[str, Any]:
+    return {"logit_scale": stored["logit_scale"], "use_qk_norm": stored.has("blk.{layer}.attn_q_norm.weight")}
+
+
 FAMILY = Family(
     "command-r",
     ROWS,
@@ -50,4 +55,5 @@ FAMILY = Family(
     fixed={"attention_bias": False},
     kinds={"model_max_length": "whole?", "logit_scale": "number"},
     problems=problems,
+    restored=restored,
 )  # fmt: skip

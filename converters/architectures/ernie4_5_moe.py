@@ -8,6 +8,7 @@ from converters.architectures import ernie4_5
 from converters.architectures.blocks import BLK, LAYER, attention, embeddings, experts, gated_mlp, norm
 from converters.architectures.family import IGNORED, Config, Family, Row
 from converters.architectures.settings import common
+from converters.architectures.stored import Stored
 from converters.tokenizer_rules import ERNIE_RULES
 
 
@@ -60,6 +61,14 @@ def problems(config: Config) -> list[str]:
     return [*own, *ernie4_5.problems(config)]
 
 
+def restored(stored: Stored, found: Config) -> dict[str, Any]:
+    return {
+        "moe_num_shared_experts": stored["expert_shared_count"],
+        "moe_layer_interval": stored["interleave_moe_layer_step"],
+        "moe_layer_start_index": stored["leading_dense_block_count"],
+    }
+
+
 FAMILY = Family(
     "ernie4_5-moe",
     ROWS,
@@ -76,6 +85,7 @@ FAMILY = Family(
     },
     fixed={"use_bias": False},
     problems=problems,
+    restored=restored,
     ignored=(*IGNORED, r"model\.mtp_\w+\..*"),
     rename=ernie4_5.FAMILY.rename,
     tokenizer=ERNIE_RULES,

@@ -10,6 +10,7 @@ from converters.architectures.settings import (
     common,
     is_whole,
     llama3_factors,
+    restored_windows,
     rope_type_problems,
     sliding_layers,
     whole_rope,
@@ -80,5 +81,6 @@ FAMILY = Family(
     derived=layer_types,
     kinds={"sliding_window": "whole?"},
     problems=problems,
+    restored=restored_windows,
     computed=llama3_factors,
 )  # fmt: skip

@@ -8,6 +8,7 @@ from converters.architectures.blocks import BLK
 from converters.architectures.family import Config, Family, Indices, Row, grouped_rows
 from converters.architectures.settings import rope_type_problems, theta_unless_usual, whole_rope
 from converters.architectures.sizes import Sizes
+from converters.architectures.stored import Stored
 
 BLOCK = "transformer.h.{layer}"
 CONTEXT = 2048  # what its converter writes, whatever the configuration says
@@ -72,6 +73,17 @@ def problems(config: Config) -> list[str]:
     return [*own, *rope_type_problems("default")(config), *whole_rope(config)]
 
 
+def restored(stored: Stored, found: Config) -> dict[str, Any]:
+    two_norms = stored.has("blk.{layer}.attn_norm_2.weight")
+    return {
+        "num_kv_heads": found["num_key_value_heads"],
+        "ffn_hidden_size": found["intermediate_size"],
+        "new_decoder_architecture": two_norms or found["num_key_value_heads"] > 1,
+        "num_ln_in_parallel_attn": 2 if two_norms else 1,
+        "multi_query": True,
+    }
+
+
 FAMILY = Family(
     "falcon",
     ROWS,
@@ -88,4 +100,5 @@ FAMILY = Family(
     fixed={"alibi": False, "parallel_attn": True, "bias": False},
     kinds={"num_kv_heads": "whole?", "ffn_hidden_size": "whole?"},
     problems=problems,
+    restored=restored,
 )  # fmt: skip

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.architectures.sizes import Sizes
+from converters.architectures.stored import Stored
 from converters.tokenizer_rules import BYTE_LEVEL_RULES, TokenizerRules
 
 Config = Mapping[str, Any]
@@ -182,6 +183,8 @@ class Family:
         derived_wins: they are right even where it has them.
         rename: other names of tensors to those of `rows`.
         extra_layers: how many layers beyond `num_hidden_layers` there are, by the names of the tensors.
+        restored: settings of this family alone, read back from a GGUF base and the settings that are known of it
+            (`architectures.configuration`).
         modules: parts of names of a loaded model's modules to those of `rows`, where transformers loads a checkpoint
             under other names than it is stored: adapters have the former.
     """
@@ -205,6 +208,7 @@ class Family:
     rename: Callable[[str, Config], str] = lambda name, config: name
     extra_layers: Callable[[Iterable[str]], int] = lambda names: 0
     modules: Mapping[str, str] = field(default_factory=dict)
+    restored: Callable[[Stored, Config], dict[str, Any]] = lambda stored, found: {}
 
     def module_name(self, name: str) -> str:
         """A name of a loaded model's, as the rows have it."""

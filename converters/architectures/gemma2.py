@@ -8,6 +8,7 @@ from converters.architectures import gemma
 from converters.architectures.blocks import attention, embeddings, gated_mlp, norm
 from converters.architectures.family import PLUS_ONE, Config, Family
 from converters.architectures.settings import head_dim, is_number
+from converters.architectures.stored import Stored
 from converters.tokenizer_rules import GEMMA_RULES
 
 NORMS = (
@@ -45,6 +46,12 @@ def problems(config: Config) -> list[str]:
     return [*(problem for ok, problem in checks if not ok), *gemma.problems(config)]
 
 
+def restored(stored: Stored, found: Config) -> dict[str, Any]:
+    is_27b = found["num_hidden_layers"] == LAYERS_OF_27B
+    usual = found["hidden_size"] // found["num_attention_heads"]
+    return {"query_pre_attn_scalar": usual if is_27b else found.get("head_dim", usual)}
+
+
 FAMILY = Family(
     "gemma2",
     ROWS,
@@ -57,6 +64,7 @@ FAMILY = Family(
     fixed={"attention_bias": False, "use_bidirectional_attention": False},
     kinds={"sliding_window": "whole", "attn_logit_softcapping": "number", "final_logit_softcapping": "number"},
     problems=problems,
+    restored=restored,
     ignored=gemma.FAMILY.ignored,
     tokenizer=GEMMA_RULES,
 )  # fmt: skip

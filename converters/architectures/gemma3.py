@@ -9,6 +9,7 @@ from converters.architectures.blocks import attention, embeddings, gated_mlp, he
 from converters.architectures.family import PLUS_ONE, Config, Family
 from converters.architectures.gemma2 import NORMS
 from converters.architectures.settings import common, full_rope, head_dim, is_number, rope_type_problems, whole_rope
+from converters.architectures.stored import Stored
 from converters.tokenizer_rules import GEMMA_RULES
 
 INTERVAL = 6
@@ -52,6 +53,12 @@ def problems(config: Config) -> list[str]:
     return [*(problem for ok, problem in checks if not ok), *ropes]
 
 
+def restored(stored: Stored, found: Config) -> dict[str, Any]:
+    is_27b = found["num_hidden_layers"] == LAYERS_OF_27B
+    usual = found["hidden_size"] // found["num_attention_heads"]
+    return {"query_pre_attn_scalar": usual if is_27b else found.get("head_dim", usual)}
+
+
 FAMILY = Family(
     "gemma3",
     ROWS,
@@ -68,6 +75,7 @@ FAMILY = Family(
         "final_logit_softcapping": "number?",
     },
     problems=problems,
+    restored=restored,
     ignored=gemma.FAMILY.ignored,
     tokenizer=GEMMA_RULES,
 )  # fmt: skip

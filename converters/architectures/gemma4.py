@@ -15,6 +15,7 @@ from converters.architectures import gemma
 from converters.architectures.blocks import BLK, LAYER, attention, embeddings, gated_mlp, head_norms, norm, where
 from converters.architectures.family import Config, Family, Present, Row
 from converters.architectures.settings import common, full_rope, is_number, is_whole, sliding_layers
+from converters.architectures.stored import Stored
 from converters.tokenizer_rules import GEMMA_4_RULES
 
 UNROTATED = 1e30  # a frequency divided by this does not turn
@@ -175,6 +176,45 @@ def problems(config: Config) -> list[str]:
     return [problem for ok, problem in checks if not ok]
 
 
+def restored(stored: Stored, found: Config) -> dict[str, Any]:
+    sliding = stored["attention.sliding_window_pattern"]
+    kinds = ["sliding_attention" if is_local else "full_attention" for is_local in sliding]
+    first_full = kinds.index("full_attention") if "full_attention" in kinds else 0
+    heads_kv, sizes = stored["attention.head_count_kv"], stored["feed_forward_length"]
+    settings = {
+        "layer_types": kinds,
+        "head_dim": stored["attention.key_length_swa"],
+        "global_head_dim": stored["attention.key_length"],
+        "num_kv_shared_layers": stored["attention.shared_kv_layers"],
+        "hidden_size_per_layer_input": stored["embedding_length_per_layer_input"],
+        "vocab_size_per_layer_input": found["vocab_size"],
+        "final_logit_softcapping": stored["final_logit_softcapping"] or None,
+        "enable_moe_block": stored["expert_count"] is not None,
+        "attention_k_eq_v": not stored.has(f"blk.{first_full}.attn_v.weight"),
+        "rope_parameters": _restored_ropes(stored),
+    }
+    if isinstance(heads_kv, list):
+        settings["num_global_key_value_heads"] = heads_kv[first_full]
+        settings["num_key_value_heads"] = next(
+            (heads for heads, is_local in zip(heads_kv, sliding, strict=True) if is_local), heads_kv[0]
+        )
+    if isinstance(sizes, list):
+        settings |= {"intermediate_size": sizes[0], "use_double_wide_mlp": min(sizes) < max(sizes)}
+    return settings
+
+
+def _restored_ropes(stored: Stored) -> dict[str, Any]:
+    rotated = int((stored.read("rope_freqs.weight") == 1).sum())
+    full = {"rope_type": "proportional", "rope_theta": stored["rope.freq_base"]}
+    local: dict[str, Any] = {"rope_type": "default", "rope_theta": stored["rope.freq_base_swa"]}
+    if (turning := stored["rope.dimension_count_swa"]) != stored["attention.key_length_swa"]:
+        local["partial_rotary_factor"] = turning / stored["attention.key_length_swa"]
+    return {
+        "full_attention": {**full, "partial_rotary_factor": 2 * rotated / stored["attention.key_length"]},
+        "sliding_attention": local,
+    }
+
+
 FAMILY = Family(
     "gemma4",
     ROWS,
@@ -199,6 +239,7 @@ FAMILY = Family(
         "per_layer_config": "object?",
     },
     problems=problems,
+    restored=restored,
     computed=computed,
     ignored=gemma.FAMILY.ignored,
     tokenizer=GEMMA_4_RULES,

@@ -44,6 +44,7 @@ FAMILY = Family(
                             "num_key_value_heads": config["num_attention_heads"]},
     derived_wins=True,
     kinds={"n_inner": "whole?"},
+    restored=lambda stored, found: {"n_inner": found["intermediate_size"]},
     aliases={"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers",
              "n_positions": "max_position_embeddings"},
     activations=GELU,

@@ -7,6 +7,7 @@ from typing import Any
 from converters.architectures import llama
 from converters.architectures.family import Config, Family
 from converters.architectures.settings import llama3_factors
+from converters.architectures.stored import Stored
 from converters.tokenizer_rules import LLAMA_RULES
 
 FACTORS = (
@@ -28,6 +29,10 @@ def problems(config: Config) -> list[str]:
     return [*own, *llama.problems(config)]
 
 
+def restored(stored: Stored, found: Config) -> dict[str, Any]:
+    return {name: stored[key] for key, name in FACTORS if stored[key] is not None}
+
+
 FAMILY = Family(
     "granite",
     llama.DENSE,
@@ -40,6 +45,7 @@ FAMILY = Family(
         "logits_scaling": "number?",
     },
     problems=problems,
+    restored=restored,
     computed=llama3_factors,
     tokenizer=LLAMA_RULES,
 )

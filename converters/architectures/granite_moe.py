@@ -35,6 +35,7 @@ FAMILY = Family(
     modules={".router.weight": ".router.layer.weight", ".experts.gate_up_proj": ".input_linear.weight",
              ".experts.down_proj": ".output_linear.weight"},
     problems=granite.problems,
+    restored=granite.restored,
     kinds=granite.FAMILY.kinds,
     computed=llama3_factors,
     tokenizer=LLAMA_RULES,

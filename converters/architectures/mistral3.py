@@ -11,6 +11,7 @@ from typing import Any
 from converters.architectures import llama
 from converters.architectures.family import Config
 from converters.architectures.settings import full_rope, is_number, whole_rope, yarn_scale, yarn_scale_problems
+from converters.architectures.stored import Stored
 
 SMALL = replace(llama.MISTRAL, architecture="mistral3")
 """Llama's tensors and settings; what is inside decides, not what is around it."""
@@ -36,8 +37,18 @@ def problems(config: Config) -> list[str]:
     return [*yarn_scale_problems(rope, wanted), *whole_rope(config)]
 
 
+def restored(stored: Stored, found: Config) -> dict[str, Any]:
+    own = {
+        "mscale": 1.0,
+        "mscale_all_dim": stored["rope.scaling.yarn_log_multiplier"],
+        "llama_4_scaling_beta": stored["attention.temperature_scale"],
+    }
+    return {"rope_parameters": {**found["rope_parameters"], **own}}
+
+
 MINISTRAL = replace(
     SMALL,
+    restored=restored,
     hyperparameters=hyperparameters,
     problems=problems,
     defaults={

@@ -9,6 +9,7 @@ from converters.architectures.family import Config, Family
 from converters.architectures.settings import (
     common,
     is_number,
+    restored_windows,
     rope_type_problems,
     sliding_layers,
     usual_head_dim,
@@ -74,4 +75,5 @@ OLMO3 = Family(
     fixed={"attention_bias": False, "tie_word_embeddings": False},
     kinds={"sliding_window": "whole?"},
     problems=problems_of_windows,
+    restored=restored_windows,
 )  # fmt: skip

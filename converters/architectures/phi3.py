@@ -21,6 +21,7 @@ from converters.architectures.settings import (
     usual_head_dim,
     window_notices,
 )
+from converters.architectures.stored import Stored
 from converters.tokenizer_rules import PHI_3_RULES
 
 LONG_ROPES = ("longrope", "su")
@@ -103,6 +104,19 @@ def notices(config: Config) -> list[str]:
     return [*window_notices(config), *([long] if rope["rope_type"] in LONG_ROPES else [])]
 
 
+def restored(stored: Stored, found: Config) -> dict[str, Any]:
+    old = stored["rope.scaling.original_context_length"]
+    rope = {**found["rope_parameters"]}
+    if stored.has("rope_factors_long.weight"):
+        rope |= {f"{name}_factor": stored.floats(f"rope_factors_{name}.weight") for name in ("long", "short")}
+        rope |= {"rope_type": "longrope", "original_max_position_embeddings": old}
+    return {
+        "sliding_window": stored["attention.sliding_window"] or None,
+        "original_max_position_embeddings": old,
+        "rope_parameters": rope,
+    }
+
+
 FAMILY = Family(
     "phi3",
     ROWS,
@@ -114,6 +128,7 @@ FAMILY = Family(
     fixed={"attention_bias": False},
     kinds={"sliding_window": "whole?"},
     problems=problems,
+    restored=restored,
     notices=notices,
     computed=computed,
     tokenizer=PHI_3_RULES,

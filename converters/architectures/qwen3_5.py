@@ -27,10 +27,12 @@ from converters.architectures.qwen3_next import (
     linear_attention,
     problems,
     rename,
+    restored,
     with_linear,
 )
 from converters.architectures.settings import common, full_rope
 from converters.architectures.sizes import Sizes
+from converters.architectures.stored import Stored
 
 SECTIONS = [11, 11, 10, 0]  # of the rotary embedding, for time, height, width: what transformers takes by default
 
@@ -90,6 +92,11 @@ def _mixture_derived(config: Config) -> dict[str, Any]:
     return {**layer_types(config), "intermediate_size": config["moe_intermediate_size"], "has_intermediate_size": has}
 
 
+def with_sections(stored: Stored, found: Config) -> dict[str, Any]:
+    rope = {**found["rope_parameters"], "mrope_section": stored["rope.dimension_sections"][:3]}
+    return {**restored(stored, found), "rope_parameters": rope}
+
+
 DENSE = Family(
     "qwen35",
     (*SHARED_ROWS, *gated_mlp()),
@@ -99,6 +106,7 @@ DENSE = Family(
     fixed={"attention_bias": False},
     kinds=LINEAR_KINDS,
     problems=problems,
+    restored=with_sections,
     rename=rename,
     extra_layers=extra_layers,
 )
@@ -114,6 +122,7 @@ MIXTURE = Family(
     fixed={"attention_bias": False},
     kinds=LINEAR_KINDS,
     problems=problems,
+    restored=with_sections,
     rename=rename,
     extra_layers=extra_layers,
 )  # fmt: skip

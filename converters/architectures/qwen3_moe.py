@@ -36,5 +36,6 @@ FAMILY = Family(
     aliases={"num_local_experts": "num_experts"},
     fixed={**EVERY_LAYER, "attention_bias": False},
     problems=all_problems,
+    restored=lambda stored, found: {"norm_topk_prob": True},
     notices=notices,
 )  # fmt: skip

@@ -17,6 +17,7 @@ from converters.architectures.qwen2_moe import EVERY_LAYER
 from converters.architectures.qwen2_moe import hyperparameters as mixture
 from converters.architectures.settings import rope_type_problems, rotary_dim
 from converters.architectures.sizes import Sizes
+from converters.architectures.stored import Stored
 
 INTERVAL = 4
 LINEAR = f"{LAYER}.linear_attn"
@@ -123,6 +124,22 @@ def hyperparameters(config: Config) -> dict[str, Any]:
     return with_linear(mixture(config), config)
 
 
+def restored(stored: Stored, found: Config) -> dict[str, Any]:
+    layers = found["num_hidden_layers"] - (stored["nextn_predict_layers"] or 0)
+    settings = {
+        "num_hidden_layers": layers,
+        "full_attention_interval": stored["full_attention_interval"],
+        "linear_conv_kernel_dim": stored["ssm.conv_kernel"],
+        "linear_key_head_dim": stored["ssm.state_size"],
+        "linear_num_key_heads": stored["ssm.group_count"],
+        "linear_num_value_heads": stored["ssm.time_step_rank"],
+        "linear_value_head_dim": stored["ssm.inner_size"] // stored["ssm.time_step_rank"],
+    }
+    kinds = stored["attention.recurrent_layers"] or []
+    own = {"layer_types": ["linear_attention" if linear else "full_attention" for linear in kinds[:layers]]}
+    return settings | (own if kinds else layer_types(settings))
+
+
 def rename(name: str, config: Config) -> str:
     """`mtp` modules to the layers they are."""
     name = name.removeprefix("model.") if name.startswith("model.mtp.") else name
@@ -171,6 +188,7 @@ FAMILY = Family(
     fixed={**EVERY_LAYER, "norm_topk_prob": True, "attention_bias": False},
     kinds=LINEAR_KINDS,
     problems=problems,
+    restored=restored,
     rename=rename,
     extra_layers=extra_layers,
 )  # fmt: skip

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from converters.architectures.family import Config, Family
 from converters.architectures.sizes import MAX_LAYERS
+from converters.architectures.stored import Stored
 
 WRONG = "settings that are not of their kind"
 LAYER_KINDS = ("full_attention", "sliding_attention")
@@ -423,3 +424,10 @@ def llama3_factors(config: Config) -> dict[str, npt.NDArray[np.float32]]:
 
 def sliding_layers(config: Config) -> list[bool]:
     return [kind == "sliding_attention" for kind in config["layer_types"]]
+
+
+def restored_windows(stored: Stored, found: Config) -> dict[str, Any]:
+    """Which layers see a window, of families whose files say it layer by layer."""
+    layers = stored["attention.sliding_window_pattern"] or [False] * found["num_hidden_layers"]
+    kinds = ["sliding_attention" if is_local else "full_attention" for is_local in layers]
+    return {"sliding_window": stored["attention.sliding_window"], "layer_types": kinds}

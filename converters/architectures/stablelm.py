@@ -49,4 +49,5 @@ FAMILY = Family(
     aliases={"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"},
     fixed={"tie_word_embeddings": False},
     problems=problems,
+    restored=lambda stored, found: {"qk_layernorm": stored.has("blk.{layer}.attn_q_norm.weight")},
 )  # fmt: skip

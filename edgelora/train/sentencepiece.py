@@ -8,7 +8,7 @@ again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,8 @@ def load_sentencepiece(folder: Path) -> Any:
             f"{folder / 'tokenizer.model'}: training cannot cut text as llama.cpp would",
             hint="Save a tokenizer.json beside it: AutoTokenizer.from_pretrained(folder).save_pretrained(folder).",
         )
-    names = {name: _named(vocabulary.metadata, vocabulary.tokens, *where) for name, where in NAMED.items()}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(carried), **{name: text for name, text in names.items() if text}
-    )
+    names = named_tokens(vocabulary.metadata, vocabulary.tokens)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(carried), **names)
     tokenizer.chat_template = vocabulary.metadata.get("tokenizer.chat_template")
     return tokenizer
 
@@ -53,6 +51,14 @@ def _vocabulary_size(config: Path) -> int:
         raise FormatError(f"{config}: has no vocab_size ({error!r})") from None
 
 
-def _named(metadata: Mapping[str, Any], tokens: tuple[str, ...], key: str, default: int) -> str:
-    number = metadata.get(f"tokenizer.ggml.{key}_token_id", default)
-    return tokens[number] if 0 <= number < len(tokens) else ""
+def named_tokens(metadata: Mapping[str, Any], tokens: Sequence[str], *, usual: bool = True) -> dict[str, str]:
+    """bos_token, eos_token ... to the text of each that there is.
+
+    Args:
+        usual: whether ids that the metadata leaves out are SentencePiece's usual ones.
+    """
+    ids = {
+        name: metadata.get(f"tokenizer.ggml.{key}_token_id", default if usual else -1)
+        for name, (key, default) in NAMED.items()
+    }
+    return {name: tokens[number] for name, number in ids.items() if 0 <= number < len(tokens)}
