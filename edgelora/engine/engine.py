@@ -224,6 +224,11 @@ class Engine:
         """How many rows each decode of a `deterministic` request has: its text is the same for the same number."""
         return self._call(lambda runtime: runtime.context.n_sequences if runtime.scheduler.reproducible else 1)
 
+    @property
+    def turn(self) -> int:
+        """How many steps and jobs its thread has begun and ended: an odd number while it is in one. Never waits."""
+        return self._worker.turn
+
     def state(self) -> dict[str, Any]:
         """What the engine is and does now, as JSON: sizes in bytes, counts of requests and adapters."""
         return self._call(Runtime.state)
@@ -449,6 +454,7 @@ class _Worker:
         self._loaded: Future[None] = Future()
         self._settings = settings
         self._thread = threading.Thread(target=self._run, name="edgelora-engine", daemon=True)
+        self.turn = 0
 
     def start(self) -> None:
         """Start, and wait until the base is loaded.
@@ -502,13 +508,17 @@ class _Worker:
         while not self._stopping:
             while not self._stopping and not (busy and self._queue.empty()):
                 job = self._queue.get()
+                self.turn += 1
                 if isinstance(job, Task):
                     runtime.submit(job)
                 elif job is not None:
                     job.run(runtime)
                 busy = not runtime.scheduler.is_idle
+                self.turn += 1
             if not self._stopping:
+                self.turn += 1
                 busy = runtime.scheduler.step() and not runtime.scheduler.is_idle
+                self.turn += 1
 
     def _refuse(self) -> None:
         """Whatever is still in the queue will not be done."""

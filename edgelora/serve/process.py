@@ -1,8 +1,8 @@
-"""The engine's process, seen from the server: started, talked to, and started again when it dies.
+"""The engine's process, seen from the server: started, talked to, and started again when it dies or hangs.
 
 Everything here runs on the server's event loop. A reply under way when the process dies ends with `EngineDiedError`;
 what comes before it is back gets `EngineDownError`, which says how long that takes. Adapters are loaded again before
-anything else is let in.
+anything else is let in. One that hangs (see `pulse`) is killed, and so dies like any other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 from edgelora.engine.stream import Request, TokenLogprob
 from edgelora.errors import EdgeloraError
 from edgelora.serve import protocol
+from edgelora.serve.pulse import Pulse
 
 log = logging.getLogger("edgelora.serve")
 
@@ -31,7 +32,6 @@ PAUSES = (0.0, 0.5, 2.0, 8.0, 30.0)
 """Seconds before another start, by how many in a row came to nothing."""
 NATIVE = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 """How a process ends that llama.cpp or a kernel took down: those who were being computed are suspects."""
-FATAL_DEATHS = 2
 EXIT_SECONDS = 10.0
 
 
@@ -102,6 +102,7 @@ class EngineProcess:
         options: what `Engine` is made with, as JSON.
         restore: loads the adapters that there are to be, after every start.
         on_death: told why, and which adapters are suspects.
+        silent_seconds, step_seconds: see `Pulse`.
     """
 
     def __init__(
@@ -109,16 +110,24 @@ class EngineProcess:
         options: Mapping[str, Any],
         restore: Callable[[], Awaitable[None]],
         on_death: Callable[[str, frozenset[str]], None] = lambda reason, suspects: None,
+        *,
+        silent_seconds: float = 30.0,
+        step_seconds: float = 600.0,
     ) -> None:
         self._options, self._restore, self._on_death = dict(options), restore, on_death
+        self._bounds = silent_seconds, step_seconds
         self.state, self.description = STOPPED, dict[str, Any]()
         self.restarts = 0
         self._numbers = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
         self._loading: str | None = None
+        self._computed = frozenset[str]()  # adapters at work when the process said its last
+        self._hang = ""
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._load_seconds: deque[float] = deque([5.0], maxlen=3)
         self._restarting_since = 0.0
 
@@ -134,7 +143,7 @@ class EngineProcess:
             try:
                 await self._launch()
             except EngineDiedError as error:
-                self._bury(await self._how_it_ended())
+                await self._bury()
                 died = error
                 continue
             break
@@ -147,10 +156,11 @@ class EngineProcess:
         self.state = STOPPED
         if self._writer:
             self._writer.close()
-        if self._keeper:
-            self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+        for task in (self._keeper, self._watching, self._reading):
+            if task:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         if self._process and self._process.returncode is None:
             try:
                 await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
@@ -239,71 +249,108 @@ class EngineProcess:
             theirs.close()
         reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=protocol.MAX_LINE_BYTES)
         self._write(self._options)
-        first = await self._event(reader)
-        if first["event"] != "ready":
+        self._opened: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
+        self._pulse = Pulse(*self._bounds)
+        self._reading = asyncio.create_task(self._read(reader), name="engine-reader")
+        self._watching = asyncio.create_task(self._watch(), name="engine-watch")
+        opened = await self._opened
+        if opened is None:
+            raise EngineDiedError(f"the engine's process ended while it started ({await self._how_it_ended()})")
+        if opened["event"] == "failed":
             self._hang_up()
             await self._process.wait()
-            raise protocol.error_of(first["error"])
-        self.description = first["result"]
-        self._reading = asyncio.create_task(self._read(reader), name="engine-reader")
+            raise protocol.error_of(opened["error"])
+        self.description = opened["result"]
         await self._restore()
         self._load_seconds.append(time.monotonic() - began)
         self.state = READY
 
-    async def _event(self, reader: asyncio.StreamReader) -> dict[str, Any]:
-        data = await _line(reader)
-        if not data:
-            raise EngineDiedError(f"the engine's process ended while it started ({await self._how_it_ended()})")
-        return protocol.parsed(data)
-
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        """Hand out what the process says, until it says no more."""
+        """Hand out what the process says, until it says no more: whatever was asked of it then comes to nothing."""
         while data := await _line(reader):
             message = protocol.parsed(data)
             if "event" in message:
-                self._loading = message["name"] if message["event"] == "loading" else None
-                continue
-            pending = self._pending.get(message["id"])
-            if pending is None:  # of a call that was given up
-                continue
-            if pending.late is None:
-                pending.items.put_nowait(message)
-            if "piece" not in message:
-                del self._pending[message["id"]]
-                if pending.late is not None:
-                    pending.late(message.get("result"))
+                self._note(message)
+            else:
+                self._hand_out(message)
+        computed = (each.adapters for each in self._pending.values())
+        self._computed = frozenset(itertools.chain.from_iterable(computed)) - {"none", "base"}
+        if not self._opened.done():
+            self._opened.set_result(None)
+        if self.state != STOPPED:
+            self.state, self._restarting_since = RESTARTING, time.monotonic()
+            self._hang_up()
+            self._fail_all(EngineDiedError("the engine's process ended; it is started again"))
+
+    def _note(self, event: dict[str, Any]) -> None:
+        """Something that the process says of itself."""
+        match event["event"]:
+            case "alive":
+                self._pulse.answered(event["turn"])
+            case "ready" | "failed":
+                self._opened.set_result(event)
+            case "loading":
+                self._loading = event["name"]
+            case "loaded":
+                self._loading = None
+
+    def _hand_out(self, message: dict[str, Any]) -> None:
+        pending = self._pending.get(message["id"])
+        if pending is None:  # of a call that was given up
+            return
+        if pending.late is None:
+            pending.items.put_nowait(message)
+        if "piece" not in message:
+            del self._pending[message["id"]]
+            if pending.late is not None:
+                pending.late(message.get("result"))
+
+    async def _watch(self) -> None:
+        """Ask the process at every beat whether it works, and kill it where it does no more."""
+        while not (hang := self._pulse.beat()):
+            self._write({"do": "ping"})
+            await asyncio.sleep(self._pulse.interval)
+        log.error("the engine's process hangs (%s); it is killed", hang)
+        self._hang = hang
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     async def _keep(self) -> None:
         """Start it again whenever it ends."""
         failed = 0
         while True:
+            assert self._reading is not None
             await self._reading
-            self._bury(await self._how_it_ended())
+            await self._bury()
             while True:
                 await asyncio.sleep(PAUSES[min(failed, len(PAUSES) - 1)])
                 try:
                     await self._launch()
-                except EdgeloraError as error:
+                except (EdgeloraError, OSError) as error:  # the latter: no memory or no file descriptor for a process
                     failed += 1
-                    log.error("the engine does not start: %s", error.message)
-                    self._bury(await self._how_it_ended())
+                    log.error("the engine does not start: %s", error)
+                    await self._bury()
                     continue
                 failed = 0
                 break
 
-    def _bury(self, how: str) -> None:
-        """The process is gone: everybody is told, and those who may have done it are named."""
-        self.state, self._restarting_since = RESTARTING, time.monotonic()
-        self.restarts += 1
+    async def _bury(self) -> None:
+        """The process is gone: those who may have done it are named."""
+        how = await self._how_it_ended()
+        for task in (self._watching, self._reading):
+            if task:
+                task.cancel()
+                await asyncio.wait([task])
+        assert self._process is not None
         suspects = frozenset[str]()
         if self._loading:
             suspects = frozenset({self._loading})
-        elif self._process and -(self._process.returncode or 0) in NATIVE:
-            computed = (each.adapters for each in self._pending.values() if each.adapters)
-            suspects = frozenset(itertools.chain.from_iterable(computed)) - {"none", "base"}
-        self._loading = None
-        self._hang_up()
-        self._fail_all(EngineDiedError("the engine's process ended; it is started again"))
+        elif -(self._process.returncode or 0) in NATIVE or self._pulse.is_stuck:
+            suspects = self._computed
+        self._loading, self._computed, self._hang = None, frozenset(), ""
+        self.state = RESTARTING
+        self.restarts += 1
         log.error("the engine's process ended (%s); it is started again", how)
         self._on_death(how, suspects)
 
@@ -319,7 +366,8 @@ class EngineProcess:
         except TimeoutError:  # it closed its socket, and hangs
             self._process.kill()
             code = await self._process.wait()
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"{ended}: {self._hang}" if self._hang else ended
 
     def _fail_all(self, error: EdgeloraError) -> None:
         pending, self._pending = self._pending, {}
@@ -341,32 +389,3 @@ async def _line(reader: asyncio.StreamReader) -> bytes:
     except ConnectionError:
         return b""
     return data if data.endswith(b"\n") else b""
-
-
-class Suspects:
-    """Which adapters were there when the process died, and how often.
-
-    One that was being loaded is the culprit. Of several that were computed together nobody knows which it was: only the
-    ones that were there at every death are blamed.
-    """
-
-    def __init__(self) -> None:
-        self._deaths: Counter[str] = Counter()
-        self._all = 0
-
-    def died(self, suspects: frozenset[str]) -> frozenset[str]:
-        """Those who are to be kept out from now on."""
-        if not suspects:
-            return frozenset()
-        for name in list(self._deaths):
-            if name not in suspects and len(suspects) > 1:
-                del self._deaths[name]
-        self._deaths.update(suspects)
-        guilty = frozenset(name for name in suspects if self._deaths[name] >= FATAL_DEATHS)
-        for name in guilty:
-            del self._deaths[name]
-        return guilty
-
-    def cleared(self, name: str) -> None:
-        """Another file has that name now."""
-        self._deaths.pop(name, None)

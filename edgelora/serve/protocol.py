@@ -2,18 +2,20 @@
 
 to the engine:    {"id": 7, "do": "generate", "arguments": {...}}      an id of the server's choice
                   {"id": 7, "do": "cancel"}
+                  {"do": "ping"}                                       answered at once by "alive", see `pulse`
 from the engine:  {"id": 7, "piece": "Hel", "logprobs": [...]}         of a reply, as it is written
                   {"id": 7, "result": {...}}                           the end of anything that was asked
                   {"id": 7, "error": {"kind": ..., "message": ..., "hint": ...}}
-                  {"event": "ready" | "failed" | "loading" | "loaded", ...}
+                  {"event": "ready" | "failed" | "loading" | "loaded" | "alive", ...}
 """
 
 from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import IO, Any
 
 from edgelora import errors
 from edgelora.engine.stream import Completion, Request, TokenLogprob
@@ -35,6 +37,12 @@ def line(message: dict[str, Any]) -> bytes:
 def parsed(data: bytes) -> dict[str, Any]:
     message: dict[str, Any] = json.loads(data.decode("utf-8", "surrogatepass"))
     return message
+
+
+def whole_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """What the other side says, until it says no more; half a line, which it died in, is none."""
+    while (data := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
+        yield data
 
 
 def error_fields(error: BaseException) -> dict[str, str]:

@@ -23,7 +23,8 @@ from typing import Any
 from edgelora.adapter_ref import AdapterRef, check_name
 from edgelora.errors import EdgeloraError, ModelFileError, SettingsError
 from edgelora.serve.problems import ApiError, unknown_model
-from edgelora.serve.process import EngineDiedError, EngineDownError, EngineProcess, Suspects
+from edgelora.serve.process import EngineDiedError, EngineDownError, EngineProcess
+from edgelora.serve.suspects import Suspects
 from edgelora.whole_file import write_whole
 
 log = logging.getLogger("edgelora.serve")

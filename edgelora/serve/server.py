@@ -49,7 +49,13 @@ class Server:
         self.metrics = Metrics()
         self.registry = Registry(settings.adapters, settings.adapter_dir)
         options = {**settings.engine, "base": str(settings.base), "max_waiting": settings.max_waiting}
-        self.engine = EngineProcess(options, self.registry.restore, self._on_death)
+        self.engine = EngineProcess(
+            options,
+            self.registry.restore,
+            self._on_death,
+            silent_seconds=settings.silent_seconds,
+            step_seconds=settings.step_seconds,
+        )
         self.registry.engine = self.engine
         self.is_ending = False
         self.started = int(time.time())

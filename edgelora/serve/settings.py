@@ -26,6 +26,9 @@ class ServeSettings:
         grace: seconds in which replies under way may end once the server is told to.
         max_body, max_upload: of a request, in bytes.
         request_seconds: the longest that any reply may take.
+        silent_seconds, step_seconds: after which the engine's process counts as hanging, and is started again: without
+            an answer, and in one step of its engine.
+        unread_seconds: in which a client that is sent something has to take some of it.
         require_verify: uploads replay their certificate first.
         origins: web origins other than this server's own that browsers may call from.
     """
@@ -42,6 +45,9 @@ class ServeSettings:
     max_body: int = 8 * MEGABYTE
     max_upload: int = 2048 * MEGABYTE
     request_seconds: float = 600.0
+    silent_seconds: float = 30.0
+    step_seconds: float = 600.0
+    unread_seconds: float = 60.0
     require_verify: bool = False
     origins: tuple[str, ...] = ()
 

@@ -23,6 +23,8 @@ from edgelora.engine.stream import Completion, Item, Piece, Stream
 from edgelora.serve import protocol
 
 Arguments = dict[str, Any]
+END_SECONDS = 60.0
+"""In which the engine has to end once the server is gone; it may have KV to save."""
 
 
 class Worker:
@@ -53,17 +55,15 @@ class Worker:
         """Until the socket ends."""
         writer = threading.Thread(target=self._write, name="edgelora-writer", daemon=True)
         writer.start()
-        with self._connection.makefile("rb") as lines:
-            options = protocol.parsed(lines.readline(protocol.MAX_LINE_BYTES))
-            self._base = options["base"]
-            try:
-                self._engine = Engine(Path(options.pop("base")), **options)
-            except Exception as error:
-                self._say({"event": "failed", "error": protocol.error_fields(error)})
-            else:
-                self._say({"event": "ready", "result": self._state()})
-                for data in iter(lambda: lines.readline(protocol.MAX_LINE_BYTES), b""):
-                    self._handle(protocol.parsed(data))
+        with self._connection.makefile("rb") as file:
+            lines = protocol.whole_lines(file)
+            if first := next(lines, b""):
+                self._slow.submit(self._open, protocol.parsed(first))
+            for data in lines:
+                self._handle(protocol.parsed(data))
+        leaving = threading.Timer(END_SECONDS, os._exit, (1,))  # where the engine hangs, nobody else may end this
+        leaving.daemon = True
+        leaving.start()
         self._slow.shutdown(cancel_futures=True)
         self._streams.clear()
         if self._engine:
@@ -71,9 +71,21 @@ class Worker:
         self._outgoing.put(None)
         writer.join(5)
 
+    def _open(self, options: Arguments) -> None:
+        """Load the base. Not on the thread that reads: who asks meanwhile whether this process lives is answered."""
+        self._base = options["base"]
+        try:
+            self._engine = Engine(Path(options.pop("base")), **options)
+        except Exception as error:
+            self._say({"event": "failed", "error": protocol.error_fields(error)})
+        else:
+            self._say({"event": "ready", "result": self._state()})
+
     def _handle(self, message: dict[str, Any]) -> None:
-        number, do = message["id"], message["do"]
-        if do == "generate":
+        number, do = message.get("id", 0), message["do"]
+        if do == "ping":
+            self._say({"event": "alive", "turn": self._engine.turn if self._engine else 0})
+        elif do == "generate":
             self._generate(number, message["arguments"])
         elif do == "cancel":
             if stream := self._streams.get(number):

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
@@ -71,16 +71,16 @@ def guarded(base: Path, adapters: dict[str, Path], folder: Path, *options: str) 
 
 @asynccontextmanager
 async def in_process(
-    base: Path, folder: Path, keys: Path | None = None, **engine: Any
-) -> AsyncIterator[httpx.AsyncClient]:
-    """The app alone, on this event loop, with an engine that has settings the command line lacks."""
-    options = {"threads": 1, "n_ctx": 512, **engine}
-    server = Server(ServeSettings(base, options, adapter_dir=folder, keys=keys))
+    base: Path, folder: Path, keys: Path | None = None, engine: Mapping[str, Any] | None = None, **settings: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, Server]]:
+    """The app alone, on this event loop, with settings that the command line lacks."""
+    options = {"threads": 1, "n_ctx": 512, **(engine or {})}
+    server = Server(ServeSettings(base, options, adapter_dir=folder, keys=keys, **settings))
     await server.start()
     try:
         transport = httpx.ASGITransport(make_app(server), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
-            yield client
+            yield client, server
     finally:
         await server.stop()
 
@@ -95,7 +95,7 @@ def test_a_file_that_rots_while_it_is_out_of_memory(base: Path, adapters: dict[s
         shutil.copy(path, folder / f"{name}.gguf")
 
     async def go() -> None:
-        async with in_process(base, folder, adapter_bytes=0) as client:  # nobody stays in memory
+        async with in_process(base, folder, engine={"adapter_bytes": 0}) as (client, _):  # nobody stays in memory
             said = {name: text_of(await client.post("/v1/chat/completions", json=asked(name))) for name in NAMES}
             assert len(set(said.values())) == 3
             whole = (folder / "red.gguf").read_bytes()
@@ -171,7 +171,7 @@ def test_a_write_that_fails_is_told_as_a_full_disk(
         raise OSError(28, "No space left on device")
 
     async def go() -> None:
-        async with in_process(base, folder, keys) as client:
+        async with in_process(base, folder, keys) as (client, _):
             monkeypatch.setattr("edgelora.serve.answering.os.fsync", full)
             data = adapters["red"].read_bytes()
             answer = await client.put("/v1/adapters/more", content=data, headers=headers)
@@ -203,7 +203,7 @@ def test_a_clock_that_jumps_moves_no_limit_and_no_deadline(
     folder.mkdir()
 
     async def go() -> None:
-        async with in_process(base, folder) as client:
+        async with in_process(base, folder) as (client, _):
             assert text_of(await client.post("/v1/chat/completions", json=asked("base", timeout=20)))
             status = (await client.get("/status")).json()
             assert status["tokens_per_second"] > 0

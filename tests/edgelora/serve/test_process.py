@@ -16,7 +16,8 @@ import pytest
 from edgelora.engine.engine import Engine
 from edgelora.engine.stream import Request
 from edgelora.errors import ModelFileError, SettingsError
-from edgelora.serve.process import READY, EngineDiedError, EngineDownError, EngineProcess, Suspects
+from edgelora.serve.process import READY, EngineDiedError, EngineDownError, EngineProcess, Reply
+from edgelora.serve.suspects import Suspects
 
 QUESTION = "Where does the miller live?"
 GREEDY = {"temperature": 0, "max_tokens": 20}
@@ -28,13 +29,17 @@ async def engine_process(
     base: Path,
     adapters: dict[str, Path],
     on_death: Callable[[str, frozenset[str]], None] = lambda how, suspects: None,
+    *,
+    silent_seconds: float = 30.0,
+    step_seconds: float = 600.0,
     **options: Any,
 ) -> AsyncIterator[EngineProcess]:
     async def restore() -> None:
         for name, path in adapters.items():
             await made.call("load", name=name, path=str(path), scale=1.0)
 
-    made = EngineProcess({"base": str(base), "threads": 1, "n_ctx": 512, **options}, restore, on_death)
+    given = {"base": str(base), "threads": 1, "n_ctx": 512, **options}
+    made = EngineProcess(given, restore, on_death, silent_seconds=silent_seconds, step_seconds=step_seconds)
     await made.start()
     try:
         yield made
@@ -46,6 +51,10 @@ async def text_of(made: EngineProcess, request: Request) -> tuple[str, dict[str,
     reply = made.generate(request)
     pieces = [piece.text async for piece in reply]
     return "".join(pieces), reply.account
+
+
+async def whole(reply: Reply) -> str:
+    return "".join([piece.text async for piece in reply])
 
 
 def run(work: Callable[[], Awaitable[None]], seconds: float = 60) -> None:
@@ -135,7 +144,7 @@ def test_killed_it_comes_back_with_its_adapters(base: Path, adapters: dict[str, 
         async with engine_process(base, adapters, lambda how, who: deaths.append((how, who)), parallel=4) as made:
             text, _ = await text_of(made, Request(QUESTION, "red", sampling=GREEDY))
             replies = [made.generate(Request(QUESTION, "red", sampling=ENDLESS)) for _ in range(10)]
-            ended = [asyncio.create_task(_whole(reply)) for reply in replies]
+            ended = [asyncio.create_task(whole(reply)) for reply in replies]
             await asyncio.sleep(0.2)
             assert made.pid is not None
             os.kill(made.pid, signal.SIGKILL)
@@ -159,7 +168,7 @@ def test_who_was_computed_when_it_crashed_is_named(base: Path, adapters: dict[st
     async def work() -> None:
         async with engine_process(base, adapters, lambda how, who: deaths.append(who), parallel=4) as made:
             wanted = [made.generate(Request(QUESTION, name, sampling=ENDLESS)) for name in ("red", "none")]
-            ended = [asyncio.create_task(_whole(reply)) for reply in wanted]
+            ended = [asyncio.create_task(whole(reply)) for reply in wanted]
             await asyncio.sleep(0.2)
             assert made.pid is not None
             os.kill(made.pid, signal.SIGABRT)
@@ -182,10 +191,6 @@ def test_a_server_that_is_killed_leaves_no_engine_running(base: Path) -> None:
             assert process.returncode == 0
 
     run(work)
-
-
-async def _whole(reply: Any) -> str:
-    return "".join([piece.text async for piece in reply])
 
 
 def test_who_was_loaded_or_always_there_is_guilty() -> None:
