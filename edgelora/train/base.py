@@ -121,22 +121,27 @@ class BaseFolder:
         return model
 
 
-def find_base(base: str) -> Base:
-    """The folder of a base given as a path or as a hub id.
+def find_base(base: str, config_folder: str | None = None) -> Base:
+    """The base given as a folder, a GGUF file or a hub id.
+
+    Args:
+        config_folder: of a GGUF file: config.json and tokenizer files of the model it was made from.
 
     Raises:
-        ModelFileError: not there, a GGUF file, or a folder that holds no model.
-        ConversionError: a hub id that cannot be downloaded.
+        ModelFileError: not there, a file that is no GGUF base, or a folder that holds no model.
+        SettingsError: `config_folder` for another base than a GGUF file.
+        ConversionError: a hub id that cannot be downloaded, or a GGUF file that cannot be read.
     """
     path = Path(base).expanduser()
+    if path.is_file():
+        from edgelora.train.gguf_base import GGUFBase
+
+        GGUFBase(path).check()
+        return GGUFBase(path, Path(config_folder).expanduser() if config_folder else None)
+    if config_folder:
+        raise SettingsError(f"--base-config goes with a GGUF base, and {base} is none")
     if path.is_dir():
         return BaseFolder(_checked(path), str(path.resolve()))
-    if path.is_file() or path.suffix == ".gguf":
-        kind = "a GGUF file" if path.suffix == ".gguf" else "a file"
-        raise ModelFileError(
-            f"{base}: {kind}; training needs the Hugging Face folder it was made from",
-            hint="Give the folder that holds config.json and *.safetensors, or the model's id on the Hugging Face hub.",
-        )
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise ModelFileError(
             f"{base}: no such folder",
