@@ -53,6 +53,11 @@ class GGUFBase:
         with BaseFile(self.path) as file:
             return str(file.header.metadata.get("general.name") or self.path.stem)
 
+    def check(self) -> None:
+        """Raises ConversionError: it is no GGUF base, or of a family that nobody here knows."""
+        with BaseFile(self.path) as file:
+            family_of(file.header)
+
     def load_tokenizer(self) -> Any:
         """The tokenizer that the file carries, or the one its vocabulary stands for; or that of `config_folder`.
 
