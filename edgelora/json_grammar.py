@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 from edgelora import gbnf
 from edgelora.json_pattern import PatternError, expression_of, quoted
@@ -40,7 +40,8 @@ RULES = {
     "boolean": '"true" | "false"',
     "null": '"null"',
     "value": "object | array | string | number | boolean | null",
-    "pair": "string colon value",
+    "key": "string",
+    "pair": "key colon value",
     "comma-pair": "comma pair",
     "comma-value": "comma value",
     "object": '"{" space (pair comma-pair* space)? "}"',
@@ -82,19 +83,25 @@ FORMATS = ("date", "time", "date-time", "uuid")
 _KNOWN = frozenset().union(*KEYWORDS.values())
 
 
-def grammar_of(schema: str) -> str:
-    """The GBNF of a JSON schema, which is given as JSON text, and of which `problems_of` finds nothing."""
-    return _converted(schema)[0]
+def grammar_of(schema: str, converter: Callable[[Any], Converter] | None = None) -> str:
+    """The GBNF of a JSON schema, which is given as JSON text, and of which `problems_of` finds nothing.
+
+    Args:
+        converter: for values that are written in another way than JSON's.
+    """
+    kind: Callable[[Any], Converter] = converter or Converter
+    return _converted(schema, kind)[0]
 
 
-def problems_of(schema: str) -> tuple[str, ...]:
+def problems_of(schema: str, converter: Callable[[Any], Converter] | None = None) -> tuple[str, ...]:
     """What of a JSON schema is not supported, each with its place in it."""
-    return _converted(schema)[1]
+    kind: Callable[[Any], Converter] = converter or Converter
+    return _converted(schema, kind)[1]
 
 
 @lru_cache(maxsize=64)
-def _converted(schema: str) -> tuple[str, tuple[str, ...]]:
-    converter = _Converter(json.loads(schema))
+def _converted(schema: str, kind: Callable[[Any], Converter]) -> tuple[str, tuple[str, ...]]:
+    converter = kind(json.loads(schema))
     try:
         text = converter.grammar()
     except RecursionError:
@@ -109,12 +116,19 @@ class _TooLarge(Exception):
     pass
 
 
-class _Converter:
-    """One schema on its way to rules.
+class Converter:
+    """One schema on its way to rules. A subclass is another way to write values.
 
     Attributes:
+        shared: the rules that all grammars share.
+        quote: GBNF of what a text stands between.
+        not_plain: what a character of a key that has no rule of its own cannot be; as in a set of GBNF.
         problems: what is not supported, each with its place as a JSON pointer.
     """
+
+    shared: ClassVar[Mapping[str, str]] = RULES
+    quote: ClassVar[str] = r'"\""'
+    not_plain: ClassVar[str] = _PLAIN
 
     def __init__(self, schema: Any) -> None:
         self._root = schema
@@ -147,9 +161,9 @@ class _Converter:
     def _shared(self, name: str) -> str:
         """The name of one of `RULES`, which comes with those it needs."""
         if name not in self._rules:
-            self._rules[name] = RULES[name]
-            for needed in _words_outside_quotes(RULES[name]):
-                if needed in RULES:
+            self._rules[name] = self.shared[name]
+            for needed in _words_outside_quotes(self.shared[name]):
+                if needed in self.shared:
                     self._shared(needed)
         return name
 
@@ -243,8 +257,16 @@ class _Converter:
         fitting = [value for value in listed if types is None or any(is_a(value, each) for each in types)]
         if not fitting:
             return self._problem("no value fits the enum or const", at)
-        texts = dict.fromkeys(json.dumps(value, ensure_ascii=False) for value in fitting)
+        texts = dict.fromkeys(self.written(value, at) for value in fitting)
         return self._add(" | ".join(map(quoted, texts)))
+
+    def written(self, value: Any, at: str) -> str:
+        """A value as the reply has it."""
+        return json.dumps(value, ensure_ascii=False)
+
+    def written_key(self, name: str, at: str) -> str:
+        """The name of a property as the reply has it."""
+        return json.dumps(name, ensure_ascii=False)
 
     def _exclude_each_other(self, schemas: Sequence[Any]) -> bool:
         return all(self._apart(one, other) for index, one in enumerate(schemas) for other in schemas[:index])
@@ -285,7 +307,7 @@ class _Converter:
         self._shared("comma")
         pairs = [
             (
-                self._pair(quoted(json.dumps(name, ensure_ascii=False)), part, f"{at}/properties/{name}"),
+                self._pair(quoted(self.written_key(name, at)), part, f"{at}/properties/{name}"),
                 name in required,
             )
             for name, part in wanted.items()
@@ -318,7 +340,7 @@ class _Converter:
     def _other_key(self, names: Mapping[str, Any]) -> str:
         """The rule for a key that is none of `names`; without escapes, so that none can be written in another way."""
         if not names:
-            return self._shared("string")
+            return self._shared("key")
         trie: dict[str, Any] = {}
         for name in names:
             node = trie
@@ -326,17 +348,23 @@ class _Converter:
                 node = node.setdefault(character, {})
             node[""] = {}
         self._shared("plain")
-        return self._add(rf'"\"" {self._not_in(trie)} "\""')
+        return self._key_of(self._not_in(trie))
+
+    def _key_of(self, rule: str) -> str:
+        return self._add(f"{self.quote} {rule} {self.quote}")
 
     def _not_in(self, node: Mapping[str, Any]) -> str:
         """The rule for how a key goes on after a beginning that some names share, without becoming one of them."""
         children = {character: child for character, child in node.items() if character}
         if not children:
             return self._add("plain plain*")
-        usable = {c: child for c, child in children.items() if c not in '"\\' and ord(c) >= 0x20 and c != "\x7f"}
+        usable = {c: child for c, child in children.items() if self._is_plain(c)}
         ways = [f"[{_in_set(character)}] {self._not_in(child)}" for character, child in usable.items()]
-        ways.append(f"[^{_PLAIN}{''.join(map(_in_set, usable))}] plain*")
+        ways.append(f"[^{self.not_plain}{''.join(map(_in_set, usable))}] plain*")
         return self._add(" | ".join(ways if "" in node else ["", *ways]))
+
+    def _is_plain(self, character: str) -> bool:
+        return character not in '"\\' and ord(character) >= 0x20 and character != "\x7f"
 
     def _array(self, schema: Mapping[str, Any], at: str) -> str:
         first, rest = schema.get("prefixItems", []), schema.get("items", True)
@@ -398,13 +426,13 @@ class _Converter:
             if name not in FORMATS or lengths:
                 known = f"supported alone: {', '.join(FORMATS)}"
                 return self._problem(f"unsupported format {json.dumps(name)} ({known})", at)
-            return self._add(rf'"\"" {self._shared(name)} "\""')
+            return self._add(f"{self.quote} {self._shared(name)} {self.quote}")
         if not lengths:
             return self._shared("string")
         bounds = self._bounds(schema, "minLength", "maxLength", at)
         if bounds is None:
             return self._shared("null")
-        return self._add(rf'"\"" {self._times(self._shared("char"), *bounds)} "\""')
+        return self._add(f"{self.quote} {self._times(self._shared('char'), *bounds)} {self.quote}")
 
     def _pattern(self, schema: Mapping[str, Any], at: str) -> str:
         self._shared("char")

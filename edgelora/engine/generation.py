@@ -90,14 +90,14 @@ class Generation:
         follows_grammar = plan.sampling.gbnf is not None
         self._decoder = GrammarDecoder(tokenizer) if follows_grammar else tokenizer.decoder()
         self._text, self._vocab, self._n_vocab = ReplyText(stops), tokenizer.vocab, n_vocab
-        self._sampler = Sampler(plan.sampling, tokenizer, plan.tokens, self._ends)
+        markers = plan.tools.markers if plan.tools else frozenset[str]()
+        self._sampler = Sampler(plan.sampling, tokenizer, plan.tokens, self._ends, markers)
         self._logprobs: list[TokenLogprob] = []
         self._limit = min(plan.sampling.max_tokens or plan.n_ctx, plan.n_ctx - len(plan.tokens))
         self._pieces: list[str] = []
         self._calls = plan.tools.parser() if plan.tools else None
-        markers = plan.tools.markers if plan.tools else ()
         self._markers = {control[text].id: text.encode() for text in markers if text in control}
-        self._said = 0  # log probabilities that went with a piece
+        self._said = 0  # log probabilities that went with a piece, or with what is no text
         self._completion_tokens = 0
         self._began = time.perf_counter()
         self._first_token = self._last_token = 0.0
@@ -183,11 +183,13 @@ class Generation:
         return TokenLogprob(token, data, own, tuple(top))
 
     def _say(self, text: str, *, is_last: bool = False) -> None:
+        passed = self._calls.passed if self._calls else 0
         if self._calls:
             text = self._calls.feed(text) + (self._calls.end() if is_last else "")
         if text:
             self._pieces.append(text)
             self.task.put(Piece(text, tuple(self._logprobs[self._said :])))
+        if text or (self._calls and self._calls.passed > passed):  # a call's tokens are no text's
             self._said = len(self._logprobs)
 
 

@@ -44,11 +44,15 @@ def written(vocab: Any, token: int) -> bytes:
 
 
 class GrammarDecoder(Decoder):
-    """Tokens to the very bytes that the grammar takes them for: no space is stripped, whatever the tokenizer says."""
+    """Tokens to the very bytes that the grammar takes them for: no space is stripped, whatever the tokenizer says.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args:
+        markers: control tokens that are text too.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, markers: Collection[str] = ()) -> None:
         self._vocab = tokenizer.vocab
-        self._silent = {token.id for token in tokenizer.control_tokens.values()}
+        self._silent = {token.id for text, token in tokenizer.control_tokens.items() if text not in markers}
 
     def bytes_of(self, token: int) -> bytes:
         return b"" if token in self._silent else written(self._vocab, token)
@@ -60,20 +64,21 @@ class Grammar:
     Args:
         text: GBNF in which `edgelora.gbnf.problems` finds nothing.
         ends: tokens that end the reply: they may come once the grammar is satisfied.
+        markers: control tokens that may come where the grammar has their text.
 
     Raises:
         SettingsError: llama.cpp refuses it all the same.
         ModelFileError: the base has no token that ends a reply.
     """
 
-    def __init__(self, text: str, tokenizer: Tokenizer, ends: Collection[int]) -> None:
+    def __init__(self, text: str, tokenizer: Tokenizer, ends: Collection[int], markers: Collection[str] = ()) -> None:
         library, vocab = llama(), tokenizer.vocab
         self._native_ends = {token for token in tokenizer.end_tokens if library.llama_vocab_is_eog(vocab, token)}
         if not self._native_ends:
             raise ModelFileError("this base has no token that ends a reply, so that no reply can follow a grammar")
         self._ends = (set(ends) | tokenizer.end_tokens) - self._native_ends
-        # llama.cpp takes control tokens for their text, which is no part of a reply.
-        controls = {token.id for token in tokenizer.control_tokens.values()}
+        # llama.cpp takes control tokens for their text, which is no part of a reply but for the markers.
+        controls = {token.id for text, token in tokenizer.control_tokens.items() if text not in markers}
         self._silent = controls - self._native_ends - self._ends
         self._own_ends = np.array(sorted(self._ends), np.int64)
         self._masked = np.array(sorted(self._silent | self._ends), np.int64)
@@ -83,7 +88,7 @@ class Grammar:
             raise SettingsError(f"llama.cpp refuses the grammar: {reason()}")
         self._handle = Handle(pointer, library.llama_sampler_free)
         self._characters = codecs.getincrementaldecoder("utf-8")()
-        self._bytes_of = GrammarDecoder(tokenizer).bytes_of
+        self._bytes_of = GrammarDecoder(tokenizer, markers).bytes_of
 
     def allows(self, token: int) -> bool:
         """Whether `token` may come next."""

@@ -18,13 +18,13 @@ from edgelora.engine.tokenizer import SpecialToken, Tokenizer, join_controls
 from edgelora.errors import SettingsError
 from edgelora.messages import Message, prepared
 from edgelora.template import ChatTemplate
-from edgelora.tools.calls import JsonCalls, ToolCall
+from edgelora.tools.calls import ToolCall
 from edgelora.tools.families import required_family
 
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 
 
-_OPEN_THOUGHT, _CLOSED_THOUGHT = "<think>", "\n</think>\n\n"
+_THOUGHT_ENDS = {"<think>": "\n</think>\n\n", "<|START_THINKING|>": "<|END_THINKING|>"}
 
 
 def encode_prompt(
@@ -41,7 +41,7 @@ def encode_prompt(
     Args:
         tools: what the template shows to the model (`ToolUse.shown`).
         opening: the beginning of the reply; control tokens in it are control tokens. Where the template has the reply
-            begin with a thought (`<think>`), that ends before.
+            begin with a thought (`<think>` and the like), that ends before.
 
     Raises:
         ModelFileError: the template refuses the conversation.
@@ -62,8 +62,9 @@ def encode_prompt(
         tools=_everywhere(tools, protect),
     )
     text = quotes.unescaped(text)
-    if opening and text.rstrip().endswith(_OPEN_THOUGHT):
-        text = text.rstrip() + _CLOSED_THOUGHT
+    begun = next((begin for begin in _THOUGHT_ENDS if text.rstrip().endswith(begin)), "")
+    if opening and begun:
+        text = text.rstrip() + _THOUGHT_ENDS[begun]
     text += opening
     if quotes.opening not in text:
         return tokenizer.encode(text, special=True)
@@ -83,7 +84,7 @@ def _written(template: ChatTemplate, message: Message, protect: Callable[[str], 
         made["name"] = protect(message["name"])
     if calls := message.get("tool_calls"):
         family = required_family(template)
-        if isinstance(family, JsonCalls) and family.in_content:
+        if family.in_content:
             own = [ToolCall(each["function"]["name"], json.dumps(each["function"]["arguments"])) for each in calls]
             opening, text, closing = family.written(own)
             made["content"] += f"{opening}{protect(text)}{closing}"

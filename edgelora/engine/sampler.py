@@ -27,6 +27,7 @@ class Sampler:
     Args:
         history: tokens the penalties have seen already: the prompt.
         ends: tokens that end the reply; a grammar lets them come where it is satisfied.
+        markers: control tokens that a grammar lets come where it has their text.
 
     Raises:
         SettingsError: a token that the base does not have, or a grammar that llama.cpp refuses.
@@ -34,13 +35,18 @@ class Sampler:
     """
 
     def __init__(
-        self, sampling: Sampling, tokenizer: Tokenizer, history: Sequence[int], ends: Collection[int] = ()
+        self,
+        sampling: Sampling,
+        tokenizer: Tokenizer,
+        history: Sequence[int],
+        ends: Collection[int] = (),
+        markers: Collection[str] = (),
     ) -> None:
         self._n_vocab = tokenizer.size
         if unknown := sorted(token for token in sampling.logit_bias if token >= self._n_vocab):
             raise SettingsError(f"logit_bias of tokens {unknown}; this base has {self._n_vocab} tokens")
         grammar = sampling.gbnf
-        self._grammar = None if grammar is None else Grammar(grammar, tokenizer, ends)
+        self._grammar = None if grammar is None else Grammar(grammar, tokenizer, ends, markers)
         library = llama()
         chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
         self._handle = Handle(chain, library.llama_sampler_free)

@@ -75,7 +75,7 @@ class Piece(str):
     """A piece of a reply.
 
     Attributes:
-        logprobs: of the tokens since the piece before, where they were asked for.
+        logprobs: of the tokens since the piece before, where they were asked for; those of a call between are left out.
     """
 
     __slots__ = ("logprobs",)

@@ -26,7 +26,9 @@ def _object(properties: Mapping[str, Any], *required: str) -> dict[str, Any]:
 
 
 _MODEL = {"type": "string", "description": "An adapter's name, base, or base:NAME.", "examples": ["base"]}
-_FUNCTION = _object({"name": _TEXT, "description": _TEXT, "parameters": {"type": "object"}}, "name")
+_FUNCTION = _object(
+    {"name": _TEXT, "description": _TEXT, "parameters": {"type": "object"}, "strict": {"type": "boolean"}}, "name"
+)
 _CALL = _object({"id": _TEXT, "type": {"const": "function"}, "function": _object({"name": _TEXT, "arguments": _TEXT})})
 _MESSAGE = {
     **_object(

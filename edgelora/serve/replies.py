@@ -112,7 +112,7 @@ class Shape(ABC):
             {
                 "index": index,
                 **self._whole(index, each),
-                "logprobs": self._logprobs(index, each.logprobs) if self._wants_logprobs else None,
+                "logprobs": self._logprobs(index, each.logprobs) if self._has_logprobs(each) else None,
                 "finish_reason": finish_reason(each.account),
             }
             for index, each in enumerate(finished)
@@ -160,6 +160,10 @@ class Shape(ABC):
         choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
         usage = {"usage": None} if self._asked.include_usage else {}
         return {**self._head, "object": self.chunk_kind, "choices": [choice], **usage}
+
+    def _has_logprobs(self, reply: Finished) -> bool:
+        """Whether a choice tells log probabilities: OpenAI's are those of the content, and a call is none."""
+        return self._wants_logprobs and bool(reply.logprobs or not reply.account.get("tool_calls"))
 
     @property
     def _indices(self) -> range:

@@ -1,8 +1,11 @@
-"""How models write calls: three ways, each a class, and what reads and writes them."""
+"""How models write calls: ways, each a class, that read what they are known by. Those without JSON are in
+`literal_calls`, those of the channels of a reply in `channel_calls`.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +15,8 @@ from edgelora.json_grammar import is_a
 from edgelora.tools.cursor import Cursor, NoCall, Reading, RefusedCall, parsed_json
 from edgelora.tools.definitions import Tools
 from edgelora.tools.schema_types import types_of
+
+_MARKER = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
 
 
 @dataclass(frozen=True)
@@ -48,22 +53,38 @@ class Family(ABC):
         opening: what the first call begins with, and maybe every one.
         closing: what ends it; it may be missing at the end of a reply.
         in_content: the template writes no calls of a conversation; they go into the message's content.
+        declares: by what a template is known that writes no calls and shows tools; the opening, if it is empty.
+        answers: what a template writes before a tool's answer; one that has it in a turn of its own would show the
+            model what it has never seen.
+        before_json: what a reply begins with that is JSON and no call.
     """
 
     name: str
     opening: str
     closing: str = ""
     in_content: bool = False
+    declares: str = ""
+    answers: str = ""
+    before_json: str = ""
+
+    @property
+    def literals(self) -> tuple[str, ...]:
+        """The fixed texts of a call."""
+        return self.opening, self.closing
 
     @property
     def markers(self) -> frozenset[str]:
         """Texts that a vocabulary may have as control tokens, and that a reader of replies has to see."""
-        return frozenset((self.opening, self.closing)) - {""}
+        return frozenset(found for text in self.literals for found in _MARKER.findall(text))
 
     @property
     def begins_reply(self) -> bool:
         """Whether a reply that begins with a JSON object may be a call as a whole."""
         return False
+
+    def written(self, calls: Sequence[ToolCall]) -> tuple[str, str, str]:
+        """Opening, calls and closing, as the model writes them: of a family that may be `in_content`."""
+        raise NotImplementedError(f"calls of {self.name} in a message's content")
 
     @abstractmethod
     def read(self, cursor: Cursor, tools: Tools) -> Reading[list[ToolCall]]:
@@ -91,11 +112,13 @@ class JsonCalls(Family):
 
     Attributes:
         key: what the arguments are called when they are written; read are both "arguments" and "parameters".
+        name_key: what the tool's name is called.
         in_list: the objects are in a list.
         bare: a reply that is an object, or several with a `;` between, needs no opening.
     """
 
     key: str = "arguments"
+    name_key: str = "name"
     in_list: bool = False
     bare: bool = False
 
@@ -118,18 +141,16 @@ class JsonCalls(Family):
             raise RefusedCall
         return [self._call(value, tools) for value in values]
 
-    @staticmethod
-    def _call(value: Any, tools: Tools) -> ToolCall:
-        fields = {key: item for key, item in value.items() if key not in ("id", "type")} if type(value) is dict else {}
-        keys = fields.keys() - {"name"}
+    def _call(self, value: Any, tools: Tools) -> ToolCall:
+        fields = value if type(value) is dict else {}
+        keys = fields.keys() - {self.name_key, "id", "type", "tool_call_id"}
         if len(keys) != 1 or not keys <= {"arguments", "parameters"}:
             raise RefusedCall
-        return call(fields.get("name"), fields[keys.pop()], tools)
+        return call(fields.get(self.name_key), fields[keys.pop()], tools)
 
     def written(self, calls: Sequence[ToolCall]) -> tuple[str, str, str]:
-        """Opening, calls and closing, as the model writes them."""
         texts = [
-            f'{{"name": {json.dumps(each.name)}, "{self.key}": {json.dumps(json.loads(each.arguments))}}}'
+            f'{{"{self.name_key}": {json.dumps(each.name)}, "{self.key}": {json.dumps(json.loads(each.arguments))}}}'
             for each in calls
         ]
         return self.opening, f"[{', '.join(texts)}]" if self.in_list else "\n".join(texts), self.closing
@@ -137,32 +158,69 @@ class JsonCalls(Family):
 
 @dataclass(frozen=True)
 class NamedCalls(Family):
-    """The tool's name, and its arguments as JSON: `[TOOL_CALLS]weather[ARGS]{"city": "Oslo"}`.
+    """The tool's name, and its arguments as JSON: `[TOOL_CALLS]weather[ARGS]{"city": "Oslo"}`, or several of them
+    between opening and closing:
+
+        <|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{"city": "Oslo"}
+        <|tool_call_end|><|tool_calls_section_end|>
+
+    White space may stand for a line break, and be where there is none.
 
     Attributes:
+        before: what every call begins with, where several are between opening and closing.
         identifier: what an id may follow, between name and arguments.
+        first_id: the id of a reply's first call, where every call has one: they are counted.
         separator: what the arguments follow.
+        behind: what ends every call, where several are between opening and closing.
     """
 
+    before: str = ""
     identifier: str = ""
+    first_id: str = ""
     separator: str = ""
+    behind: str = ""
 
     @property
-    def markers(self) -> frozenset[str]:
-        return (super().markers | {self.identifier, self.separator}) - {""}
+    def literals(self) -> tuple[str, ...]:
+        return (*super().literals, self.before, self.identifier, self.separator, self.behind)
 
     def read(self, cursor: Cursor, tools: Tools) -> Reading[list[ToolCall]]:
         yield from cursor.expect(self.opening)
+        found = [(yield from self._one(cursor))]
+        while self.closing and not (yield from self._closes(cursor)):
+            if not self.before:
+                raise NoCall
+            found.append((yield from self._one(cursor)))
+        return [call(name, arguments, tools) for name, arguments in found]
+
+    def _one(self, cursor: Cursor) -> Reading[tuple[str, Any]]:
+        yield from _expect_lines(cursor, self.before)
         yield from cursor.skip_space()
-        name = yield from cursor.word()
+        name = yield from cursor.word("_-")
         if self.identifier and (yield from cursor.takes(self.identifier)):
             yield from cursor.word()
-        yield from cursor.expect(self.separator)
+        yield from _expect_lines(cursor, self.separator)
         yield from cursor.skip_space()
         arguments = yield from cursor.json()
-        if self.closing and not (yield from self._closes(cursor)):
-            raise NoCall
-        return [call(name, arguments, tools)]
+        if self.behind and not (yield from self._is_over(cursor)):
+            yield from _expect_lines(cursor, self.behind)
+        return name, arguments
+
+    @staticmethod
+    def _is_over(cursor: Cursor) -> Reading[bool]:
+        yield from cursor.skip_space()
+        return (yield from cursor.is_over())
+
+
+def _expect_lines(cursor: Cursor, text: str) -> Reading[None]:
+    """Go behind `text`, with any white space before its lines.
+
+    Raises:
+        NoCall: it is not next.
+    """
+    for line in text.split("\n") if text else ():
+        yield from cursor.skip_space()
+        yield from cursor.expect(line)
 
 
 @dataclass(frozen=True)
@@ -188,8 +246,8 @@ class TaggedCalls(Family):
     has_lines: bool = False
 
     @property
-    def markers(self) -> frozenset[str]:
-        return (super().markers | {*self.function, *self.argument}) - {""}
+    def literals(self) -> tuple[str, ...]:
+        return (*super().literals, *self.function, *self.argument)
 
     def read(self, cursor: Cursor, tools: Tools) -> Reading[list[ToolCall]]:
         yield from cursor.expect(self.opening)

@@ -86,11 +86,11 @@ class Cursor:
         text, self.at = self.text[self.at : end], end + len(literal)
         return text
 
-    def word(self) -> Reading[str]:
-        """The name that is next: letters, digits, `_`, `-`, `.` and `:`."""
+    def word(self, others: str = "_-.:") -> Reading[str]:
+        """The name that is next: letters, digits and `others`."""
         end = self.at
         while True:
-            while end < len(self.text) and (self.text[end].isalnum() or self.text[end] in "_-.:"):
+            while end < len(self.text) and (self.text[end].isalnum() or self.text[end] in others):
                 end += 1
             if end < len(self.text) or self.ended:
                 break

@@ -21,12 +21,14 @@ class Tool:
 
     Attributes:
         parameters: the JSON schema of its arguments, which is an object's.
+        strict: its arguments fit the schema in every call.
         definition: {"type": "function", "function": {"name", "description", "parameters"}}, as chat templates take it.
     """
 
     name: str
     parameters: Mapping[str, Any]
     definition: Mapping[str, Any]
+    strict: bool = False
 
 
 Tools = Mapping[str, Tool]
@@ -75,6 +77,8 @@ def _problems(tool: Any) -> Iterator[str]:
         yield f"name is {name!r}, expected 1 to 64 letters, digits, _ and -"
     if not isinstance(function.get("description"), str | None):
         yield "description is no text"
+    if not isinstance(function.get("strict"), bool | None):
+        yield f"strict is {function['strict']!r}, expected true or false"
     if parameters is None:
         return
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
@@ -91,7 +95,7 @@ def _tool(given: Mapping[str, Any]) -> Tool:
     schema = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
     described = {"description": function["description"]} if function.get("description") is not None else {}
     definition = {"type": "function", "function": {"name": function["name"], **described, "parameters": schema}}
-    return Tool(function["name"], schema, definition)
+    return Tool(function["name"], schema, definition, strict=function.get("strict") is True)
 
 
 def checked_choice(value: object, tools: Tools) -> Choice:

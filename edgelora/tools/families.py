@@ -12,7 +12,10 @@ from edgelora.errors import ModelFileError, SettingsError
 from edgelora.messages import Message, user_message
 from edgelora.template import PROBE_TOOL, ChatTemplate
 from edgelora.tools.calls import Family, JsonCalls, NamedCalls, TaggedCalls, ToolCall
+from edgelora.tools.channel_calls import ChannelCalls
 from edgelora.tools.definitions import checked_tools
+from edgelora.tools.literal_calls import LiteralCalls
+from edgelora.tools.literals import TOKEN_QUOTES
 from edgelora.tools.reading import parse
 
 FAMILIES: tuple[Family, ...] = (
@@ -50,6 +53,51 @@ FAMILIES: tuple[Family, ...] = (
     JsonCalls("nemotron-2", "<TOOLCALL>", "</TOOLCALL>", in_list=True),
     JsonCalls("gigachat", "<|function_call|>"),
     JsonCalls("llama-3", "<|python_tag|>", key="parameters", bare=True),
+    JsonCalls(  # Command-R7B, Command A
+        "command-r7b", "<|START_ACTION|>", "<|END_ACTION|>", key="parameters", name_key="tool_name", in_list=True
+    ),
+    NamedCalls(
+        "deepseek-r1",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+        before="<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+        separator="\n```json\n",
+        behind="\n```<｜tool▁call▁end｜>",
+    ),
+    NamedCalls(
+        "deepseek-v3.1",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+        before="<｜tool▁call▁begin｜>",
+        separator="<｜tool▁sep｜>",
+        behind="<｜tool▁call▁end｜>",
+    ),
+    NamedCalls(
+        "kimi-k2",
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_end|>",
+        before="<|tool_call_begin|>functions.",
+        identifier=":",
+        first_id="0",
+        separator="<|tool_call_argument_begin|>",
+        behind="<|tool_call_end|>",
+    ),
+    LiteralCalls("lfm2", "<|tool_call_start|>", "<|tool_call_end|>", in_list=True, declares="List of tools: "),
+    LiteralCalls(
+        "gemma-4",
+        "<|tool_call>",
+        "<tool_call|>",
+        begin="call:",
+        brackets=("{", "}"),
+        equals=":",
+        notation=TOKEN_QUOTES,
+        answers="<|tool_response>response:",
+    ),
+    ChannelCalls(
+        "gpt-oss",
+        "<|channel|>commentary to=functions.",
+        before_json="<|channel|>final <|constrain|>json<|message|>",
+    ),
 )
 """Those that real templates were read with."""
 
@@ -88,14 +136,18 @@ def _found(source: str) -> Family | str:
         shown = _rendered(template, [_QUESTION])
         if not template.shows_tools:
             return "it renders the same text with and without them"
-        called, turn = _written(template)
+        called, turn, answered = _written(template)
     except ModelFileError as error:
         return error.message
     if _CALL.name not in called:
-        named = [family for family in FAMILIES if isinstance(family, JsonCalls) and family.opening in shown]
+        named = [family for family in FAMILIES if (family.declares or family.opening) in shown]
         return replace(named[0], in_content=True) if len(named) == 1 else "it writes no calls of a conversation"
-    fitting = (family for family in FAMILIES if _reads(family, called) or _reads(family, turn))
-    return next(fitting, f"the way it writes calls is not known here: {called.strip()[:200]}")
+    family = next((family for family in FAMILIES if _reads(family, called) or _reads(family, turn)), None)
+    if family is None:
+        return f"the way it writes calls is not known here: {called.strip()[:200]}"
+    if family.answers not in answered:
+        return f"it writes the answers of tools without {family.answers}, which {family.name} models read them by"
+    return family
 
 
 def _reads(family: Family, text: str) -> bool:
@@ -109,8 +161,9 @@ def _has_list(text: str, opening: str) -> bool:
     return re.search(rf"{re.escape(opening)}\s*\[", text) is not None
 
 
-def _written(template: ChatTemplate) -> tuple[str, str]:
-    """What a template writes for a message that is a call: where it differs from one that is text, and the turn."""
+def _written(template: ChatTemplate) -> tuple[str, str, str]:
+    """What a template writes for a message that is a call: where it differs from one that is text, the turn, and that
+    with the tool's answer."""
     function = {"name": _CALL.name, "arguments": json.loads(_CALL.arguments)}
     calling: Message = {
         "role": "assistant",
@@ -122,7 +175,9 @@ def _written(template: ChatTemplate) -> tuple[str, str]:
     at = other.rfind(_SPOKEN)
     begin = _common(one, other[:at])
     end = len(one) - _common(one[:begin:-1], other[: at + len(_SPOKEN) - 1 : -1])
-    return one[begin:end], one[one.rfind(_QUESTION["content"]) + len(_QUESTION["content"]) :]
+    answer: Message = {"role": "tool", "tool_call_id": "probe0001", "name": _CALL.name, "content": _SPOKEN}
+    asked = one.rfind(_QUESTION["content"]) + len(_QUESTION["content"])
+    return one[begin:end], one[asked:], _rendered(template, [_QUESTION, calling, answer])
 
 
 def _common(one: str, other: str) -> int:

@@ -10,7 +10,7 @@ from edgelora.template import ChatTemplate
 from edgelora.tools.calls import Family
 from edgelora.tools.definitions import Tools, checked_choice, checked_tools
 from edgelora.tools.families import required_family
-from edgelora.tools.forcing import forced
+from edgelora.tools.forcing import calls_or_json, forced, strict_calls
 from edgelora.tools.reading import Parser
 
 
@@ -19,8 +19,9 @@ class ToolUse:
     """Attributes:
     tools: those of the request.
     opening: what the prompt ends with: the beginning of a call that the reply has to be.
-    grammar: GBNF of the rest of that call; None where the reply is free.
+    grammar: GBNF of the reply, or of the rest of that call; None where the reply is free.
     parallel: whether a reply may call more than once.
+    either: the reply is calls or JSON, so that what looks like a call inside of the JSON is none.
     """
 
     tools: Tools
@@ -28,6 +29,7 @@ class ToolUse:
     opening: str = ""
     grammar: str | None = None
     parallel: bool = True
+    either: bool = False
 
     @property
     def shown(self) -> list[Mapping[str, Any]]:
@@ -41,24 +43,39 @@ class ToolUse:
 
     def parser(self) -> Parser:
         """A fresh reader of one reply."""
-        return Parser(self.family, self.tools, self.opening)
+        return Parser(self.family, self.tools, self.opening, either=self.either)
 
 
-def tool_use(tools: object, choice: object, template: ChatTemplate, *, parallel: bool = True) -> ToolUse | None:
+def tool_use(
+    tools: object,
+    choice: object,
+    template: ChatTemplate,
+    *,
+    parallel: bool = True,
+    schema: Mapping[str, Any] | None = None,
+) -> ToolUse | None:
     """How a request's `tools` and `tool_choice` are followed; None where none are used.
 
     Args:
         parallel: whether a reply that must call may call more than once.
+        schema: what a reply that does not call has to fit; a supported one.
 
     Raises:
-        SettingsError: they make no sense, the template does not support tools, or a tool's schema cannot be kept.
+        SettingsError: they make no sense, the template does not support tools, a tool's schema cannot be kept, or
+            calls cannot be told from what fits `schema`.
     """
     checked = checked_tools(tools)
     chosen = checked_choice(choice, checked)
     if not checked or chosen.kind == "none":
         return None
     family = required_family(template)
-    if chosen.kind == "auto":
-        return ToolUse(checked, family, parallel=parallel)
-    must = forced(chosen, checked, family, parallel=parallel)
-    return ToolUse(checked, family, must.opening, must.grammar, parallel)
+    if chosen.kind != "auto":
+        must = forced(chosen, checked, family, parallel=parallel)
+        return ToolUse(checked, family, must.opening, must.grammar, parallel)
+    if schema is not None:
+        grammar = calls_or_json(checked, family, schema, parallel=parallel)
+        return ToolUse(checked, family, "", grammar, parallel, either=True)
+    is_strict = any(tool.strict for tool in checked.values())
+    return ToolUse(
+        checked, family, "", strict_calls(checked, family, parallel=parallel) if is_strict else None, parallel
+    )

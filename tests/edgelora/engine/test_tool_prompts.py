@@ -281,6 +281,15 @@ NATURAL: Mapping[str, str] = {  # what the models write after the opening
     "nemotron-2": f"[{ONE}]</TOOLCALL>",
     "gigachat": ONE,
     "llama-3": '{"name": "now", "parameters": {}}',
+    "command-r7b": '[\n    {"tool_call_id": "0", "tool_name": "now", "parameters": {}}\n]<|END_ACTION|>',
+    "deepseek-r1": "<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜>"
+    "<｜tool▁calls▁end｜>",
+    "deepseek-v3.1": "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "kimi-k2": "<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    "<|tool_calls_section_end|>",
+    "lfm2": "now()]<|tool_call_end|>",
+    "gemma-4": "now{}<tool_call|>",
+    "gpt-oss": "now <|constrain|>json<|message|>{}",
 }
 
 
