@@ -40,8 +40,8 @@ class Settled:
 
 
 def find_base(folder: Path, given: Path | None, store: Store) -> Path:
-    """The base a PEFT folder is converted against: the one given, the one it names (a folder, or a hub id that lies in
-    the Hugging Face cache), or the store's.
+    """The base a PEFT folder is converted against: the one given, the one it names (a folder, a GGUF file, or a hub id
+    that lies in the Hugging Face cache), or the store's.
 
     Raises:
         BaseNotFoundError: none of them.
@@ -69,7 +69,8 @@ def _named_folder(folder: Path) -> Path | None:
     name = _base_named_by(folder)
     if not name:
         return None
-    if os.path.isfile(os.path.join(name, "config.json")):  # unlike Path.is_file, also false of a name that is too long
+    is_file = name.endswith(".gguf") and os.path.isfile(name)  # unlike Path.is_file, also false of names too long
+    if is_file or os.path.isfile(os.path.join(name, "config.json")):
         return Path(name)
     revision = read_peft_config(folder).values.get("revision")
     found = cached_snapshot(name, revision if isinstance(revision, str) else "main") if is_hub_id(name) else None

@@ -130,7 +130,7 @@ def find_base(base: str, config_folder: str | None = None) -> Base:
     Raises:
         ModelFileError: not there, a file that is no GGUF base, or a folder that holds no model.
         SettingsError: `config_folder` for another base than a GGUF file.
-        ConversionError: a hub id that cannot be downloaded, or a GGUF file that cannot be read.
+        ConversionError: a hub id that cannot be downloaded.
     """
     path = Path(base).expanduser()
     if path.is_file():
