@@ -54,9 +54,14 @@ class GGUFBase:
             return str(file.header.metadata.get("general.name") or self.path.stem)
 
     def check(self) -> None:
-        """Raises ConversionError: it is no GGUF base, or of a family that nobody here knows."""
-        with BaseFile(self.path) as file:
-            family_of(file.header)
+        """Raises ModelFileError: it is no GGUF base, or of a family that nobody here knows."""
+        try:
+            with BaseFile(self.path) as file:
+                family_of(file.header)
+        except ConversionError as error:
+            raise ModelFileError(
+                error.message, hint=error.hint or "Give a GGUF base, or a Hugging Face folder."
+            ) from error
 
     def load_tokenizer(self) -> Any:
         """The tokenizer that the file carries, or the one its vocabulary stands for; or that of `config_folder`.
