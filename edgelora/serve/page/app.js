@@ -3,7 +3,8 @@
 import { Api } from "./api.js";
 import { Chat } from "./chat.js";
 import { Compare } from "./compare.js";
-import { el } from "./elements.js";
+import { Conversation } from "./conversation.js";
+import { el, holdEnd } from "./elements.js";
 import { Load } from "./load.js";
 import { Models } from "./models.js";
 import { Settings } from "./settings.js";
@@ -12,6 +13,7 @@ import { Choices } from "./tokens.js";
 import { Votes } from "./votes.js";
 
 const MODELS_EVERY_MS = 15000;
+const LONGEST_NAMES = 24; // that stand in the empty prompt of a phone
 
 const get = (id) => document.getElementById(id);
 const [prompt, send, keyForm] = ["prompt", "send", "key"].map(get);
@@ -22,9 +24,10 @@ const models = new Models(api);
 const settings = new Settings(get("settings"), models, showWhom);
 const choices = new Choices(get("choices"), speech);
 const votes = new Votes(showVotes);
+const conversation = new Conversation(api);
 const views = {
-  chat: new Chat(api, settings, get("chat"), speech, showState),
-  compare: new Compare(api, settings, get("compare"), speech, choices, votes, showState),
+  chat: new Chat(api, settings, conversation, get("chat"), speech, onReply),
+  compare: new Compare(api, settings, get("compare"), speech, choices, votes, onReply),
 };
 models.watch(() => (get("base").textContent = models.base?.root ?? ""));
 const load = new Load(api, get("load"), get("banner"), () => {
@@ -53,22 +56,33 @@ function alignComposer() {
 }
 
 function showState() {
-  const runs = open?.running;
+  const runs = open.running;
   send.textContent = runs ? "Stop" : "Send";
   send.classList.toggle("stop", Boolean(runs));
+  const chats = open === views.chat;
+  get("kept").textContent = chats ? views.chat.keptSays : "";
+  get("clear").textContent = chats ? "New conversation" : "Clear";
+  get("clear").hidden = open.view.querySelector(".empty") !== null;
+}
+
+/** A reply has begun or ended. */
+function onReply() {
+  showState();
+  load.look();
 }
 
 function showWhom(chosen) {
-  const names = chosen.map(({ name }) => name);
-  prompt.placeholder = names.length ? `Ask ${new Intl.ListFormat("en").format(names)}` : "";
+  const names = new Intl.ListFormat("en").format(chosen.map(({ name }) => name));
+  const isShort = names.length <= LONGEST_NAMES;
+  prompt.placeholder = names ? `Ask ${isShort ? names : chosen.length > 1 ? "them" : "it"}` : "No adapter to ask yet";
 }
 
 function submit() {
   if (open.running) return open.stop();
   const text = prompt.value.trim();
-  if (!text || !settings.choices.length || !settings.check()) return;
+  if (!text || !settings.check()) return;
   prompt.value = "";
-  open.ask(text).then(() => load.look());
+  open.ask(text);
 }
 
 function onKey(event) {
@@ -98,15 +112,25 @@ function useKey(event) {
 }
 
 function setKey(value) {
-  api.key = value;
+  if (value !== api.key) changeOwner(value);
   keyForm.hidden = true;
   get("forget-key").hidden = !value;
   models.refresh();
   load.look();
 }
 
+/** What one key was told is not the next one's to see; what was said without a key goes on with the first. */
+function changeOwner(key) {
+  if (api.key && (views.chat.hasAnswers || !key)) views.chat.clear();
+  views.compare.clear();
+  if (key) conversation.handOver();
+  api.key = key;
+  views.chat.keep();
+  showState();
+}
+
 function showVotes(all, isKept) {
-  const tally = votes.tally.map(([adapter, count]) => `${adapter} ${count}`).join(", ");
+  const tally = votes.tally.map(([adapter, count]) => `${adapter} (${count})`).join(", ");
   const unkept = isKept ? "" : " (this browser keeps them only until you leave)";
   get("votes").dataset.count = all.length;
   get("votes-say").textContent = `${all.length === 1 ? "1 vote" : `${all.length} votes`}: ${tally}${unkept}`;
@@ -133,6 +157,7 @@ keyForm.addEventListener("submit", useKey);
 get("forget-key").addEventListener("click", () => setKey(""));
 get("clear").addEventListener("click", () => {
   open.clear();
+  showState();
   prompt.focus();
 });
 get("export-votes").addEventListener("click", exportVotes);
@@ -140,6 +165,7 @@ get("delete-votes").addEventListener("click", deleteVotes);
 window.addEventListener("hashchange", openView);
 window.addEventListener("resize", alignComposer);
 
+for (const { view } of Object.values(views)) holdEnd(view);
 get("forget-key").hidden = !api.key;
 showVotes(votes.all, true);
 openView();

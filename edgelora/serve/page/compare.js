@@ -99,8 +99,8 @@ class Trial {
     const retracts = this.lanes[at].isChosen;
     this.lanes.forEach((lane, place) => (lane.isChosen = place === at && !retracts));
     if (retracts) return this.votes.retract(this.id);
-    const answers = this.lanes.map(({ choice: { model, scaled }, tokens }) => {
-      return { adapter: model, scale: scaled, text: tokens.text };
+    const answers = this.lanes.map(({ choice: { name, model, scaled, fields }, tokens }) => {
+      return { adapter: fields.adapters ? name : model, scale: scaled, text: tokens.text };
     });
     this.votes.cast({ id: this.id, time: new Date().toISOString(), messages: this.messages, answers, chosen: at });
   }

@@ -29,7 +29,18 @@ export function button(text, onClick, attributes = {}) {
 
 /** Adds something below what a scrolling view holds, and stays at the end only if the reader was there. */
 export function atEnd(view, change) {
-  const follows = view.scrollHeight - view.scrollTop - view.clientHeight < 48;
+  const follows = isAtEnd(view);
   change();
   if (follows) view.scrollTop = view.scrollHeight;
+}
+
+/** Stays at the end also when the view itself changes its size, as it does below a banner. */
+export function holdEnd(view) {
+  let follows = true;
+  view.addEventListener("scroll", () => (follows = isAtEnd(view)), { passive: true });
+  new ResizeObserver(() => follows && (view.scrollTop = view.scrollHeight)).observe(view);
+}
+
+function isAtEnd(view) {
+  return view.scrollHeight - view.scrollTop - view.clientHeight < 48;
 }

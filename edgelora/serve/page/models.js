@@ -57,9 +57,10 @@ export class Models {
   }
 
   /** Fills a picker and leaves its choice alone; a chosen model that is gone stays, and is marked as gone. */
-  fill(select, none = null) {
+  fill(select, { none = null, withBase = true } = {}) {
     const chosen = select.value;
-    const options = this.ready.map(({ id }) => {
+    const listed = this.ready.filter(({ id }) => withBase || this.isAdapter(id));
+    const options = listed.map(({ id }) => {
       return el("option", { value: id }, this.isAdapter(id) ? id : `${id} (no adapter)`);
     });
     if (none !== null) options.unshift(el("option", { value: "" }, none));

@@ -1,78 +1,10 @@
 // The panel: which adapters answer, how strongly, and with what settings.
 
 import { el } from "./elements.js";
+import { Lane } from "./lane.js";
 
 const PARAMETERS = ["temperature", "top_p", "max_tokens", "seed"];
 const LETTERS = ["A", "B", "C"];
-const LEAST_TOP_SCALE = 2;
-
-/** An adapter picker with its scale. */
-class Lane {
-  constructor(models, letter, onChange) {
-    this.models = models;
-    this.letter = letter;
-    this.name = el("span", { class: "name" });
-    this.select = el("select");
-    this.slider = el("input", { type: "range", min: 0, max: LEAST_TOP_SCALE, step: 0.05, value: 1 });
-    this.output = el("span", { class: "value" }); // no <output>, which would be read out besides the slider
-    this.scaleName = el("span");
-    this.scale = el("label", { class: "field scale" }, this.scaleName, this.slider, this.output);
-    this.element = el("div", { class: "lane" }, el("label", { class: "field" }, this.name, this.select), this.scale);
-    this.select.addEventListener("change", () => {
-      this.scaleToOwn();
-      onChange();
-    });
-    this.slider.addEventListener("input", () => {
-      this.showScale();
-      onChange();
-    });
-  }
-
-  get model() {
-    return this.select.value;
-  }
-
-  get ownScale() {
-    return this.models.own(this.model).scale;
-  }
-
-  /** { model, name, scaled, scale }; `scaled` is null for the base, `scale` also where it is the adapter's own. */
-  get choice() {
-    const scaled = this.hasScale ? Number(this.slider.value) : null;
-    const scale = scaled === this.ownScale ? null : scaled;
-    return { model: this.model, name: scale === null ? this.model : `${this.model} × ${scale}`, scaled, scale };
-  }
-
-  get hasScale() {
-    return this.model !== "" && this.models.isAdapter(this.model);
-  }
-
-  /** Another model than this one, if there is one: nothing is learnt from an adapter beside itself. */
-  chooseOther(model) {
-    const other = this.models.inOrder.find((id) => id !== model);
-    if (other === undefined) return;
-    this.select.value = other;
-    this.scaleToOwn();
-  }
-
-  scaleToOwn() {
-    this.slider.max = Math.max(LEAST_TOP_SCALE, this.ownScale);
-    this.slider.step = Number.isInteger(this.ownScale * 20) ? 0.05 : "any"; // so that its own scale is a step
-    this.slider.value = this.ownScale;
-    this.showScale();
-  }
-
-  showScale() {
-    this.slider.disabled = !this.hasScale;
-    this.scale.hidden = this.model === "";
-    this.output.textContent = this.hasScale ? Number(this.slider.value).toFixed(2) : "–";
-  }
-
-  label(compares) {
-    this.name.textContent = compares ? `Adapter ${this.letter}` : "Adapter";
-    this.scaleName.textContent = compares ? `Scale ${this.letter}` : "Scale";
-  }
-}
 
 export class Settings {
   /** `onChange(choices)` is called after each change of what is chosen or typed. */
@@ -81,7 +13,7 @@ export class Settings {
     this.models = models;
     this.onChange = onChange;
     this.compares = false;
-    this.lanes = LETTERS.map((letter) => new Lane(models, letter, () => this.#show()));
+    this.lanes = LETTERS.map((letter, at) => new Lane(models, letter, at === 2 ? "none" : null, () => this.#show()));
     form.querySelector("#lanes").append(...this.lanes.map((lane) => lane.element));
     this.panel = form.querySelector("#panel");
     this.out = form.querySelector("#out");
@@ -102,7 +34,7 @@ export class Settings {
     this.#show();
   }
 
-  /** The adapters that answer: [{ model, scale, name }, ...]. */
+  /** Who answers, as `Lane.choice` has it. */
   get choices() {
     const lanes = this.compares ? this.lanes : this.lanes.slice(0, 1);
     return lanes.filter((lane) => lane.model).map((lane) => lane.choice);
@@ -122,21 +54,20 @@ export class Settings {
 
   /** The body of a chat completion's request. */
   request(choice, messages) {
-    const scale = choice.scale === null ? {} : { lora_scale: choice.scale };
-    return { model: choice.model, messages, ...scale, ...this.parameters };
+    return { ...choice.fields, messages, ...this.parameters };
   }
 
-  /** Whether all is valid; what is not is shown, and the panel unfolded for it. */
+  /** Whether there is who answers and all is valid; what is not is shown, and the panel unfolded for it. */
   check() {
+    if (!this.choices.length) return false;
     if (this.form.checkValidity()) return true;
     this.panel.open = true;
     return this.form.reportValidity();
   }
 
   #refill() {
-    this.lanes.forEach((lane, at) => this.models.fill(lane.select, at === 2 ? "none" : null));
+    this.lanes.forEach((lane) => lane.refill());
     if (!this.isChosen) this.#chooseFirst();
-    this.lanes.forEach((lane) => lane.showScale());
     this.#listOut(this.models.out);
     this.#show();
   }
@@ -155,9 +86,7 @@ export class Settings {
     const ids = this.models.inOrder;
     if (!ids.length) return;
     this.isChosen = true;
-    this.lanes[0].select.value = ids[0];
-    this.lanes[1].select.value = ids[1] ?? ids[0];
-    this.lanes.forEach((lane) => lane.scaleToOwn());
+    [ids[0], ids[1] ?? ids[0], ""].forEach((id, at) => this.lanes[at].choose(id));
   }
 
   #reset() {
@@ -168,7 +97,7 @@ export class Settings {
   #show() {
     this.lanes.forEach((lane, at) => {
       lane.element.hidden = at > 0 && !this.compares;
-      lane.label(this.compares);
+      lane.show(this.compares);
     });
     const shown = this.choices.map(({ model }) => this.models.own(model));
     const own = (read) => {

@@ -11,7 +11,8 @@ export class Votes {
 
   /**
    * [{ id, time, messages, answers: [{ adapter, scale, text }], chosen }], oldest first. `chosen` is the better one's
-   * place, `scale` null for the base. Read anew each time: another tab may have voted.
+   * place, `scale` null for the base and for a blend, which is named with its scales ("a × 0.7 + b × 0.3"). Read anew
+   * each time: another tab may have voted.
    */
   get all() {
     try {

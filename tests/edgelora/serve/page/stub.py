@@ -1,6 +1,6 @@
 """A server that answers the page as `edgelora serve` does, with scripted replies: to test the page and to work on it.
 
-python -m tests.edgelora.serve.page_stub 8090    # then open http://127.0.0.1:8090/
+python -m tests.edgelora.serve.page.stub 8090    # then open http://127.0.0.1:8090/
 """
 
 from __future__ import annotations
@@ -26,14 +26,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 import edgelora.serve
+from edgelora.serve.app import PAGE_HEADERS
 
 PAGE = Path(edgelora.serve.__file__).parent / "page"
-
-# Stricter than what the page has to bear: no string ever becomes markup or code.
-POLICY = (
-    "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'; "
-    "require-trusted-types-for 'script'"
-)
 
 # Each adapter's answer, as tokens.
 _TEXTS = {
@@ -113,7 +108,7 @@ class Stub:
         if self.key and is_api and request.headers.get("authorization") != f"Bearer {self.key}":
             return _problem(401, "Incorrect API key provided", "invalid_api_key")
         response = await call_next(request)
-        response.headers["Content-Security-Policy"] = POLICY
+        response.headers.update(PAGE_HEADERS)
         return response
 
     async def _status(self, _: Request) -> Response:
