@@ -14,6 +14,8 @@ from edgelora.errors import DataFileError, MissingExtraError
 from edgelora.parquet import plain_cell
 from edgelora.rows import Row
 
+MAX_REASON = 300
+
 
 def dataset_rows(name: str, split: str) -> Iterator[Row]:
     """The rows of a split, numbered from 1, with the cells that are not null, as JSON has them.
@@ -49,8 +51,8 @@ def _loaded(name: str, split: str) -> Any:
     except KeyError:
         raise DataFileError(f"{name}: no split {split!r}", hint=f"Name one that it has: {name}:SPLIT.") from None
     except Exception as error:  # errors of the hub, the network, and of a dozen readers of formats
-        told = str(error.__cause__ or error).strip()  # what it wraps says more
-        reason = told.splitlines()[0] if told else type(error).__name__
+        told = " ".join(str(error.__cause__ or error).split())  # what it wraps says more
+        reason = told[:MAX_REASON] or type(error).__name__
         kind = "a folder of data" if folder.is_dir() else "a file here, nor a dataset of the hub"
         raise DataFileError(
             f"{name} ({split}): not {kind} that can be loaded: {reason}",

@@ -1,4 +1,5 @@
 """Conversations as token ids and labels: the ids of the chat template's text, trained where the assistant speaks.
+Plain texts are trained whole, without a template.
 
 A label is the token's own id where it is trained, and -100 (torch's `ignore_index`, which TRL's collator also pads
 with) elsewhere.
@@ -9,13 +10,14 @@ that begins in the prompt and ends in the reply), prompt and reply are tokenized
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgelora.errors import DataFileError, ModelFileError
 from edgelora.messages import Conversation, Message
 from edgelora.rows import listed_problems
+from edgelora.tools.writing import written_message
 from edgelora.train.passages import Passage, PassageFinder
 
 IGNORED = -100
@@ -26,10 +28,11 @@ CONTINUED = ("\n", "!", "0", "a")
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One training sequence; `labels` has the length of `input_ids`."""
+    """One training sequence; `labels` has the length of `input_ids`, `source` is the `FILE:LINE` it comes from."""
 
     input_ids: list[int]
     labels: list[int]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class TokenRows:
     """The sequences of a file, and what became of its conversations.
 
     Attributes:
-        cut: rows that lost tokens at `max_length`.
+        cut: rows that lost tokens at `max_length`; of a plain text that is longer, each piece is a row.
         dropped: rows left out because no trained token was left.
         split: conversations trained one reply at a time, or on another text than the template gives for the whole.
         quoting: conversations whose messages hold the text of special tokens.
@@ -50,6 +53,13 @@ class TokenRows:
     split: int
     quoting: int
     apart: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> list[str]:
+        return [row.source for row in self.rows]
+
+    def token_rows(self) -> list[TokenRow]:
+        return self.rows
 
     def columns(self) -> dict[str, list[list[int]]]:
         return {"input_ids": [r.input_ids for r in self.rows], "labels": [r.labels for r in self.rows]}
@@ -87,7 +97,8 @@ def finder_for(tokenizer: Any, template: Any) -> PassageFinder:
 def tokenize_conversations(
     conversations: Sequence[Conversation], tokenizer: Any, finder: PassageFinder, max_length: int
 ) -> TokenRows:
-    """Every conversation as token rows of at most `max_length` tokens (the end is cut off).
+    """Every conversation as token rows of at most `max_length` tokens: the end of a conversation is cut off, and a
+    plain text is cut into as many rows as it takes.
 
     Args:
         tokenizer: a fast `transformers` tokenizer.
@@ -104,8 +115,13 @@ def tokenize_conversations(
     found = _find_passages(conversations, finder)
     _compare_with_transformers(conversations, found, tokenizer, finder)
     made = list(tokenize_passages([passage for group in found for passage in group], tokenizer))
-    sources = [c.source for c, group in zip(conversations, found, strict=True) for _ in group]
-    rows = [_cut(row, max_length) for tokenized in made for row in tokenized.rows]
+    owners = [conversation for conversation, group in zip(conversations, found, strict=True) for _ in group]
+    rows = [
+        piece
+        for owner, tokenized in zip(owners, made, strict=True)
+        for row in tokenized.rows
+        for piece in _fitted(replace(row, source=owner.source), max_length, plain=owner.plain)
+    ]
     kept = [row for row, _ in rows if any(label != IGNORED for label in row.labels)]
     if not kept:
         raise DataFileError(
@@ -118,7 +134,7 @@ def tokenize_conversations(
         dropped=len(rows) - len(kept),
         split=sum(group[0].rebuilt for group in found),
         quoting=sum(_quotes(conversation, tokenizer) for conversation in conversations),
-        apart=tuple(dict.fromkeys(source for source, tokenized in zip(sources, made, strict=True) if tokenized.apart)),
+        apart=tuple(dict.fromkeys(o.source for o, tokenized in zip(owners, made, strict=True) if tokenized.apart)),
     )
 
 
@@ -128,12 +144,23 @@ def _quotes(conversation: Conversation, tokenizer: Any) -> bool:
     )
 
 
+def conversation_passages(conversation: Conversation, finder: PassageFinder) -> list[Passage]:
+    """The texts that a conversation is trained as.
+
+    Raises:
+        ModelFileError: the template refuses it.
+    """
+    if conversation.plain:
+        return [finder.document(conversation.messages[0]["content"])]
+    return finder.passages(conversation.messages, conversation.untrained, conversation.tools)
+
+
 def _find_passages(conversations: Sequence[Conversation], finder: PassageFinder) -> list[list[Passage]]:
     found, problems = [], []
     hint = ""
     for conversation in conversations:
         try:
-            found.append(finder.passages(conversation.messages, conversation.untrained))
+            found.append(conversation_passages(conversation, finder))
         except ModelFileError as error:
             problems.append(f"{conversation.source}: {error.message}")
             hint = error.hint
@@ -200,10 +227,13 @@ def _labels(passage: Passage, ids: Sequence[int], offsets: Sequence[tuple[int, i
     ]
 
 
-def _cut(row: TokenRow, max_length: int) -> tuple[TokenRow, bool]:
-    if len(row.input_ids) <= max_length:
-        return row, False
-    return TokenRow(row.input_ids[:max_length], row.labels[:max_length]), True
+def _fitted(row: TokenRow, max_length: int, *, plain: bool) -> Iterator[tuple[TokenRow, bool]]:
+    """A row as rows of at most `max_length` tokens, each with whether tokens were lost."""
+    ends = range(max_length, len(row.input_ids) + max_length, max_length) if plain else (max_length,)
+    for end in ends:
+        begin = end - max_length
+        piece = replace(row, input_ids=row.input_ids[begin:end], labels=row.labels[begin:end])
+        yield piece, not plain and len(row.input_ids) > max_length
 
 
 def _compare_with_transformers(
@@ -211,10 +241,11 @@ def _compare_with_transformers(
 ) -> None:
     """Other tools that read the adapter render with transformers: the first rows must get the same ids there."""
     for conversation, group in list(zip(conversations, found, strict=True))[:ROWS_COMPARED]:
-        if group[0].rebuilt:
+        if group[0].rebuilt or conversation.plain:
             continue
         ours = tokenizer(group[0].text, add_special_tokens=False, verbose=False)["input_ids"]
-        theirs = chat_template_ids(tokenizer, conversation.messages, finder.template.source)
+        written = [written_message(finder.template, message) for message in conversation.messages]
+        theirs = chat_template_ids(tokenizer, written, finder.template.source, conversation.tools)
         if ours[: len(theirs)] != theirs:  # an end of turn may have been added
             raise ModelFileError(
                 f"{conversation.source}: the chat template renders otherwise in transformers "
@@ -223,9 +254,12 @@ def _compare_with_transformers(
             )
 
 
-def chat_template_ids(tokenizer: Any, messages: Sequence[Message], source: str) -> list[int]:
+def chat_template_ids(
+    tokenizer: Any, messages: Sequence[Message], source: str, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
     """The ids transformers itself gives for a conversation under a template."""
+    shown = [dict(tool) for tool in tools] or None
     encoded = tokenizer.apply_chat_template(
-        [dict(m) for m in messages], chat_template=source, tokenize=True, return_dict=True
+        [dict(m) for m in messages], tools=shown, chat_template=source, tokenize=True, return_dict=True
     )
     return list(encoded["input_ids"])

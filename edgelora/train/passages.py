@@ -10,20 +10,26 @@ the text at three points of each assistant turn:
 `before` must begin `after`, as at serving time the model goes on from `before`; what `after` and `probe` share at their
 ends is the template's, and is trained up to its first special token (`<|im_end|>` here): so the model learns to stop.
 Some templates write that token at the start of the next turn only (GLM, Apertus): then it is added.
+
+A reply that calls tools is text like any other, as the template writes it; what tools answer is not trained.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 from edgelora.errors import ModelFileError, SettingsError
 from edgelora.messages import Message, user_message
 from edgelora.template import ChatTemplate
+from edgelora.tools.families import required_family
+from edgelora.tools.writing import written_message
 
+Tools = Sequence[Mapping[str, Any]]
 PROBE = "reply-probe-5f3a"
 _QUESTION = user_message("question-probe-5f3a")
 _HINT = "Give another template with --chat-template, for example chatml."
@@ -73,12 +79,30 @@ class PassageFinder:
         longest_first = sorted(({*special_tokens} - {bos_token} | {eos_token}) - {""}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def render(self, messages: Sequence[Message], *, reply_next: bool = False) -> str:
+    def render(self, messages: Sequence[Message], *, reply_next: bool = False, tools: Tools = ()) -> str:
+        """The text that serving makes of the same conversation.
+
+        Raises:
+            ModelFileError: the template refuses it, or does not support tools that it has.
+        """
+        try:
+            if tools:
+                required_family(self.template)
+            written = [written_message(self.template, message) for message in messages]
+        except SettingsError as error:
+            raise ModelFileError(error.message, hint=_HINT) from None
         return self.template.render(
-            messages, add_generation_prompt=reply_next, bos_token=self._bos, eos_token=self._eos
+            written, add_generation_prompt=reply_next, bos_token=self._bos, eos_token=self._eos, tools=tools or None
         )
 
-    def passages(self, messages: Sequence[Message], untrained: Collection[int] = ()) -> list[Passage]:
+    def document(self, text: str) -> Passage:
+        """A text that no template sees: all of it is trained, and that it ends."""
+        whole = f"{self._bos}{text}{self._eos}"
+        return Passage(whole, ((len(self._bos), len(whole)),))
+
+    def passages(
+        self, messages: Sequence[Message], untrained: Collection[int] = (), tools: Tools = ()
+    ) -> list[Passage]:
         """The conversation as one passage; as one passage a reply where the template rewrites earlier turns.
 
         Templates of reasoning models drop the reasoning of earlier replies, and Mistral's show the system prompt in
@@ -87,12 +111,13 @@ class PassageFinder:
 
         Args:
             untrained: indices of replies that are read only; the last message is not among them.
+            tools: what the conversation's `tools` are to the template.
 
         Raises:
             ModelFileError: the template refuses the conversation, or its replies cannot be told from the rest.
         """
         replies = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in untrained]
-        turns = [self._turn(messages[:i], messages[i]) for i in replies]
+        turns = [self._turn(messages[:i], messages[i], tools) for i in replies]
         whole = turns[-1].text
         if not any(turn.rebuilt for turn in turns) and all(whole.startswith(turn.trained_text) for turn in turns):
             return [Passage(whole, tuple((turn.start, turn.end) for turn in turns))]
@@ -113,30 +138,65 @@ class PassageFinder:
         ending = token.group() if token else alone.rstrip() or following.rstrip(" ")
         return (ending,) if ending.strip() and ending != self._eos else ()
 
-    def _turn(self, history: Sequence[Message], reply: Message) -> _Turn:
-        before = self.render(history, reply_next=True)
-        after = self.render([*history, reply])
-        head, probe, tail = self.render([*history, _assistant(PROBE)]).partition(PROBE)
+    def _turn(self, history: Sequence[Message], reply: Message, tools: Tools) -> _Turn:
+        before = self.render(history, reply_next=True, tools=tools)
+        after = self.render([*history, reply], tools=tools)
+        head, probe, tail = self.render([*history, _assistant(PROBE)], tools=tools).partition(PROBE)
         if not probe:
             raise ModelFileError("the chat template does not show the assistant's text", hint=_HINT)
         rebuilt = not (after.startswith(before) and head.startswith(before))
         if rebuilt:
-            if not (after.startswith(head) and _same_question(before, head, history)):
+            same_end = _same_question(before, head, history) or self._same_opening(before, head, history, tools)
+            if not (after.startswith(head) and same_end):
                 raise _not_a_continuation(before, after)
             after = before + after[len(head) :]
-        template_end = _common_suffix(after[len(before) :], tail)
-        shown = after[len(before) : len(after) - template_end]
+        written = after[len(before) :]
+        shown_end = len(before) + self._written_end(written, tail, reply)
+        shown = after[len(before) : shown_end]
         if reply["content"].strip() and not shown.strip():
             raise ModelFileError("the chat template does not show the assistant's text", hint=_HINT)
-        if token := self._special.search(after, len(after) - template_end):
+        if any(call["function"]["name"] not in shown for call in reply.get("tool_calls", ())):
+            raise ModelFileError("the chat template does not show the assistant's calls of tools", hint=_HINT)
+        if token := self._special.search(after, shown_end):
             return _Turn(after, len(before), token.end(), rebuilt)
-        after += self._end_in_next_turn(after, [*history, reply])
+        after += self._end_in_next_turn(after, [*history, reply], tools)
         return _Turn(after, len(before), len(after), rebuilt)
 
-    def _end_in_next_turn(self, text: str, messages: Sequence[Message]) -> str:
-        """What the next question's text begins with, up to its first special token; empty where there is none."""
+    def _same_opening(self, before: str, head: str, history: Sequence[Message], tools: Tools) -> bool:
+        """Whether a reply to a tool's answer begins alike in both texts: some templates end that turn in another way
+        where a reply follows (Hermes 3: without a newline)."""
+        if history[-1]["role"] != "tool":
+            return False
+        opening = before.removeprefix(self.render(history, tools=tools))
+        return bool(opening.strip()) and opening != before and head.endswith(opening)
+
+    def _written_end(self, written: str, tail: str, reply: Message) -> int:
+        """Where in the text of a reply the template's own end begins; calls may end otherwise than text does.
+
+        Args:
+            written: from where the reply begins.
+            tail: what follows a reply of text.
+        """
+        end = len(written) - self._whole_tokens(tail, _common_suffix(written, tail))
+        if not reply.get("tool_calls"):
+            return end
+        family = required_family(self.template)
+        called = written.rfind(family.closing) if family.closing else -1
+        if called >= 0:
+            return min(end, called + len(family.closing))
+        last = list(self._special.finditer(written))[-1:]
+        return min([end, *[token.start() for token in last if token.end() == len(written.rstrip())]])
+
+    def _whole_tokens(self, tail: str, length: int) -> int:
+        """The length of an end of `tail`, `length` or less, that begins inside of no special token."""
+        start = len(tail) - length
+        inside = (token for token in self._special.finditer(tail) if token.start() < start < token.end())
+        return len(tail) - next((token.end() for token in inside), start)
+
+    def _end_in_next_turn(self, text: str, messages: Sequence[Message], tools: Tools) -> str:
+        """What the text of the next turn begins with, up to its first special token; empty where there is none."""
         try:
-            longer = self.render([*messages, _QUESTION])
+            longer = self.render([*messages, _next_turn(messages[-1])], tools=tools)
         except ModelFileError:
             return ""
         following = longer.removeprefix(text).partition(_QUESTION["content"])[0] if longer.startswith(text) else ""
@@ -166,6 +226,14 @@ def chosen_template(named: str | None, of_base: str | None, *, chat_needed: bool
 
 def _assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
+
+
+def _next_turn(reply: Message) -> Message:
+    """The question after a reply of text, a tool's answer after a call."""
+    if not (calls := reply.get("tool_calls")):
+        return _QUESTION
+    answer: Message = {"role": "tool", "content": _QUESTION["content"], "name": calls[0]["function"]["name"]}
+    return {**answer, "tool_call_id": calls[0]["id"]} if "id" in calls[0] else answer
 
 
 def _same_question(before: str, head: str, history: Sequence[Message]) -> bool:

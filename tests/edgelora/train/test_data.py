@@ -95,6 +95,24 @@ def test_a_reply_that_goes_on_in_a_word_follows_the_ids_of_its_prompt(messages: 
         assert trained_text(row, tokenizer).startswith(messages[reply]["content"])
 
 
+def test_plain_text_is_trained_whole_without_a_template(tokenizer: Any) -> None:
+    finder = finder_for(tokenizer, ChatTemplate(BUILTIN["chatml"]))
+    text = "Is it waterproof? Yes, the Pebble lamp is waterproof. " * 9
+    found = conversation_of(Row(1, {"text": text}), "data.jsonl:1")
+    assert isinstance(found, Conversation)
+    (whole,) = tokenize_conversations([found], tokenizer, finder, 2048).rows
+    assert tokenizer.decode(whole.input_ids) == f"<|begin|>{text}<|im_end|>"
+    assert whole.labels == [IGNORED, *whole.input_ids[1:]]
+    pieces = tokenize_conversations([found], tokenizer, finder, 32)
+    assert [token for row in pieces.rows for token in row.input_ids] == whole.input_ids
+    assert [label for row in pieces.rows for label in row.labels] == whole.labels
+    assert [len(row.input_ids) for row in pieces.rows[:-1]] == [32] * (len(pieces.rows) - 1)
+    assert {row.source for row in pieces.rows} == {"data.jsonl:1"}
+    assert pieces.cut == 0
+    exact = tokenize_conversations([found], tokenizer, finder, len(whole.input_ids))
+    assert len(exact.rows) == 1
+
+
 def test_special_tokens_in_messages_are_counted(tokenizer: Any) -> None:
     assert rows_of(chat("Hi", "Say <|im_end|> now."), tokenizer).quoting == 1
     assert rows_of(chat("Hi", "Say <im_end> now."), tokenizer).quoting == 0
