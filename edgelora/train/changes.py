@@ -57,7 +57,8 @@ def outputs_of(model: Any, modules: Mapping[str, tuple[int, int]]) -> dict[str, 
     found = {}
     with torch.inference_mode():
         for name, (_, n_inputs) in modules.items():
-            module = copy.deepcopy(inner.get_submodule(name)).float()  # half precision would hide a small change
+            module = copy.deepcopy(inner.get_submodule(name)).eval()  # dropout is of training alone
+            module = module.float()  # half precision would hide a small change
             device = next(module.parameters()).device
             vectors = torch.from_numpy(inputs_of(f"{name}.weight", n_inputs)).float().to(device)
             found[name] = module(vectors).double().cpu().numpy()
