@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,17 +35,14 @@ class RecipeCommand(click.Command):
 
 
 def _option_for(field: Field[Any]) -> click.Option:
-    bound, default = field.metadata["bound"], field.default
+    from edgelora.train.recipe import default_text
+
+    bound, default = field.metadata["bound"], default_text(field.name)
     text = str(field.metadata["help"]).strip()
-    shown = "" if default is None or default is MISSING else f"  [default: {default}]"
-    kind: Any = click.Choice(bound.choices) if bound.choices else _option_type(field.name, default)
-    flag: dict[str, Any] = {"is_flag": True, "default": None} if isinstance(default, bool) else {"type": kind}
+    shown = f"  [default: {default}]" if default else ""
+    kind: Any = click.Choice(bound.choices) if bound.choices else bound.kind
+    flag: dict[str, Any] = {"is_flag": True, "default": None} if bound.kind is bool else {"type": kind}
     return click.Option(["--" + field.name.replace("_", "-")], **flag, help=f"{text[:1].upper()}{text[1:]}.{shown}")
-
-
-def _option_type(name: str, default: Any) -> type:
-    optional = {"max_steps": int, "eval_steps": int}
-    return optional.get(name, str) if default is None else type(default)
 
 
 class _Drawn:
@@ -65,7 +62,7 @@ class _Drawn:
 
 @click.command("train", cls=RecipeCommand)
 @click.argument("data", type=FILE)
-@click.option("--base", required=True, help="What to fine-tune: a Hugging Face folder, or a hub id.")
+@click.option("--base", required=True, help="What to fine-tune: a Hugging Face folder, a GGUF file, or a hub id.")
 @click.option(
     "-o", "--output", type=FILE, required=True, help="Folder for the adapter (PEFT's files, and edgelora's contract)."
 )
@@ -75,7 +72,7 @@ class _Drawn:
 def command(data: Path, base: str, output: Path, eval_data: Path | None, resume: bool, **recipe: Any) -> None:
     """Fine-tune a base on your data with PEFT.
 
-    The loss counts the assistant's tokens only.
+    The loss counts the assistant's tokens only; with `--objective dpo` it prefers chosen replies to rejected ones.
 
     DATA is JSONL: one object on each line, with `messages` (as in the OpenAI chat API), or with `prompt` and
     `completion`.
@@ -84,6 +81,8 @@ def command(data: Path, base: str, output: Path, eval_data: Path | None, resume:
     Examples:
       edgelora train support.jsonl --base my-model/ -o support/
       edgelora train support.jsonl --base my-model/ -o support/ --rank 8 --epochs 5 --eval-data held-out.jsonl
+      edgelora train support.jsonl --base my-model/ -o support/ --method qlora --eval-data held-out.jsonl --keep-best
+      edgelora train pairs.jsonl --base my-model/ -o polite/ --objective dpo
       edgelora train support.jsonl --base my-model/ -o support/ --resume
     """
     from edgelora.train.recipe import Recipe

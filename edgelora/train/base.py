@@ -5,7 +5,7 @@ Whatever holds weights to train on is a `Base`; `find_base` tells which one a pe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from converters.hub import fetch_model
 from converters.hub_cache import repository_of
 from converters.hub_reference import hub_reference
 from edgelora.errors import EdgeloraError, ModelFileError, SettingsError
+from edgelora.train.extra import require_packages
 from edgelora.train.recipe import Recipe
 
 
@@ -22,17 +23,40 @@ class Placement:
 
     Attributes:
         quantization: "nf4" where the base is quantized as it is loaded; "" where its weights stay as they are.
+        attention: transformers' `attn_implementation`; "" lets it choose.
     """
 
     device: str
     dtype_name: str
     quantization: str = ""
+    attention: str = ""
 
     @property
     def dtype(self) -> Any:
         import torch
 
         return getattr(torch, self.dtype_name)
+
+    def loading(self) -> dict[str, Any]:
+        """Arguments of transformers' `from_pretrained`."""
+        found: dict[str, Any] = {"dtype": self.dtype}
+        if self.attention:
+            found["attn_implementation"] = self.attention
+        if self.quantization:
+            from transformers import BitsAndBytesConfig
+
+            found["device_map"] = {"": self.device}
+            found["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=self.quantization,
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=self.dtype,
+            )
+        return found
+
+    def as_served(self) -> Placement:
+        """The same without what only training does to the base."""
+        return replace(self, quantization="", attention="")
 
 
 class Base(Protocol):
@@ -106,7 +130,7 @@ class BaseFolder:
 
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=place.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+                self.path, **place.loading(), use_safetensors=True, local_files_only=True, output_loading_info=True
             )
         except torch.OutOfMemoryError as error:
             raise EdgeloraError(f"{self.name} does not fit into memory: {error}") from error
@@ -174,12 +198,14 @@ def _needed(folder: Path) -> list[tuple[str, bool]]:
 
 
 def placement(recipe: Recipe) -> Placement:
-    """The device and type a recipe asks for, `auto` settled.
+    """How a recipe asks for a run to compute, `auto` settled.
 
-    CPUs and Apple GPUs train in float32: bfloat16 is emulated, or newer than the machines in use.
+    CPUs and Apple GPUs train in float32: bfloat16 is emulated, or newer than the machines in use. Weights that are
+    themselves trained are kept in float32 everywhere: in bfloat16, most updates are smaller than the last digit.
 
     Raises:
-        SettingsError: a device this machine does not have.
+        SettingsError: a device this machine does not have, or one that cannot hold a quantized base.
+        MissingExtraError: packages that a setting needs.
     """
     import torch
 
@@ -190,6 +216,19 @@ def placement(recipe: Recipe) -> Placement:
             f"device is {device!r}, but torch {torch.__version__} sees none here",
             hint=f"There is: {', '.join(d for d in available if available[d])}.",
         )
-    fast_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    automatic = "bfloat16" if fast_bfloat16 else "float32"
-    return Placement(device, automatic if recipe.dtype == "auto" else recipe.dtype)
+    quantization = recipe.row.quantization
+    if quantization and device == "mps":
+        raise SettingsError(
+            f"{recipe.method} quantizes the base with bitsandbytes, which has nothing for Apple GPUs",
+            hint="Give --device cpu, or train a plain LoRA.",
+        )
+    require_packages(recipe)
+    automatic = "bfloat16" if device == "cuda" and _has_bfloat16() and not recipe.row.trains_base else "float32"
+    dtype = automatic if recipe.dtype == "auto" else recipe.dtype
+    return Placement(device, dtype, quantization, "" if recipe.attention == "auto" else recipe.attention)
+
+
+def _has_bfloat16() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called with runs done and runs in all: two for each probe."""
 
-# LoRA initialisations that leave the base's weights as they are: switched off, such an adapter is the bare base.
-BASE_UNCHANGED = (True, False, "gaussian", "eva", "orthogonal")
 PACKAGES = ("peft", "transformers", "torch")
 
 
@@ -116,18 +114,15 @@ def record_trained(
     contract: Contract,
     settings: RecordSettings,
     progress: Progress | None = None,
-) -> Certificate | None:
+) -> Certificate:
     """The certificate of a model that is in memory, with PEFT switching its adapter off for the base's part.
 
-    None where switching it off does not give the base back (initialisations that change its weights, trained biases):
+    Only for adapters that leave the base as it was: no initialisation took a part of it, and nothing quantized it.
     `record` loads both again.
 
     Raises:
         ModelFileError, DataFileError, EdgeloraError: see `record`.
     """
-    config = model.peft_config["default"]
-    if getattr(config, "init_lora_weights", None) not in BASE_UNCHANGED or getattr(config, "bias", "none") != "none":
-        return None
     recording = _Recording(tokenizer, contract, settings, prompts, progress)
     recording.run_adapter(model)
     with model.disable_adapter():

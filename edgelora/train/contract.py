@@ -7,13 +7,13 @@ from typing import Any
 
 from edgelora.contract import GOLDEN_MESSAGES, Contract
 from edgelora.errors import ModelFileError
-from edgelora.messages import Conversation
 from edgelora.train.base import Base
 from edgelora.train.passages import PassageFinder
+from edgelora.train.probes import Prompt
 
 
 def contract_of_run(
-    base: Base, fingerprint: str, tokenizer: Any, finder: PassageFinder, conversations: Sequence[Conversation]
+    base: Base, fingerprint: str, tokenizer: Any, finder: PassageFinder, prompts: Sequence[Prompt]
 ) -> Contract:
     """Base, template, golden ids, stops and system prompt; the training summary is added when there is one.
 
@@ -31,12 +31,11 @@ def contract_of_run(
         golden_messages=GOLDEN_MESSAGES,
         golden_tokens=tuple(tokenizer(golden, add_special_tokens=False)["input_ids"]),
         stop=finder.stop_strings(),
-        system=shared_system_prompt(conversations),
+        system=shared_system_prompt(prompts),
     )
 
 
-def shared_system_prompt(conversations: Sequence[Conversation]) -> str:
+def shared_system_prompt(prompts: Sequence[Prompt]) -> str:
     """The system prompt that every row begins with; empty where rows differ or one has none."""
-    firsts = [conversation.messages[0] for conversation in conversations]
-    prompts = {message["content"] if message["role"] == "system" else "" for message in firsts}
-    return prompts.pop() if len(prompts) == 1 else ""
+    firsts = {prompt[0]["content"] if prompt and prompt[0]["role"] == "system" else "" for prompt in prompts}
+    return firsts.pop() if len(firsts) == 1 else ""

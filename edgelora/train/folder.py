@@ -1,12 +1,14 @@
 """The folder of a run: what it holds while it goes on, and when a finished adapter stands in it.
 
 DIR/adapter_config.json, adapter_model.safetensors    what PEFT writes; there when the run is done
+DIR/config.json, model.safetensors, tokenizer.json    of a run that trained all weights, instead
 DIR/edgelora.json                                     the contract
 DIR/run.json                                          recipe, base and data hashes: what --resume compares
 DIR/metrics.jsonl                                     one object a log line
 DIR/.lock                                             held by the process that trains here; gone when it ends
 DIR/train.log                                         what the libraries had to say
-DIR/checkpoints/checkpoint-N/                         adapter, optimizer and random state after step N; always whole
+DIR/checkpoints/checkpoint-N/                         weights, optimizer and random state after step N; always whole
+DIR/checkpoints/initial/                              the adapter as it began, where its method needs that again
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ from edgelora.train.recipe import Recipe
 VERSION = 1
 CHECKPOINT = "checkpoint-"
 CHECKPOINTS_KEPT = 2
-# A PEFT folder is one with an adapter_config.json: it goes in last, when the rest is there.
+# What makes a folder an adapter or a model goes in last, when the rest is there.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model*.safetensors"
+MARKS = (ADAPTER_CONFIG, MODEL_CONFIG)
 LOCK = ".lock"
 
 
@@ -44,6 +48,7 @@ class RunRecord:
     data_sha256: str
     eval_sha256: str = ""
     template_sha256: str = ""
+    peft_config_sha256: str = ""
     dtype: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     version: int = VERSION
@@ -55,6 +60,7 @@ class RunRecord:
             "data_sha256": "the training data is not the same file any more",
             "eval_sha256": "the evaluation data is not the same",
             "template_sha256": "the chat template is not the same any more",
+            "peft_config_sha256": "the file of --peft-config is not the same any more",
             "dtype": f"the base's weights were {self.dtype}, now {now.dtype}",
         }
         return [
@@ -94,8 +100,13 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def initial(self) -> Path:
+        return self.checkpoints / "initial"
+
+    @property
     def finished(self) -> bool:
-        return all((self.path / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+        is_adapter = all((self.path / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+        return is_adapter or ((self.path / MODEL_CONFIG).is_file() and any(self.path.glob(MODEL_WEIGHTS)))
 
     def checkpoint_steps(self) -> list[int]:
         """Steps after which there is a whole checkpoint, ascending."""
@@ -118,7 +129,7 @@ class RunFolder:
         if not self.path.is_dir() or all(file.name == LOCK for file in self.path.iterdir()):
             return
         if self.finished:
-            raise SettingsError(f"{self.path}: holds a finished adapter", hint="Give another folder with -o.")
+            raise SettingsError(f"{self.path}: holds a finished run", hint="Give another folder with -o.")
         if not self.record_path.is_file():
             raise SettingsError(f"{self.path}: not empty, and not a training run", hint="Give another folder with -o.")
         if steps := self.checkpoint_steps():
@@ -174,6 +185,8 @@ class RunFolder:
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.discard_partial()
+            if self.initial.exists():
+                shutil.rmtree(self.initial)
             self.metrics_path.unlink(missing_ok=True)
             _write_whole(self.record_path, json.dumps(asdict(record), indent=2) + "\n")
 
@@ -193,30 +206,45 @@ class RunFolder:
         with writing(self.path), open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
-    def keep_checkpoint(self, partial: Path, step: int) -> None:
-        """Move a checkpoint that is complete into place, then drop the oldest."""
+    def keep_checkpoint(self, partial: Path, step: int, best: int | None = None) -> None:
+        """Move a checkpoint that is complete into place, then drop the oldest, but for that of step `best`."""
         target = self.checkpoint(step)
         if target.exists():
             shutil.rmtree(target)
         _complete_files(partial)
         os.replace(partial, target)
         for old in self.checkpoint_steps()[:-CHECKPOINTS_KEPT]:
-            shutil.rmtree(self.checkpoint(old))
+            if old != best:
+                shutil.rmtree(self.checkpoint(old))
 
     @contextmanager
-    def adapter_files(self) -> Iterator[Path]:
-        """A folder to save the adapter into; its files move into place together when the block ends well."""
-        partial = self.path / ".partial-adapter"
+    def result_files(self) -> Iterator[Path]:
+        """A folder to save the result into; its files move into place together when the block ends well."""
+        partial = self.path / ".partial-result"
         with writing(self.path):
             partial.mkdir()
             try:
                 yield partial
                 _complete_files(partial)
-                files = sorted(partial.iterdir(), key=lambda file: file.name == ADAPTER_CONFIG)
+                files = sorted(partial.iterdir(), key=lambda file: file.name in MARKS)
                 for file in files:
                     os.replace(file, self.path / file.name)
             finally:
                 shutil.rmtree(partial)
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name of `folder` when the block ends well."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    with writing(folder):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            _complete_files(partial)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

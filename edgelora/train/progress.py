@@ -57,9 +57,11 @@ class TrainReport:
     Attributes:
         output: the PEFT folder.
         base: a folder or a hub id; `base_fingerprint` is `converters.fingerprint` of it.
+        export: what the result becomes, a key of `methods.EXPORTS`.
         rows, eval_rows: training sequences after dropping and splitting.
         steps: optimizer steps of the whole run.
-        loss, eval_loss: the last that were logged, in nats per trained token.
+        loss, eval_loss: the last that were logged, in nats per trained token; of a run that ends with its best
+            checkpoint, the lowest eval_loss, which `best_step` had.
         trained_parameters, total_parameters: counts of weights.
         seconds, steps_per_second: since the run began or last went on; the first includes loading, the second is 0
             where no step was left to do.
@@ -81,6 +83,8 @@ class TrainReport:
     seconds: float
     steps_per_second: float
     versions: Mapping[str, str]
+    export: str = ""
+    best_step: int | None = None
     notes: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
@@ -99,4 +103,6 @@ SUMMARY = (
     "seconds",
     "steps_per_second",
     "versions",
+    "export",
+    "best_step",
 )

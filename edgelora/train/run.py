@@ -10,27 +10,27 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelora.contract import Contract
-from edgelora.dataset import read_conversations
 from edgelora.errors import DataFileError, EdgeloraError, SettingsError
-from edgelora.messages import Conversation
-from edgelora.train.base import Base, Placement, find_base, placement
+from edgelora.train.base import Placement, find_base, placement
 from edgelora.train.extra import require_extra
 from edgelora.train.folder import RunFolder, RunRecord, file_sha256
-from edgelora.train.methods import method_named
-from edgelora.train.progress import SUMMARY, SilentProgress, TrainProgress, TrainReport, TrainStatus
+from edgelora.train.job import Job, Notes, Prepared
+from edgelora.train.progress import SUMMARY, SilentProgress, TrainProgress, TrainReport
 from edgelora.train.recipe import Recipe
 
 if TYPE_CHECKING:
-    from edgelora.train.data import TokenRows
     from edgelora.train.library_log import LibraryLog
-    from edgelora.train.trainer import AdapterTrainer, RunCallback
+    from edgelora.train.rows import Data
+    from edgelora.train.run_callback import RunCallback
+    from edgelora.train.run_trainer import RunTrainer
+    from edgelora.train.trainee import Trainee
 
 
 def train(
@@ -43,19 +43,20 @@ def train(
     resume: bool = False,
     progress: TrainProgress | None = None,
 ) -> TrainReport:
-    """Fine-tune an adapter for `base` on the conversations in `data`, and leave it in `output`.
+    """Fine-tune an adapter for `base`, or its own weights, on the rows in `data`, and leave the result in `output`.
 
     Args:
-        data, eval_data: JSONL files of `messages`, or of `prompt` and `completion`.
-        base: a Hugging Face folder or a hub id.
+        data, eval_data: JSONL files of `messages`, or of `prompt` and `completion`; for preferences, of pairs.
+        base: a Hugging Face folder, a GGUF file or a hub id.
         output: see `edgelora.train.folder` for what is in it. A new run wants it empty, not there yet, or holding a run
             that never reached a checkpoint.
         resume: go on from the last whole checkpoint in `output`, with the same result as without the break; with no
             checkpoint there, begin; where the adapter is finished, report it.
 
     Raises:
-        MissingExtraError: the packages of the extra `train` are not installed.
-        SettingsError: the folder is taken or in use, or the run in it has another recipe, base or data.
+        MissingExtraError: the packages of the extra `train`, or of a setting, are not installed.
+        SettingsError: the folder is taken or in use, the run in it has another recipe, base or data, or the method has
+            nothing for this base.
         DataFileError: the data cannot be read, or the chat template refuses it.
         ModelFileError: the base cannot be found or loaded, or its template shows no assistant text.
         EdgeloraError: the loss is not a number any more, or memory or disk are full.
@@ -63,13 +64,17 @@ def train(
     """
     began = time.monotonic()
     require_extra("training")
-    said = _Notes(progress or SilentProgress())
+    said = Notes(progress or SilentProgress())
     run = RunFolder(output)
+    _check_settings(recipe, has_eval=eval_data is not None)
     if not resume:
         run.refuse_if_taken()
     from edgelora.train.library_log import library_log
+    from edgelora.train.rows import DATA
 
-    job = _Job(_conversations(data), _conversations(eval_data) if eval_data else [], find_base(base), recipe, run)
+    kind = DATA[recipe.objective]
+    rows, eval_rows = _read(kind, data, recipe), _read(kind, eval_data, recipe) if eval_data else []
+    job = Job(kind, rows, eval_rows, find_base(base, recipe.base_config), recipe, run)
     # OpenMP threads that wait by spinning starve each other on a busy machine (2 threads, a tiny model: 2.5 steps/s
     # spinning, 14.7 asleep). It counts only if torch is not loaded yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -78,71 +83,55 @@ def train(
         return _train(job, _record(job, data, eval_data), resume, said, log, began)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What to train, on what, and where to."""
+def _check_settings(recipe: Recipe, *, has_eval: bool) -> None:
+    """What takes no base and no library to see."""
+    if recipe.ends_with_best and not has_eval:
+        raise SettingsError(
+            "the best checkpoint is the one with the lowest loss on evaluation data, and there is none",
+            hint="Give --eval-data, or leave out --keep-best and --early-stopping-patience.",
+        )
+    if recipe.peft_config is not None and not recipe.torch_only:
+        from edgelora.train.peft_file import refusal_of
 
-    conversations: Sequence[Conversation]
-    eval_conversations: Sequence[Conversation]
-    base: Base
-    recipe: Recipe
-    run: RunFolder
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A job's rows as tokens, and the contract they will be served under."""
-
-    tokenizer: Any
-    rows: TokenRows
-    eval_rows: TokenRows | None
-    contract: Contract
+        if refusal := refusal_of(recipe.peft_config):
+            raise SettingsError(
+                f"{recipe.peft_config}: what it describes becomes nothing that llama.cpp runs: {refusal}",
+                hint="Choose another method; or train it for PEFT alone with --torch-only.",
+            )
 
 
-class _Notes:
-    """Passes progress on and keeps the notes for the report."""
+def _train(job: Job, record: RunRecord, resume: bool, said: Notes, log: LibraryLog, began: float) -> TrainReport:
+    from edgelora.train.preparation import prepare
+    from edgelora.train.result import said_before, save_result
 
-    def __init__(self, progress: TrainProgress) -> None:
-        self.progress = progress
-        self.kept: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.progress.note(text)
-
-    def keep(self, text: str) -> None:
-        self.kept.append(text)
-        self.progress.note(text)
-
-    def update(self, status: TrainStatus) -> None:
-        self.progress.update(status)
-
-
-def _train(job: _Job, record: RunRecord, resume: bool, said: _Notes, log: LibraryLog, began: float) -> TrainReport:
     place = placement(job.recipe)
-    prepared = _prepare(job, record.base_fingerprint, said)
+    prepared = prepare(job, record.base_fingerprint, said)
     template_sha256 = hashlib.sha256(prepared.contract.chat_template.encode()).hexdigest()
     record = replace(record, template_sha256=template_sha256, dtype=place.dtype_name)
     finished, checkpoint = _open(job, record, resume, said)
     log.write_to(job.run.log_path)
     if finished is not None:
         return _report_of(job, record, finished, said)
-    said.note(f"loading {job.base.name} ({place.dtype_name}, {place.device})")
-    said.note(method_named(job.recipe.method).outcome)
-    trainer, callback = _trainer(job, prepared, place, said)
+    said.note(f"loading {job.base.name} ({place.quantization or place.dtype_name}, {place.device})")
+    trainee = _trainee(job, prepared, place)
+    export = said_before(trainee, job, said)
+    trainer, callback = _trainer(job, prepared, trainee, place, said)
     with _saying_what_is_kept(trainer):
         _fit(trainer, callback, checkpoint)
+        best = _take_best(trainer, job.recipe, said)
         report = _report(job, record, prepared, trainer, callback, said, began)
-        _save_adapter(job, trainer.model, prepared, record, report, said)
+        report = replace(report, **best, export=export)
+        save_result(job, trainee, prepared, _summary(job, report, record), export, said)
     return replace(report, notes=tuple(said.kept))
 
 
-def _conversations(path: Path) -> list[Conversation]:
+def _read(kind: Data, path: Path, recipe: Recipe) -> Sequence[Any]:
     if str(path) == "-":
         raise DataFileError(
             "training data is read again on --resume and cannot come from standard input",
             hint="Save it to a file first.",
         )
-    return read_conversations(path)
+    return kind.read(path, recipe.seed)
 
 
 @contextmanager
@@ -160,7 +149,7 @@ def _memory_errors() -> Iterator[None]:
         ) from error
 
 
-def _record(job: _Job, data: Path, eval_data: Path | None) -> RunRecord:
+def _record(job: Job, data: Path, eval_data: Path | None) -> RunRecord:
     from importlib.metadata import version
 
     from converters.fingerprint import fingerprint
@@ -171,34 +160,12 @@ def _record(job: _Job, data: Path, eval_data: Path | None) -> RunRecord:
         base_fingerprint=fingerprint(job.base.path),
         data_sha256=file_sha256(data),
         eval_sha256=file_sha256(eval_data),
+        peft_config_sha256=file_sha256(Path(job.recipe.peft_config).expanduser() if job.recipe.peft_config else None),
         versions={name: version(name) for name in ("torch", "transformers", "peft", "trl")},
     )
 
 
-def _prepare(job: _Job, fingerprint: str, said: _Notes) -> _Prepared:
-    from edgelora.template import ChatTemplate
-    from edgelora.train.contract import contract_of_run
-    from edgelora.train.data import finder_for, tokenize_conversations
-    from edgelora.train.passages import chosen_template
-
-    tokenizer = job.base.load_tokenizer()
-    everything = [*job.conversations, *job.eval_conversations]
-    source = chosen_template(
-        job.recipe.chat_template, tokenizer.chat_template, chat_needed=any(c.templated for c in everything)
-    )
-    finder = finder_for(tokenizer, ChatTemplate(source))
-    contract = contract_of_run(job.base, fingerprint, tokenizer, finder, job.conversations)
-    both = (("training data", job.conversations), ("evaluation data", job.eval_conversations))
-    rows = {}
-    for name, conversations in both:
-        if conversations:
-            rows[name] = tokenize_conversations(conversations, tokenizer, finder, job.recipe.max_length)
-            for note in rows[name].notes(name, job.recipe.max_length):
-                said.keep(note)
-    return _Prepared(tokenizer, rows["training data"], rows.get("evaluation data"), contract)
-
-
-def _open(job: _Job, record: RunRecord, resume: bool, said: _Notes) -> tuple[Contract | None, Path | None]:
+def _open(job: Job, record: RunRecord, resume: bool, said: Notes) -> tuple[Contract | None, Path | None]:
     """Begin in the run's folder or go on in it: the contract if it is finished, the checkpoint to go on from."""
     run = job.run
     if resume and run.record_path.is_file():
@@ -218,7 +185,7 @@ def _open(job: _Job, record: RunRecord, resume: bool, said: _Notes) -> tuple[Con
     return None, None
 
 
-def _refuse_other_run(started: RunRecord, now: RunRecord, job: _Job) -> None:
+def _refuse_other_run(started: RunRecord, now: RunRecord, job: Job) -> None:
     if differences := started.differences(now, job.recipe):
         raise SettingsError(
             f"{job.run.path}: the run there was started otherwise: {'; '.join(differences)}",
@@ -226,12 +193,37 @@ def _refuse_other_run(started: RunRecord, now: RunRecord, job: _Job) -> None:
         )
 
 
-def _trainer(job: _Job, prepared: _Prepared, place: Placement, said: _Notes) -> tuple[AdapterTrainer, RunCallback]:
+def _trainee(job: Job, prepared: Prepared, place: Placement) -> Trainee:
+    from edgelora.train.trainee import begin
+    from edgelora.train.trainer import batches, check_target_modules
+
+    model = job.base.load_model(place).to(place.device)
+    check_target_modules(model, job.recipe)
+    return begin(
+        model,
+        job.base,
+        job.recipe,
+        prepared.found,
+        job.run,
+        lambda: batches(prepared.rows, prepared.tokenizer, job.recipe, place.device),
+    )
+
+
+def _trainer(
+    job: Job, prepared: Prepared, trainee: Trainee, place: Placement, said: Notes
+) -> tuple[RunTrainer, RunCallback]:
     from edgelora.train.trainer import build_trainer, rank_notes
 
-    model = job.base.load_model(place)
     trainer, callback = build_trainer(
-        model, prepared.tokenizer, prepared.rows, prepared.eval_rows, job.recipe, place, job.run, said
+        trainee,
+        prepared.tokenizer,
+        prepared.rows,
+        prepared.eval_rows,
+        job.recipe,
+        place,
+        job.run,
+        said,
+        job.base,
     )
     for note in rank_notes(trainer.model, job.recipe):
         said.keep(note)
@@ -239,7 +231,7 @@ def _trainer(job: _Job, prepared: _Prepared, place: Placement, said: _Notes) -> 
 
 
 @contextmanager
-def _saying_what_is_kept(trainer: AdapterTrainer) -> Iterator[None]:
+def _saying_what_is_kept(trainer: RunTrainer) -> Iterator[None]:
     """Give an interrupt its text, wherever between the first step and the saved adapter it comes."""
     try:
         yield
@@ -247,27 +239,45 @@ def _saying_what_is_kept(trainer: AdapterTrainer) -> Iterator[None]:
         raise KeyboardInterrupt(_kept(trainer)) from None
 
 
-def _fit(trainer: AdapterTrainer, callback: RunCallback, checkpoint: Path | None) -> None:
+def _fit(trainer: RunTrainer, callback: RunCallback, checkpoint: Path | None) -> None:
     """Run TRL's loop, or where its last step was done before, take the result.
 
     Raises:
         KeyboardInterrupt: it was interrupted before the last step.
     """
-    if checkpoint is not None and _is_last(checkpoint):
+    if checkpoint is not None and _is_last(checkpoint, callback.recipe):
         trainer.restore(checkpoint)
         return
     with callback.catching_interrupts():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if callback.interrupted and trainer.state.global_step < trainer.state.max_steps:
+    if callback.interrupted and not _is_done(vars(trainer.state), callback.recipe):
         raise KeyboardInterrupt
 
 
-def _is_last(checkpoint: Path) -> bool:
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["global_step"] >= state["max_steps"])
+def _is_last(checkpoint: Path, recipe: Recipe) -> bool:
+    return _is_done(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")), recipe)
 
 
-def _kept(trainer: AdapterTrainer) -> str:
+def _is_done(state: Mapping[str, Any], recipe: Recipe) -> bool:
+    from edgelora.train.run_trainer import stopped_early
+
+    return bool(state["global_step"] >= state["max_steps"]) or stopped_early(state, recipe.early_stopping_patience)
+
+
+def _take_best(trainer: RunTrainer, recipe: Recipe, said: Notes) -> dict[str, Any]:
+    """Go back to the best checkpoint where the recipe ends with it; what the report says of it."""
+    if not recipe.ends_with_best:
+        return {}
+    step, state = trainer.restore_best(), trainer.state
+    if step is None:
+        said.keep("the evaluation data was never looked at: the last step is kept as it is; lower --eval-steps")
+        return {}
+    why = "stopped early: " if state.global_step < state.max_steps else ""
+    said.keep(f"{why}step {step} of {state.global_step} had the lowest eval loss, {state.best_metric:.3f}, and is kept")
+    return {"best_step": step, "eval_loss": state.best_metric}
+
+
+def _kept(trainer: RunTrainer) -> str:
     steps = trainer.run.checkpoint_steps()
     total = trainer.state.max_steps
     if not steps:
@@ -276,17 +286,17 @@ def _kept(trainer: AdapterTrainer) -> str:
 
 
 def _report(
-    job: _Job,
+    job: Job,
     record: RunRecord,
-    prepared: _Prepared,
-    trainer: AdapterTrainer,
+    prepared: Prepared,
+    trainer: RunTrainer,
     callback: RunCallback,
-    said: _Notes,
+    said: Notes,
     began: float,
 ) -> TrainReport:
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     evals = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-    trained, total = trainer.model.get_nb_trainable_parameters()
+    trained, total = _parameters(trainer.model)
     return TrainReport(
         output=job.run.path,
         base=job.base.reference,
@@ -306,43 +316,24 @@ def _report(
     )
 
 
-def _save_adapter(
-    job: _Job, model: Any, prepared: _Prepared, record: RunRecord, report: TrainReport, said: _Notes
-) -> None:
-    """PEFT's folder and the contract with its certificate, whole or not at all."""
-    from edgelora.train.trainer import save_peft
+def _parameters(model: Any) -> tuple[int, int]:
+    """Trained, and all; a quantized weight counts as what it stands for."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        trained, total = model.get_nb_trainable_parameters()
+        return int(trained), int(total)
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, is_trained in counts if is_trained), sum(count for count, _ in counts)
 
+
+def _summary(job: Job, report: TrainReport, record: RunRecord) -> dict[str, Any]:
+    """What the contract keeps of a run."""
     training = {**job.recipe.to_dict(), **report.summary(), "data_sha256": record.data_sha256}
     if not report.steps_per_second:  # a run whose last step was done before
         del training["steps_per_second"]
-    known = {name: value for name, value in training.items() if value is not None}
-    model.peft_config["default"].base_model_name_or_path = job.base.reference
-    with job.run.adapter_files() as folder:
-        save_peft(model, folder)
-        contract = prepared.contract.with_changes(training=known)
-        contract.with_changes(certificate=_certificate(job, model, prepared, folder, said)).save(folder)
+    return {name: value for name, value in training.items() if value is not None}
 
 
-def _certificate(job: _Job, model: Any, prepared: _Prepared, folder: Path, said: _Notes) -> str:
-    """Recorded on held-out rows where there are some, else on those of training; empty where none can be."""
-    from edgelora.train.certificate import RecordSettings, record, record_trained
-    from edgelora.train.probes import before_the_reply
-
-    if not job.recipe.certificate_probes:
-        return ""
-    said.note("recording the certificate for edgelora verify")
-    prompts = [before_the_reply(conversation) for conversation in job.eval_conversations or job.conversations]
-    place = placement(job.recipe)
-    settings = RecordSettings(job.recipe.certificate_probes, dtype=place.dtype_name, device=place.device)
-    try:
-        made = record_trained(model, prepared.tokenizer, prompts, prepared.contract, settings)
-        return (made or record(job.base, folder, prompts, prepared.contract, settings)).encode()
-    except EdgeloraError as error:  # the adapter is made, and worth keeping
-        said.keep(f"no certificate: {error.message}")
-        return ""
-
-
-def _report_of(job: _Job, record: RunRecord, contract: Contract, said: _Notes) -> TrainReport:
+def _report_of(job: Job, record: RunRecord, contract: Contract, said: Notes) -> TrainReport:
     """The report of a run that was finished before: its figures are in the contract."""
     figures: dict[str, Any] = {"steps_per_second": 0.0}
     figures |= {name: contract.training.get(name, figures.get(name)) for name in SUMMARY}

@@ -8,6 +8,7 @@ import pytest
 
 from edgelora.errors import SettingsError
 from edgelora.train import METHODS, Recipe
+from edgelora.train.recipe import default_text
 
 
 def test_all_problems_in_one_message() -> None:
@@ -48,12 +49,37 @@ def test_reading_the_tables_loads_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_setting_that_the_method_or_the_objective_does_not_read_is_refused_by_name() -> None:
+    with pytest.raises(SettingsError, match="rank is given, and ia3 does not read it; alpha is given, and ia3"):
+        Recipe(method="ia3", rank=4, alpha=8)
+    with pytest.raises(SettingsError, match="target_modules is given, and full does not read it"):
+        Recipe(method="full", target_modules="q_proj")
+    with pytest.raises(SettingsError, match="dpo_beta is given, and sft does not read it"):
+        Recipe(dpo_beta=0.2)
+    with pytest.raises(SettingsError, match="dropout is given, and dpo does not read it"):
+        Recipe(objective="dpo", dropout=0.1)
+    with pytest.raises(SettingsError, match="peft_config is given, and dora does not read it"):
+        Recipe(method="dora", peft_config="boft.json")
+    with pytest.raises(SettingsError, match="peft_config is not given"):
+        Recipe(method="peft-config")
+
+
+def test_each_method_has_its_own_defaults() -> None:
+    assert (Recipe().rank, Recipe().alpha, Recipe().learning_rate) == (16, 32.0, 2e-4)
+    assert (Recipe(method="vera").rank, Recipe(method="vera").alpha) == (256, None)
+    assert Recipe(method="full").learning_rate == 2e-5
+    assert Recipe(peft_config="boft.json").method == "peft-config"
+    assert Recipe(method="full", objective="dpo").learning_rate == 1e-6  # Rafailov et al., appendix B
+    assert Recipe(method="ia3", learning_rate=0.5).learning_rate == 0.5
+    assert default_text("rank") == "16; loha, lokr 8; vera 256"
+
+
 @pytest.mark.train
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.config_class])
 def test_methods_build_their_config(name: str) -> None:
     import peft
 
-    config = METHODS[name].peft_config(Recipe(method=name, rank=4, alpha=8, target_modules="q_proj,v_proj"))
+    config = METHODS[name].peft_config(Recipe(method=name, target_modules="q_proj,v_proj"))
     assert isinstance(config, getattr(peft, METHODS[name].config_class))
     assert config.task_type == "CAUSAL_LM"
     assert config.target_modules == {"q_proj", "v_proj"}

@@ -199,6 +199,7 @@ def test_only_labelled_tokens_give_loss(base: Path, tokenizer: Any, tmp_path: Pa
 
     from edgelora.train.base import find_base, placement
     from edgelora.train.data import finder_for, tokenize_conversations
+    from edgelora.train.trainee import begin
     from edgelora.train.trainer import build_trainer
 
     turns = (chat("Is it red?", "Yes.", "Sure?", "Yes, it is red."), chat("Hi", "Hello!"))
@@ -206,8 +207,9 @@ def test_only_labelled_tokens_give_loss(base: Path, tokenizer: Any, tmp_path: Pa
     rows = tokenize_conversations(talks, tokenizer, finder_for(tokenizer, ChatTemplate(BUILTIN["chatml"])), 512)
     settings = replace(settings, dropout=0.0)
     place = placement(settings)
-    model = find_base(str(base)).load_model(place)
-    trainer, _ = build_trainer(model, tokenizer, rows, None, settings, place, RunFolder(tmp_path), Watcher())
+    folder = RunFolder(tmp_path)
+    model = begin(find_base(str(base)).load_model(place), find_base(str(base)), settings, {}, folder, lambda: [])
+    trainer, _ = build_trainer(model, tokenizer, rows, None, settings, place, folder, Watcher())
     batch = next(iter(trainer.get_train_dataloader()))
     texts = {tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]}
     assert texts == {"Yes.<|im_end|>Yes, it is red.<|im_end|>", "Hello!<|im_end|>"}
@@ -340,15 +342,15 @@ class TestResume:
     def test_ctrl_c_after_the_last_step_says_what_is_kept(
         self, finished: Finished, base: Path, data: Path, settings: Recipe, tmp_path: Path, monkeypatch: Any
     ) -> None:
-        def interrupted(model: Any, folder: Path) -> None:
-            if folder.name == ".partial-adapter":
+        def interrupted(trainee: Any, folder: Path) -> None:
+            if folder.name == ".partial-result":
                 signal.raise_signal(signal.SIGINT)
-            save(model, folder)
+            save(trainee, folder)
 
-        import edgelora.train.trainer as module
+        import edgelora.train.result as module
 
-        save = module.save_peft
-        monkeypatch.setattr(module, "save_peft", interrupted)
+        save = module.save_trained
+        monkeypatch.setattr(module, "save_trained", interrupted)
         with pytest.raises(KeyboardInterrupt, match="Step 6 of 6 is kept; go on with --resume"):
             train(data, str(base), tmp_path / "out", settings, eval_data=data)
         monkeypatch.undo()
@@ -397,7 +399,7 @@ class TestTheOutputFolder:
         self, finished: Finished, base: Path, data: Path, settings: Recipe
     ) -> None:
         before = (finished.folder / "adapter_model.safetensors").stat().st_mtime_ns
-        with pytest.raises(SettingsError, match="holds a finished adapter"):
+        with pytest.raises(SettingsError, match="holds a finished run"):
             train(data, str(base), finished.folder, settings)
         assert (finished.folder / "adapter_model.safetensors").stat().st_mtime_ns == before
 
