@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from edgelora.engine.model import Model
 from edgelora.engine.native import Handle, forget_log, llama, reason
 from edgelora.engine.preflight import INVOCATION, check_adapter, check_fingerprint, check_finite, read_checked
 from edgelora.engine.prompt import encode_prompt
-from edgelora.errors import ModelFileError, SettingsError
+from edgelora.engine.trial import gives_numbers
+from edgelora.errors import EdgeloraError, ModelFileError, SettingsError
 from edgelora.sampling import Sampling
 from edgelora.template import ChatTemplate
 
@@ -206,6 +207,7 @@ class Adapters:
         self._model, self.mixer, self._budget = model, mixer, budget_bytes
         self._detach, self._wake, self._threads, self._must_mix = detach, wake, threads, must_mix
         self.mixing_problem = "" if mixer else "this engine does not mix adapters"
+        self._tried: set[tuple[str, float]] = set()  # content and scale of what gives numbers
         self._proven: dict[str, bool] = {}  # matrix that adapters were seen to be mixed on: whether the graph uses it
         self._named: dict[str, Adapter] = {adapter.name: adapter for adapter in _bundled(model)}
         self._pinned: set[str] = set()
@@ -224,11 +226,15 @@ class Adapters:
         """`prepare` and `add` in one."""
         return self.add(prepare(ref, self._model.header, mixing=self.mixer is not None), force=force)
 
-    def add(self, prepared: Prepared, *, force: bool = False) -> Adapter:
+    def add(self, prepared: Prepared, *, force: bool = False, tried: Collection[str] | None = None) -> Adapter:
         """Make an adapter known; one of the same name is replaced, and its replies go on with the old one.
 
+        Args:
+            tried: see `Engine.load_adapter`.
+
         Raises:
-            ModelFileError, BaseMismatchError: see `preflight`; or golden tokens that come out otherwise on this base.
+            ModelFileError, BaseMismatchError: see `preflight`; golden tokens that come out otherwise on this base; or
+                logits that are no numbers.
         """
         ref, contract = prepared.ref, prepared.contract
         template = ChatTemplate(contract.chat_template) if contract and contract.chat_template else None
@@ -242,6 +248,8 @@ class Adapters:
         file.header = prepared.header  # the newest path of this content
         if not file.is_loaded:
             self._install(file, prepared.weights)
+        if tried is not None and file.digest not in tried:
+            self._try(file, ref)
         self._files[prepared.digest] = file
         invocation = tuple(map(int, prepared.header.metadata.get(INVOCATION, ())))
         replaced = self._named.get(ref.name)
@@ -252,6 +260,16 @@ class Adapters:
         self._free_if_nameless(replaced.file if replaced else None)
         self._shrink()
         return self._named[ref.name]
+
+    def check(self, prepared: Prepared, *, force: bool = False) -> None:
+        """Everything that `add` looks at, and a trial; nothing stays.
+
+        Raises:
+            ModelFileError, BaseMismatchError: as `add`.
+        """
+        nameless = replace(prepared.ref, name="")  # which no request can name
+        self.add(replace(prepared, ref=nameless), force=force, tried=())
+        self.unload(nameless.name)
 
     def unload(self, name: str) -> None:
         """Forget a name; replies that are under way go on.
@@ -375,6 +393,21 @@ class Adapters:
                 f"{name}: llama.cpp never applies {len(unused)} of its {len(weights.pairs)} matrices on this model: "
                 f"{', '.join(unused[:8])}{' ...' if len(unused) > 8 else ''}"
             )
+
+    def _try(self, file: AdapterFile, ref: AdapterRef) -> None:
+        """Compute a few tokens with it, where that was not done before."""
+        if (file.digest, ref.scale) in self._tried:
+            return
+        pointer = file.handle.pointer if file.handle else None
+        try:
+            if not gives_numbers(self._model, file.weights, pointer, ref.scale, self._threads):
+                raise ModelFileError(
+                    f"{ref.path}: with it the model's output is not a number: its weights are damaged or too large"
+                )
+        except EdgeloraError:
+            self._free_if_nameless(file)
+            raise
+        self._tried.add((file.digest, ref.scale))
 
     def _ready(self, file: AdapterFile, mixed: bool) -> bool:
         self._touch(file)

@@ -6,7 +6,7 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from edgelora.adapter_ref import AdapterRef, check_name
-from edgelora.engine.adapters import Adapter, find_adapter, prepare
+from edgelora.engine.adapters import Adapter, Prepared, find_adapter, prepare
 from edgelora.engine.fit import KV_TYPES
 from edgelora.engine.planning import ERROR, ON_OVERFLOW
 from edgelora.engine.preflight import base_fingerprint
@@ -164,24 +164,31 @@ class Engine:
         """
         return find_adapter(name, self._adapters)
 
-    def load_adapter(self, name: str, path: str | Path, scale: float = 1.0) -> Adapter:
+    def load_adapter(
+        self, name: str, path: str | Path, scale: float = 1.0, *, tried: Collection[str] | None = None
+    ) -> Adapter:
         """Load an adapter, or replace the one of that name; requests that are under way finish on the old one.
 
+        Args:
+            tried: content hashes of adapters that are known to give numbers at their scale. Any other is computed with
+                first, for a few tokens, unless this engine has done so before. None tries nothing.
+
         Raises:
-            ModelFileError, BaseMismatchError: missing, broken, or does not fit the base.
+            ModelFileError, BaseMismatchError: missing, broken, does not fit the base, or gives no numbers.
             SettingsError: a name that requests could not carry.
         """
         if not isinstance(path, str | Path):
             raise SettingsError(f"the path of adapter {name!r} is {path!r}, expected text or a path")
-        return self._load(AdapterRef(check_name(name), Path(path).expanduser(), scale))
+        return self._load(AdapterRef(check_name(name), Path(path).expanduser(), scale), tried)
 
     def check_adapter(self, path: str | Path) -> None:
-        """Read and check a file as `load_adapter` does, and load nothing.
+        """Read, check and try a file as `load_adapter` does, and load nothing.
 
         Raises:
-            ModelFileError, BaseMismatchError: missing, broken, or does not fit the base.
+            ModelFileError, BaseMismatchError: missing, broken, does not fit the base, or gives no numbers.
         """
-        prepare(AdapterRef("checked", Path(path).expanduser()), self._header, mixing=False)
+        prepared = self._prepared(AdapterRef("checked", Path(path).expanduser()))
+        self._call(lambda runtime: runtime.check_adapter(prepared))
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its memory.
@@ -344,15 +351,18 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _load(self, reference: AdapterRef) -> Adapter:
-        # Read and checked on the caller's thread: replies go on meanwhile.
-        prepared = prepare(reference, self._header, mixing=self.mode == "mixed")
+    def _load(self, reference: AdapterRef, tried: Collection[str] | None = None) -> Adapter:
+        prepared = self._prepared(reference)
 
         def add(runtime: Runtime) -> Adapter:
-            self._adapters[reference.name] = adapter = runtime.add_adapter(prepared)
+            self._adapters[reference.name] = adapter = runtime.add_adapter(prepared, tried)
             return adapter
 
         return self._call(add)
+
+    def _prepared(self, reference: AdapterRef) -> Prepared:
+        """Read and checked on the caller's thread: replies go on meanwhile."""
+        return prepare(reference, self._header, mixing=self.mode == "mixed")
 
     def _call(self, function: Callable[[Runtime], Result]) -> Result:
         """Run a short function on the thread, after what is queued before it."""

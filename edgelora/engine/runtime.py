@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -189,8 +189,11 @@ class Runtime:
         given = self.settings.adapter_bytes
         return _free_bytes() // ADAPTER_SHARE if given is None else given
 
-    def add_adapter(self, prepared: Prepared) -> Adapter:
-        return self.adapters.add(prepared, force=self.settings.force)
+    def add_adapter(self, prepared: Prepared, tried: Collection[str] | None = None) -> Adapter:
+        return self.adapters.add(prepared, force=self.settings.force, tried=tried)
+
+    def check_adapter(self, prepared: Prepared) -> None:
+        self.adapters.check(prepared, force=self.settings.force)
 
     def embed(self, text: str | Sequence[int], adapter: str | None) -> tuple[list[float], int]:
         """The vector of a text, and how many tokens it has; see `Engine.embed`."""

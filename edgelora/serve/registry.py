@@ -255,7 +255,9 @@ class Registry:
         generation = self._generations.get(ref.name, 0) + is_new
         entry = Entry(ref.name, ref.path, ref.scale, generation, READY, "", by_hand, signature)
         try:
-            about = await self.engine.call("load", name=ref.name, path=str(ref.path), scale=ref.scale)
+            about = await self.engine.call(
+                "load", name=ref.name, path=str(ref.path), scale=ref.scale, tried=_tried(known, ref)
+            )
         except (EngineDiedError, EngineDownError):
             problem = "the engine died while it read it"
             self._entries.setdefault(ref.name, replace(entry, state=REFUSED, problem=problem))
@@ -313,6 +315,11 @@ class Registry:
             write_whole(self.folder / STATE_FILE, text + "\n")
         except OSError as error:
             log.error("%s cannot be written (%s); this change does not outlive the server", STATE_FILE, error)
+
+
+def _tried(known: Entry | None, ref: AdapterRef) -> list[str]:
+    """The content that this name had at this scale: an engine before this one has computed with it."""
+    return [known.about["content_hash"]] if known and known.about and known.scale == ref.scale else []
 
 
 async def _verify(path: Path, base: Path) -> None:

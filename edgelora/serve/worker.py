@@ -130,7 +130,7 @@ class Worker:
         self._say({"event": "loading", "name": given["name"]})
         try:
             ref = AdapterRef(given["name"], Path(given["path"]), given["scale"])
-            adapter = self.engine.load_adapter(ref.name, ref.path, ref.scale)
+            adapter = self.engine.load_adapter(ref.name, ref.path, ref.scale, tried=given["tried"])
         finally:
             self._say({"event": "loaded", "name": given["name"]})
         contract = adapter.contract

@@ -217,7 +217,9 @@ def test_killed_amid_a_line_it_comes_back(base: Path, sabotage: Sabotage) -> Non
 def test_killed_while_it_loads_its_adapters_it_comes_back(base: Path, adapters: dict[str, Path]) -> None:
     async def work() -> None:
         async def restore() -> None:
-            loading = [made.call("load", name=name, path=str(path), scale=1.0) for name, path in adapters.items()]
+            loading = [
+                made.call("load", name=name, path=str(path), scale=1.0, tried=[]) for name, path in adapters.items()
+            ]
             if made.restarts in (0, 2):
                 assert made.pid is not None
                 os.kill(made.pid, signal.SIGKILL)

@@ -36,7 +36,7 @@ async def engine_process(
 ) -> AsyncIterator[EngineProcess]:
     async def restore() -> None:
         for name, path in adapters.items():
-            await made.call("load", name=name, path=str(path), scale=1.0)
+            await made.call("load", name=name, path=str(path), scale=1.0, tried=[])
 
     given = {"base": str(base), "threads": 1, "n_ctx": 512, **options}
     made = EngineProcess(given, restore, on_death, silent_seconds=silent_seconds, step_seconds=step_seconds)
@@ -105,7 +105,7 @@ def test_errors_keep_their_kind(base: Path, adapters: dict[str, Path], tmp_path:
                 await text_of(made, Request(QUESTION, sampling={"temperature": -1}))
             for path in ("broken.gguf", "missing.gguf"):
                 with pytest.raises(ModelFileError):
-                    await made.call("load", name="broken", path=str(tmp_path / path), scale=1.0)
+                    await made.call("load", name="broken", path=str(tmp_path / path), scale=1.0, tried=[])
             assert (await text_of(made, Request(QUESTION, "red", sampling=GREEDY)))[0]
 
     run(work)

@@ -22,6 +22,7 @@ class Played:
 
     def __init__(self) -> None:
         self.loaded: dict[str, str] = {}
+        self.tried: dict[str, list[str]] = {}
 
     async def call(self, do: str, **given: Any) -> Any:
         if do == "load":
@@ -30,7 +31,7 @@ class Played:
                 raise ModelFileError(f"{given['path']}: is broken")
             if text == "deadly":
                 raise EngineDiedError("the process ended")
-            self.loaded[given["name"]] = text
+            self.loaded[given["name"]], self.tried[given["name"]] = text, given["tried"]
             return {"content_hash": text, "contract": None, "notices": []}
         assert do == "unload"
         if given["name"] not in self.loaded:
@@ -74,6 +75,22 @@ def test_what_was_done_by_hand_is_done_again_after_a_restart(tmp_path: Path) -> 
     run(first)
     run(second)
     assert json.loads((tmp_path / STATE_FILE).read_text())["unloaded"] == []
+
+
+def test_after_the_engine_died_what_it_computed_with_is_not_tried_again(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.gguf").write_text(f"content of {name}")
+
+    async def work() -> None:
+        made, engine = registry(tmp_path)
+        await made.restore()
+        assert engine.tried == {"a": [], "b": []}
+        await made.load("b", made.inside("b.gguf"), 0.5)
+        assert engine.tried["b"] == []  # at this scale it is another
+        await made.restore()
+        assert engine.tried == {"a": ["content of a"], "b": ["content of b"]}
+
+    run(work)
 
 
 def test_a_broken_state_file_costs_no_more_than_itself(tmp_path: Path) -> None:
