@@ -9,6 +9,7 @@ import click
 
 from converters.errors import ConversionError
 from edgelora.cli import add, batch, bundle, chat, convert, doctor, keys, remove, serve, show, train, verify
+from edgelora.cli import eval as eval_command
 from edgelora.cli import list as list_command
 from edgelora.cli.visible import visible
 from edgelora.errors import EdgeloraError
@@ -64,5 +65,20 @@ def cli() -> None:
     """
 
 
-for module in (train, convert, bundle, chat, batch, serve, verify, show, list_command, add, remove, keys, doctor):
+for module in (
+    train,
+    convert,
+    bundle,
+    chat,
+    batch,
+    serve,
+    verify,
+    eval_command,
+    show,
+    list_command,
+    add,
+    remove,
+    keys,
+    doctor,
+):
     cli.add_command(module.command)

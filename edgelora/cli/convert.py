@@ -14,7 +14,7 @@ import click
 from edgelora.adapter_ref import AdapterRef
 from edgelora.adapter_settings import AdapterSettings
 from edgelora.base_settings import BaseSettings
-from edgelora.cli.options import FILE, AdapterType, config_option, template_option
+from edgelora.cli.options import FILE, AdapterType, config_option, sectioned, template_option
 from edgelora.cli.progress import stage_bars
 from edgelora.cli.visible import visible
 
@@ -54,22 +54,10 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-class SectionedCommand(click.Command):
-    """Help with a heading for each row of `SECTIONS`."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
-        records = {option.name: record for option in options if (record := option.get_help_record(ctx))}
-        sections = {name: [records.pop(option) for option in names] for name, names in SECTIONS.items()}
-        for heading, rows in {"Options": [*records.values()], **sections}.items():
-            with formatter.section(heading):
-                formatter.write_dl(rows)
-
-
 MAX_NOTICES = 20
 
 
-@click.command("convert", cls=SectionedCommand)
+@click.command("convert", cls=sectioned(SECTIONS))
 @click.argument("source", required=False)
 @click.option(
     "-o", "--out", type=click.Path(), help="File or folder to write.  [default: NAME-QUANT.gguf or NAME.gguf]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,6 +75,22 @@ def _as_typed(path: Path, name: str, value: Any, option: click.Parameter) -> Any
     return [str(item) for item in items] if option.multiple else str(items[0])
 
 
+def sectioned(sections: Mapping[str, Sequence[str]]) -> type[click.Command]:
+    """A command whose help has a heading for each of `sections`, over the options of these names; those of no heading
+    come first."""
+
+    class SectionedCommand(click.Command):
+        def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+            options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+            records = {option.name: record for option in options if (record := option.get_help_record(ctx))}
+            under = {heading: [records.pop(name) for name in names] for heading, names in sections.items()}
+            for heading, rows in {"Options": [*records.values()], **under}.items():
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
+
+    return SectionedCommand
+
+
 config_option = click.option(
     "--config",
     type=FILE,
@@ -100,7 +116,7 @@ template_option = click.option(
     "--chat-template", metavar="NAME|FILE", help="Chat template to use instead of the adapter's or base's own."
 )
 
-engine_options = _chain(
+context_options = _chain(
     click.option(
         "--ctx-size",
         type=click.IntRange(min=16),
@@ -120,6 +136,14 @@ engine_options = _chain(
         type=click.Choice(["f16", "q8_0", "q4_0"]),
         help="How the KV cache is kept.  [default: f16; q8_0 where only that fits]",
     ),
+)
+
+force_option = click.option(
+    "--force", is_flag=True, help="Use an adapter even where it says that it was made for another base."
+)
+
+engine_options = _chain(
+    context_options,
     click.option(
         "--cache-dir", type=FILE, help="Folder in which KV is kept from one run to the next; it holds what was said."
     ),
@@ -130,7 +154,7 @@ engine_options = _chain(
         show_default=True,
         help="What becomes of a conversation that does not fit: refused, or its oldest exchanges are left out.",
     ),
-    click.option("--force", is_flag=True, help="Use an adapter even where it says that it was made for another base."),
+    force_option,
 )
 
 _DEFAULTS = Sampling()

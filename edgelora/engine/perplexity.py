@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +33,14 @@ class Perplexity:
         uncertainty: standard error of `value`, from the spread of the tokens' log-likelihoods.
         n_tokens: tokens that were scored.
         n_chunks: windows that were read.
+        window_losses: -log p of all scored tokens of each window, float64 (n_chunks,); all have as many.
     """
 
     value: float
     uncertainty: float
     n_tokens: int
     n_chunks: int
+    window_losses: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.value:.4f} +/- {self.uncertainty:.5f}"
@@ -99,7 +101,7 @@ def perplexity(
                 for outputs in windows.decode(tokens, chunk_size // 2, progress)
                 for loss in _losses(outputs, tokens, chunk_size, windows.model.n_vocab)
             ]
-            return _summary(np.concatenate(losses), windows.count(tokens), base)
+            return _summary(losses, windows.count(tokens), base)
 
     return interruptible(work)
 
@@ -146,8 +148,8 @@ def compare_perplexity(
 
 def _losses(
     outputs: Outputs, tokens: Sequence[int], chunk_size: int, n_vocab: int
-) -> Iterator[npt.NDArray[np.float64]]:
-    """-log p of every scored token that `outputs` predicts, float64."""
+) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
+    """-log p of every scored token that `outputs` predicts, float64, with the number of its window."""
     begin, end = outputs.positions
     if begin == end:
         return
@@ -155,7 +157,7 @@ def _losses(
     logits = np.ctypeslib.as_array(outputs.logits, (len(outputs.windows), end - begin, n_vocab))
     for rows, window in zip(logits, outputs.windows, strict=True):
         start = window * chunk_size + begin + 1
-        yield negative_log_likelihoods(rows[:scored], np.array(tokens[start : start + scored]))
+        yield window, negative_log_likelihoods(rows[:scored], np.array(tokens[start : start + scored]))
 
 
 def negative_log_likelihoods(
@@ -185,10 +187,13 @@ def negative_log_likelihoods(
     return losses
 
 
-def _summary(losses: npt.NDArray[np.float64], n_chunks: int, base: Path) -> Perplexity:
+def _summary(parts: Sequence[tuple[int, npt.NDArray[np.float64]]], n_chunks: int, base: Path) -> Perplexity:
+    losses, by_window = np.concatenate([part for _, part in parts]), np.zeros(n_chunks)
+    for window, part in parts:
+        by_window[window] += part.sum()
     count, mean = losses.size, float(losses.mean())
     spread = float((losses * losses).mean()) - mean * mean
     if not mean < MAX_MEAN_LOSS:
         raise EdgeloraError(f"{base}: gives the text no chance at all (mean loss {mean:.0f})")
     value = math.exp(mean)
-    return Perplexity(value, value * math.sqrt(max(spread, 0.0) / (count - 1)), count, n_chunks)
+    return Perplexity(value, value * math.sqrt(max(spread, 0.0) / (count - 1)), count, n_chunks, by_window)

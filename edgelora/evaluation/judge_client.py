@@ -1,0 +1,127 @@
+"""Questions to a model behind an OpenAI-compatible endpoint, with bounds on everything: time, size, tries."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from edgelora.errors import EdgeloraError, SettingsError
+from edgelora.messages import Message
+
+TRIES = 5
+TIMEOUT_SECONDS = 120.0
+MAX_WAIT_SECONDS = 60.0
+MAX_ANSWER_BYTES = 4 << 20
+MAX_TOKENS = 512
+MAX_SHOWN = 300
+TRY_AGAIN = (408, 409, 425, 429)
+"""Statuses that another try may change, beside those from 500 on."""
+_PATH = "/chat/completions"
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key along to wherever it points."""
+
+    def redirect_request(self, *_arguments: Any, **_more: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class JudgeClient:
+    """One model.
+
+    Attributes:
+        url: of the API, as OpenAI's clients take it: `http://localhost:8000/v1`.
+        key_variable: name of the environment variable that holds the key; empty for none.
+        first_wait: seconds before the second try; each later one waits twice as long.
+        stop: once it is set, nothing is waited for any more.
+
+    Raises:
+        SettingsError: no http(s) address, no model, or a variable that is not set.
+    """
+
+    url: str
+    model: str
+    key_variable: str = ""
+    first_wait: float = 1.0
+    stop: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise SettingsError(f"--judge {self.url!r} is no address", hint="Write --judge http://localhost:8000/v1.")
+        if parts.username or parts.password:
+            raise SettingsError("--judge has a password in its address", hint="Name a variable: --judge-key-env NAME.")
+        if not self.model:
+            raise SettingsError("--judge needs the name of a model", hint="Add --judge-model NAME.")
+        if self.key_variable and not os.environ.get(self.key_variable):
+            raise SettingsError(f"--judge-key-env {self.key_variable}: the variable is not set")
+
+    def ask(self, messages: Sequence[Message]) -> str:
+        """The model's reply, at temperature 0.
+
+        Raises:
+            EdgeloraError: the endpoint refuses the request, or could not be reached in `TRIES` tries.
+        """
+        body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": MAX_TOKENS}
+        problem = ""
+        for number in range(TRIES):
+            if number and self.stop.wait(min(MAX_WAIT_SECONDS, self.first_wait * 2 ** (number - 1))):
+                break
+            try:
+                return _content(self._post(body))
+            except urllib.error.HTTPError as error:
+                with error:
+                    problem = f"{error.code} {_shown(error.read(MAX_ANSWER_BYTES))}"
+                if error.code not in TRY_AGAIN and error.code < 500:
+                    raise EdgeloraError(f"the judge at {self.url} refuses: {problem}") from None
+                self._obey(error.headers.get("Retry-After"))
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                problem = str(getattr(error, "reason", error))
+        raise EdgeloraError(
+            f"the judge at {self.url} gave no answer in {TRIES} tries: {problem}",
+            hint="Run the same command again: it goes on where this one ended (with -o).",
+        )
+
+    def _obey(self, seconds: str | None) -> None:
+        """Wait as long as the endpoint asks, within bounds."""
+        if seconds and seconds.isascii() and seconds.isdigit():
+            self.stop.wait(min(MAX_WAIT_SECONDS, float(seconds)))
+
+    def _post(self, body: Mapping[str, Any]) -> bytes:
+        address = self.url.rstrip("/")
+        address = address if address.endswith(_PATH) else address + _PATH
+        headers = {"Content-Type": "application/json"}
+        if self.key_variable:
+            headers["Authorization"] = f"Bearer {os.environ[self.key_variable].strip()}"
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+        with urllib.request.build_opener(_NoRedirects).open(request, timeout=TIMEOUT_SECONDS) as response:
+            answer: bytes = response.read(MAX_ANSWER_BYTES + 1)
+        if len(answer) > MAX_ANSWER_BYTES:
+            raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+        return answer
+
+
+def _content(answer: bytes) -> str:
+    """The text of a chat completion.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        content = json.loads(answer)["choices"][0]["message"]["content"]
+    except (ValueError, RecursionError, LookupError, TypeError):
+        raise ValueError(f"no chat completion: {_shown(answer)}") from None
+    return content if isinstance(content, str) else ""
+
+
+def _shown(answer: bytes) -> str:
+    return " ".join(answer[:MAX_SHOWN].decode("utf-8", "replace").split())
