@@ -25,8 +25,16 @@ export class Compare {
     this.speech.say(`${trial.lanes.map(({ choice }) => choice.name).join(" and ")} answer.`);
     await trial.run(controller.signal);
     if (this.running === controller) this.running = null;
+    if (trial.hasFailed) trial.end.append(button("Try again", () => this.#again(trial, prompt)));
     if (trial.element.isConnected) this.speech.end(trial.says);
     this.onState();
+  }
+
+  /** The same prompt in the trial's stead, with the settings as they are now. */
+  async #again(trial, prompt) {
+    if (this.running || !this.settings.check()) return;
+    trial.element.remove();
+    await this.ask(prompt);
   }
 
   stop() {
@@ -59,24 +67,29 @@ class Trial {
       const body = { ...settings.request(choice, this.messages), seed, logprobs: true, top_logprobs: ALTERNATIVES };
       return new Lane(choice, LETTERS[at], body, choices, () => this.#vote(at));
     });
-    this.note = el("p", { class: "small soft" });
+    this.note = el("span");
+    this.end = el("p", { class: "row small soft" }, this.note, el("span", {}, `seed ${seed}`));
     this.element = el(
       "article",
       { class: "trial", "aria-label": "Comparison" },
       el("h2", { class: "unseen" }, "Prompt"),
       el("p", { class: "asked" }, prompt),
       el("div", { class: `columns of-${this.lanes.length}` }, ...this.lanes.map((lane) => lane.element)),
-      el("p", { class: "row small soft" }, this.note, el("span", {}, `seed ${seed}`)),
+      this.end,
     );
   }
 
   async run(signal) {
     await Promise.all(this.lanes.map((lane) => lane.run(this.api, signal, (change) => atEnd(this.view, change))));
-    const ended = this.lanes.filter(({ end }) => end.reason !== "failed");
+    const ended = this.lanes.filter((lane) => !lane.hasFailed);
     atEnd(this.view, () => {
       this.#mark(ended);
       if (this.#canVote) this.lanes.forEach((lane) => lane.offerVote());
     });
+  }
+
+  get hasFailed() {
+    return this.lanes.some((lane) => lane.hasFailed);
   }
 
   #mark(lanes) {
@@ -91,7 +104,7 @@ class Trial {
 
   /** Only whole answers that differ say anything about which is better. */
   get #canVote() {
-    const whole = this.lanes.every(({ end }) => end.reason !== "failed" && end.reason !== "stopped");
+    const whole = this.lanes.every((lane) => !lane.hasFailed && lane.end.reason !== "stopped");
     return whole && new Set(this.lanes.map(({ tokens }) => tokens.text)).size > 1;
   }
 
@@ -131,9 +144,13 @@ class Lane {
     );
     this.element.classList.remove("writing");
     change(() => {
-      if (this.end.reason === "failed") this.below.before(el("p", { class: "failure" }, this.end.message));
+      if (this.hasFailed) this.below.before(el("p", { class: "failure" }, this.end.message));
       this.below.append(el("span", {}, endSays(this.end)));
     });
+  }
+
+  get hasFailed() {
+    return this.end.reason === "failed";
   }
 
   offerVote() {

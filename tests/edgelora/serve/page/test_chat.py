@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from playwright.sync_api import Page, expect
 
 from tests.edgelora.serve.page.browsing import ANSWER, ENDLESS, QUESTION, ask, reply, until
@@ -123,3 +125,30 @@ def test_events_are_read_wherever_the_network_cuts_them(page: Page) -> None:
         return [...said];
     }""")
     assert said == ['[{"choices":["é",1]},{"choices":[]}]']
+
+
+def test_code_between_fences_is_shown_as_code_wherever_the_pieces_are_cut(page: Page) -> None:
+    text = "Two ``ticks`` and:\n```python\nif a:\n    b = '```'\n```\nThen ```inline``` and\n\n  ```\nan open end"
+    shown = page.evaluate(
+        """async (text) => {
+            const { Prose } = await import("/prose.js");
+            const shown = new Set();
+            for (let size = 1; size <= text.length; size++) {
+                const element = document.createElement("div");
+                const prose = new Prose(element);
+                for (let at = 0; at < text.length; at += size) prose.append(text.slice(at, at + size));
+                prose.finish();
+                shown.add(JSON.stringify([...element.childNodes].map((node) => [node.nodeName, node.textContent])));
+            }
+            return [...shown];
+        }""",
+        text,
+    )
+    assert [json.loads(each) for each in shown] == [
+        [
+            ["#text", "Two ``ticks`` and:\n"],
+            ["PRE", "if a:\n    b = '```'\n"],
+            ["#text", "Then ```inline``` and\n\n"],
+            ["PRE", "an open end"],
+        ]
+    ]

@@ -53,3 +53,18 @@ def test_a_question_without_answer_is_not_sent_with_the_next(page: Page, stub: S
     ask(page)
     expect(reply(page).locator(".text")).to_have_text(ANSWER["support"])
     assert stub.asked[-1]["messages"] == [{"role": "user", "content": QUESTION}]
+
+
+def test_a_banner_does_not_push_the_end_of_the_answer_out_of_sight(phone: Page, stub: Stub) -> None:
+    stub.replies["support"], stub.cut_after = (*("word " for _ in range(600)), "", ""), 601
+    ask(phone)
+    again = phone.get_by_role("button", name="Try again")
+    expect(again).to_be_in_viewport(ratio=1)
+    stub.status["state"] = "restarting"
+    expect(phone.get_by_role("alert")).to_be_visible()
+    expect(again).to_be_in_viewport(ratio=1)
+    phone.locator("#chat").evaluate("view => (view.scrollTop = 0)")  # who reads above is left there
+    phone.wait_for_timeout(50)
+    stub.status["state"] = "ready"
+    expect(phone.get_by_role("alert")).to_be_hidden()
+    assert phone.locator("#chat").evaluate("view => view.scrollTop") == 0

@@ -3,54 +3,93 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.edgelora.serve.page.browsing import ANSWER, PHONE, WIDE, answer, ask, findings, opened, reply
-from tests.edgelora.serve.page.stub import Stub, listed
+from tests.edgelora.serve.page.browsing import ANSWER, PHONE, QUESTION, WIDE, answer, ask, findings, opened, reply
+from tests.edgelora.serve.page.stub import REPLIES, Stub, listed
+
+CODE = f"So:\n\n```python\nprint(engine.chat({QUESTION!r}, adapter='support', sampling={{'seed': 7}}).text)\n```\n"
+LONG = "customer-{:02d}-north-western-distribution-centre-support-german-v2"
+WHY = "blk.0.attn_q is 2048x2048 here and 4096x4096 in the base"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("view", ["chat", "compare"])
-def test_how_it_looks_and_what_axe_finds(browser: Browser, stub: Stub, artifacts: Path, scheme: str, view: str) -> None:
-    pytest.importorskip("axe_playwright_python", reason="axe-playwright-python brings axe-core")
-    for width, viewport in (("wide", WIDE), ("phone", PHONE)):
-        for page in opened(browser, stub.url, viewport=viewport, color_scheme=scheme):
-            page.goto(f"{stub.url}#{view}")
-            page.screenshot(path=artifacts / f"{view}-empty-{scheme}-{width}.png")
-            if view == "compare":
-                compare_shown(page)
-            else:
-                ask(page)
-                expect(page.get_by_role("button", name="Again")).to_be_visible()
-            page.screenshot(path=artifacts / f"{view}-{scheme}-{width}.png")
-            assert findings(page) == []
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_in_the_banner_and_the_key_field(browser: Browser, stub: Stub, scheme: str) -> None:
-    pytest.importorskip("axe_playwright_python", reason="axe-playwright-python brings axe-core")
-    for page in opened(browser, stub.url, color_scheme=scheme):
-        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert background == {"light": "rgb(246, 247, 249)", "dark": "rgb(18, 22, 29)"}[scheme]
-        stub.status["state"] = "starting"
-        ask(page)
-        expect(page.get_by_role("alert")).to_contain_text("The engine is starting")
-        expect(page.locator(".failure")).to_be_visible()
-        assert findings(page) == []
-        stub.key = "open sesame"
-        expect(page.locator("#key")).to_be_visible()
-        assert findings(page) == []
-
-
-def compare_shown(page: Page) -> None:
+def states(page: Page, stub: Stub) -> Iterator[str]:
+    """Brings the page into one state after another, and names them."""
+    again = page.get_by_role("button", name="Again")
+    settings = page.locator("#panel > summary")
+    yield "empty"
+    ask(page)
+    expect(again).to_be_visible()
+    stub.replies["support"] = tuple(re.findall(r"\S+\s*", CODE))
+    ask(page, "How do I ask from Python?")
+    expect(page.locator("pre")).to_be_visible()
+    expect(again).to_be_visible()
+    yield "chat"
+    stub.replies, stub.cut_after = dict(REPLIES), 6
+    ask(page, "And in the cold?")
+    expect(page.locator(".failure")).to_be_visible()
+    stub.status["state"], stub.cut_after = "restarting", None
+    expect(page.get_by_role("alert")).to_contain_text("The engine is restarting")
+    yield "error"
+    stub.status["state"] = "ready"
+    expect(page.get_by_role("alert")).to_be_hidden()
+    if settings.is_visible():
+        settings.click()
+    page.get_by_role("button", name="Mix in another").click()
+    yield "blend"
+    page.get_by_role("link", name="Compare").click()
+    page.get_by_role("combobox", name="Adapter C").select_option("base")
+    if settings.is_visible():
+        settings.click()
     ask(page)
     page.get_by_role("button", name=re.compile("Better: A")).click()
     page.locator(".tokens .parts").first.hover()
     expect(page.locator("#choices")).to_be_visible()
+    yield "compare"
+    names = [LONG.format(number) for number in range(40)]
+    stub.models = [listed("base"), *map(listed, names)]
+    stub.models += [listed(f"old-{number}", state="refused", problem=WHY) for number in range(5)]
+    stub.replies = {name: ("word " * 2000,) for name in names}
+    page.evaluate("localStorage.clear()")
+    page.goto(stub.url)
+    page.reload()
+    ask(page, "w" * 300)
+    expect(again).to_be_visible()
+    if settings.is_visible():
+        settings.click()
+    page.get_by_role("button", name="Mix in another").click()
+    page.get_by_text("5 adapters left out").click()
+    yield "many"
+    stub.key = "open sesame"
+    expect(page.locator("#key")).to_be_visible()
+    yield "key"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [
+        ("light", "wide"),
+        ("dark", "phone"),
+        pytest.param("dark", "wide", marks=pytest.mark.slow),
+        pytest.param("light", "phone", marks=pytest.mark.slow),
+    ],
+)
+def test_how_it_looks_and_what_axe_finds(
+    browser: Browser, stub: Stub, artifacts: Path, scheme: str, width: str
+) -> None:
+    viewport = {"wide": {"viewport": WIDE}, "phone": {"viewport": PHONE, "has_touch": True, "is_mobile": True}}
+    for page in opened(browser, stub.url, color_scheme=scheme, **viewport[width]):
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert background == {"light": "rgb(246, 247, 249)", "dark": "rgb(18, 22, 29)"}[scheme]
+        for state in states(page, stub):
+            page.screenshot(path=artifacts / f"{state}-{scheme}-{width}.png")
+            assert findings(page) == [], state
+            wider = "(all) => all.filter((each) => each.scrollWidth > each.clientWidth).map((each) => each.id)"
+            assert page.locator("html, main, .view, #settings, header").evaluate_all(wider) == [], state
 
 
 def test_long_names_and_long_words_stay_inside(phone: Page, stub: Stub) -> None:
