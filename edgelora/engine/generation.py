@@ -90,12 +90,12 @@ class Generation:
         follows_grammar = plan.sampling.gbnf is not None
         self._decoder = GrammarDecoder(tokenizer) if follows_grammar else tokenizer.decoder()
         self._text, self._vocab, self._n_vocab = ReplyText(stops), tokenizer.vocab, n_vocab
-        markers = plan.tools.markers if plan.tools else frozenset[str]()
-        self._sampler = Sampler(plan.sampling, tokenizer, plan.tokens, self._ends, markers)
+        self._sampler = Sampler(plan.sampling, tokenizer, plan.tokens, self._ends, plan.tools)
         self._logprobs: list[TokenLogprob] = []
         self._limit = min(plan.sampling.max_tokens or plan.n_ctx, plan.n_ctx - len(plan.tokens))
         self._pieces: list[str] = []
         self._calls = plan.tools.parser() if plan.tools else None
+        markers = plan.tools.markers if plan.tools else frozenset[str]()
         self._markers = {control[text].id: text.encode() for text in markers if text in control}
         self._said = 0  # log probabilities that went with a piece, or with what is no text
         self._completion_tokens = 0

@@ -65,13 +65,23 @@ class Grammar:
         text: GBNF in which `edgelora.gbnf.problems` finds nothing.
         ends: tokens that end the reply: they may come once the grammar is satisfied.
         markers: control tokens that may come where the grammar has their text.
+        frees_controls: the others may come where the grammar is satisfied, which does not see them: in the free parts
+            of a reply.
 
     Raises:
         SettingsError: llama.cpp refuses it all the same.
         ModelFileError: the base has no token that ends a reply.
     """
 
-    def __init__(self, text: str, tokenizer: Tokenizer, ends: Collection[int], markers: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        text: str,
+        tokenizer: Tokenizer,
+        ends: Collection[int],
+        markers: Collection[str] = (),
+        *,
+        frees_controls: bool = False,
+    ) -> None:
         library, vocab = llama(), tokenizer.vocab
         self._native_ends = {token for token in tokenizer.end_tokens if library.llama_vocab_is_eog(vocab, token)}
         if not self._native_ends:
@@ -80,7 +90,8 @@ class Grammar:
         # llama.cpp takes control tokens for their text, which is no part of a reply but for the markers.
         controls = {token.id for text, token in tokenizer.control_tokens.items() if text not in markers}
         self._silent = controls - self._native_ends - self._ends
-        self._own_ends = np.array(sorted(self._ends), np.int64)
+        self._unseen = self._ends | self._silent if frees_controls else self._ends
+        self._at_satisfied = np.array(sorted(self._unseen), np.int64)
         self._masked = np.array(sorted(self._silent | self._ends), np.int64)
         forget_log()
         pointer = library.llama_sampler_init_grammar(vocab, text.encode(), b"root")
@@ -92,9 +103,9 @@ class Grammar:
 
     def allows(self, token: int) -> bool:
         """Whether `token` may come next."""
-        if token in self._silent:
-            return False
-        return self.is_satisfied() if token in self._ends else self.is_text(token) and self._takes(token)
+        if token in self._unseen:
+            return self.is_satisfied()
+        return token not in self._silent and self.is_text(token) and self._takes(token)
 
     def is_text(self, token: int) -> bool:
         """Whether the reply is UTF-8 with `token`, up to a character that has begun: llama.cpp does not look."""
@@ -117,11 +128,11 @@ class Grammar:
 
     def restrict(self, candidates: Candidates) -> Candidates:
         """Those of all tokens, in the order of their ids, that the grammar takes; of each, ask `is_text` too."""
-        kept = candidates["logit"][self._own_ends]
+        kept = candidates["logit"][self._at_satisfied]
         candidates["logit"][self._masked] = -np.inf
         self._apply(candidates)
         if self.is_satisfied():
-            candidates["logit"][self._own_ends] = kept
+            candidates["logit"][self._at_satisfied] = kept
         return candidates[candidates["logit"] > -np.inf]
 
     def accept(self, token: int) -> None:
@@ -130,7 +141,7 @@ class Grammar:
         Raises:
             EdgeloraError: the grammar took too long.
         """
-        if token not in self._ends and token not in self._native_ends:
+        if token not in self._unseen and token not in self._native_ends:
             self._characters.decode(self._bytes_of(token))
             began = time.perf_counter()
             llama().llama_sampler_accept(self._handle.pointer, token)

@@ -16,6 +16,7 @@ from edgelora.engine.native import Handle, llama
 from edgelora.engine.tokenizer import Tokenizer
 from edgelora.errors import EdgeloraError, ModelFileError, SettingsError
 from edgelora.sampling import Sampling
+from edgelora.tools.use import ToolUse
 
 MIN_TEMPERATURE = 1e-6  # below, logits divided by it overflow float32: that is greedy
 RANDOM_SEED = 2**32 - 1  # LLAMA_DEFAULT_SEED: llama.cpp draws its own
@@ -27,7 +28,7 @@ class Sampler:
     Args:
         history: tokens the penalties have seen already: the prompt.
         ends: tokens that end the reply; a grammar lets them come where it is satisfied.
-        markers: control tokens that a grammar lets come where it has their text.
+        tools: what the reply may call: a grammar lets the markers of calls come where it has their text.
 
     Raises:
         SettingsError: a token that the base does not have, or a grammar that llama.cpp refuses.
@@ -40,13 +41,13 @@ class Sampler:
         tokenizer: Tokenizer,
         history: Sequence[int],
         ends: Collection[int] = (),
-        markers: Collection[str] = (),
+        tools: ToolUse | None = None,
     ) -> None:
         self._n_vocab = tokenizer.size
         if unknown := sorted(token for token in sampling.logit_bias if token >= self._n_vocab):
             raise SettingsError(f"logit_bias of tokens {unknown}; this base has {self._n_vocab} tokens")
         grammar = sampling.gbnf
-        self._grammar = None if grammar is None else Grammar(grammar, tokenizer, ends, markers)
+        self._grammar = None if grammar is None else _grammar(grammar, tokenizer, ends, tools)
         library = llama()
         chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
         self._handle = Handle(chain, library.llama_sampler_free)
@@ -102,6 +103,12 @@ class Sampler:
             raise EdgeloraError("the grammar wants characters that this base's vocabulary cannot write")
         array = apply(self._handle.pointer, candidates)
         return int(array.data[array.selected].id)
+
+
+def _grammar(text: str, tokenizer: Tokenizer, ends: Collection[int], tools: ToolUse | None) -> Grammar:
+    if tools is None:
+        return Grammar(text, tokenizer, ends)
+    return Grammar(text, tokenizer, ends, tools.markers, frees_controls=tools.is_free)
 
 
 def log_probabilities(logits: npt.NDArray[np.float32], tokens: Sequence[int]) -> list[float]:

@@ -113,7 +113,7 @@ def _literal_calls(family: LiteralCalls, tools: Sequence[Tool], made: Rules, man
 def _keywords(family: LiteralCalls, tool: Tool, made: Rules) -> str:
     """The rule for arguments that are names and JSON's values, in the order of the schema."""
     if not made.keeps(tool):
-        pair = f"[A-Za-z_] [A-Za-z0-9_]* {literal(family.equals)} {made.schema(tool, {}, '')}"
+        pair = f"[A-Za-z_] [A-Za-z0-9_]* {literal(family.equals)} {made.schema(tool, True, '')}"
         return made.add("arguments", f'({pair} (", " {pair})*)?')
     properties, required, problem = _properties(tool)
     if problem:
@@ -122,7 +122,7 @@ def _keywords(family: LiteralCalls, tool: Tool, made: Rules) -> str:
     for name, described in reversed(list(properties.items())):
         if not name.isidentifier():
             return made.problem(tool, f"a name that cannot stand without quotes: {name!r}")
-        value = made.schema(tool, _with_definitions(described, tool), f"#/properties/{name}")
+        value = made.schema(tool, _with_definitions(described, tool) or True, f"#/properties/{name}")
         pair = made.add("pair", f"{literal(name + family.equals)} {value}")
         firsts = [f"{pair} {rest}", *(() if name in required else firsts)]
         rest = made.add("rest", f'", " {pair} {rest}' if name in required else f'(", " {pair})? {rest}')

@@ -63,9 +63,9 @@ class ChannelCalls(Family):
 
     def header(self, text: str) -> Header:
         """The header of a message that begins with `text`."""
-        channel, recipient = _CHANNEL.search(text), _RECIPIENT.search(text)
+        channels, recipient = _CHANNEL.findall(text), _RECIPIENT.search(text)
         name = recipient[1] if recipient else ""
-        return Header(channel[1] if channel else "", name.removeprefix(_TOOL) if name.startswith(_TOOL) else "")
+        return Header(channels[-1] if channels else "", name.removeprefix(_TOOL) if name.startswith(_TOOL) else "")
 
     def read(self, cursor: Cursor, tools: Tools) -> Reading[list[ToolCall]]:
         header = self.header((yield from cursor.until(self.header_end)))

@@ -22,6 +22,7 @@ class ToolUse:
     grammar: GBNF of the reply, or of the rest of that call; None where the reply is free.
     parallel: whether a reply may call more than once.
     either: the reply is calls or JSON, so that what looks like a call inside of the JSON is none.
+    is_free: the grammar is of the calls' arguments alone, and the rest of the reply is the model's own.
     """
 
     tools: Tools
@@ -30,6 +31,7 @@ class ToolUse:
     grammar: str | None = None
     parallel: bool = True
     either: bool = False
+    is_free: bool = False
 
     @property
     def shown(self) -> list[Mapping[str, Any]]:
@@ -75,7 +77,6 @@ def tool_use(
     if schema is not None:
         grammar = calls_or_json(checked, family, schema, parallel=parallel)
         return ToolUse(checked, family, "", grammar, parallel, either=True)
-    is_strict = any(tool.strict for tool in checked.values())
-    return ToolUse(
-        checked, family, "", strict_calls(checked, family, parallel=parallel) if is_strict else None, parallel
-    )
+    if not any(tool.strict for tool in checked.values()):
+        return ToolUse(checked, family, parallel=parallel)
+    return ToolUse(checked, family, "", strict_calls(checked, family, parallel=parallel), parallel, is_free=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,9 @@ def test_a_thought_that_the_template_begins_is_ended_before_a_call(model: Model)
     thinking = ChatTemplate(HERMES_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"))
     said = text_of(model, encode_prompt(model.tokenizer, thinking, [QUESTION], opening="<tool_call>\n"))
     assert said.endswith("<think>\n</think>\n\n<tool_call>\n")
+    cohere = ChatTemplate(HERMES_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<|START_THINKING|>{% endif %}"))
+    said = text_of(model, encode_prompt(model.tokenizer, cohere, [QUESTION], opening="<|START_ACTION|>"))
+    assert said.endswith("<|START_THINKING|><|END_THINKING|><|START_ACTION|>")
     talking: list[Message] = [{"role": "user", "content": "<think>"}]
     said = text_of(model, encode_prompt(model.tokenizer, CHATML, talking, opening="<tool_call>\n"))
     assert "</think>" not in said
@@ -264,6 +267,42 @@ def test_a_reply_that_must_call_does_on_a_large_vocabulary(qwen: Model, choice: 
     assert use is not None
     assert taken(qwen, use.grammar or "", '{"name": "now", "arguments": {}}\n</tool_call>')
     check_replies(qwen, use, {"now"}, 2)
+
+
+def follows(model: Model, use: ToolUse, tokens: Sequence[int]) -> bool:
+    """Whether a reply may be these tokens."""
+    grammar = Grammar(use.grammar or "", model.tokenizer, (), use.markers, frees_controls=use.is_free)
+    try:
+        for token in tokens:
+            if not grammar.allows(token):
+                return False
+            grammar.accept(token)
+        return grammar.is_satisfied()
+    finally:
+        grammar.close()
+
+
+def test_markers_may_come_as_their_tokens_and_others_where_the_reply_is_free(qwen: Model) -> None:
+    strict = {"type": "function", "function": {**NOW["function"], "strict": True}}
+    free, either = (tool_use([strict], "auto", qwen_template(), schema=schema) for schema in (None, {"type": "object"}))
+    assert free
+    assert either
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+
+    def said(text: str) -> list[int]:
+        return qwen.tokenizer.encode(text, special=True)
+
+    assert 151657 in said(call)
+    for use, text, fits in (
+        (free, f"Well.{call}", True),
+        (free, f"<|object_ref_start|>Well.{call}", True),
+        (free, call.replace("now", "now<|object_ref_start|>"), False),
+        (free, call.replace("{}", '{"x": 1}'), False),
+        (either, call, True),
+        (either, f"<|object_ref_start|>{call}", False),
+        (either, '{"x": "</tool_call>"}', True),
+    ):
+        assert follows(qwen, use, said(text)) == fits, text
 
 
 ONE = '{"name": "now", "arguments": {}}'

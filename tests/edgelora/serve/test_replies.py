@@ -108,6 +108,18 @@ def test_a_chat_completion_that_calls_tools() -> None:
     assert choice.message.content == "Well."
 
 
+def test_log_probabilities_are_those_of_the_content() -> None:
+    called, spoken = account("tool_calls", tool_calls=[CALL]), token(b"Well.")
+    shape = chat(logprobs=True, stream=True)
+    whole = [
+        read(ChatCompletion, shape.whole([Finished(text, tokens, reply)])).choices[0].logprobs
+        for text, tokens, reply in (("", [], called), ("Well.", [spoken], called), ("", [], account()))
+    ]
+    assert [logprobs and len(logprobs.content or ()) for logprobs in whole] == [None, 1, 0]
+    chunks = [*shape.opening(), *shape.closing(0, called)]
+    assert {read(ChatCompletionChunk, chunk).choices[0].logprobs for chunk in chunks} == {None}
+
+
 def test_the_chunks_of_a_chat() -> None:
     shape = chat(n=2, stream=True, stream_options={"include_usage": True})
     chunks = [

@@ -402,6 +402,7 @@ WEATHER = {
     "type": "function",
     "function": {
         "name": "weather",
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"city": {"type": "string", "enum": ["Fennick", "Oslo"]}},
@@ -417,14 +418,21 @@ def test_tools_are_called_and_answered(base: Path, shelf: Path, tmp_path: Path) 
     with serving(base, shelf, "--chat-template", str(tmp_path / "hermes.jinja")) as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
         forced = asked("red", tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, max_tokens=60)
+        forced["logprobs"] = True  # of content, which there is none of
         done = client.chat.completions.create(**forced)
         (call,) = done.choices[0].message.tool_calls or ()
         assert call.function.name == "weather"
         assert json.loads(call.function.arguments)["city"] in ("Fennick", "Oslo")
         assert done.choices[0].finish_reason == "tool_calls"
+        assert done.choices[0].logprobs is None
         chunks = list(client.chat.completions.create(**forced, stream=True))
         streamed = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or ()]
         assert [c.function.arguments for c in streamed if c.function] == [call.function.arguments]
+        assert {choice.logprobs for chunk in chunks for choice in chunk.choices} == {None}
+        degrees = {"name": "d", "schema": {"type": "object", "properties": {"d": {"const": 4}}, "required": ["d"]}}
+        either = asked("red", tools=[WEATHER], response_format={"type": "json_schema", "json_schema": degrees})
+        (choice,) = client.chat.completions.create(**{**either, "max_tokens": 60}).choices
+        assert choice.message.tool_calls or json.loads(choice.message.content or "") == {"d": 4}
         turns = [
             {"role": "user", "content": QUESTION},
             {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]},
