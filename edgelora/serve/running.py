@@ -12,6 +12,7 @@ import uvicorn
 
 from edgelora.errors import SettingsError
 from edgelora.serve.app import make_app
+from edgelora.serve.connections import Connection, raise_file_limit
 from edgelora.serve.server import Server
 from edgelora.serve.settings import ServeSettings
 
@@ -42,20 +43,9 @@ def run(settings: ServeSettings, on_start: Callable[[str], None] = lambda url: N
 
 
 async def _run(settings: ServeSettings, on_start: Callable[[str], None]) -> int:
+    raise_file_limit()
     server = Server(settings)
-    config = uvicorn.Config(
-        make_app(server),
-        host=settings.host,
-        port=settings.port,
-        http="h11",  # which bounds what headers may take
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=None,
-    )
-    http = _Server(config)
+    http = HttpServer(server)
     loop = asyncio.get_running_loop()
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -94,8 +84,25 @@ async def _run(settings: ServeSettings, on_start: Callable[[str], None]) -> int:
     return 0
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: this server decides when it ends."""
+class HttpServer(uvicorn.Server):
+    """uvicorn for one server, without its signal handlers: this server decides when it ends."""
+
+    def __init__(self, server: Server) -> None:
+        settings = server.settings
+        http = type("Connection", (Connection,), {"unread_seconds": settings.unread_seconds})
+        config = uvicorn.Config(
+            make_app(server),
+            host=settings.host,
+            port=settings.port,
+            http=http,  # h11, which bounds what headers may take
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=None,
+        )
+        super().__init__(config)
 
     @contextlib.contextmanager
     def capture_signals(self):  # type: ignore[no-untyped-def]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,25 @@ class Served:
 
     def logged(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+
+Sabotage = Callable[[str], Path]
+
+
+@pytest.fixture
+def sabotage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sabotage:
+    """Code that every Python process that is started from now on runs first. It has `trigger`, a path, which is
+    returned: what it does, it does when that is there."""
+
+    def arrange(code: str) -> Path:
+        trigger, folder = tmp_path / "trigger", tmp_path / "site"
+        folder.mkdir()
+        head = f"import os, pathlib, signal, time\ntrigger = pathlib.Path({str(trigger)!r})\n"
+        (folder / "sitecustomize.py").write_text(head + code)
+        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        return trigger
+
+    return arrange
 
 
 @contextmanager

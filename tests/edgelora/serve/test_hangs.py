@@ -14,28 +14,12 @@ import pytest
 from edgelora.engine.stream import Request
 from edgelora.serve.process import READY, EngineDiedError, EngineProcess
 from edgelora.serve.pulse import BEATS, START_SECONDS, Pulse
+from tests.edgelora.serve.conftest import Sabotage
 from tests.edgelora.serve.test_faults import asked, error_of, in_process, text_of
 from tests.edgelora.serve.test_process import ENDLESS, GREEDY, QUESTION, engine_process, run, until, whole
 
 SILENT_SECONDS = 2.0
 """Of no answer: long for a process that runs, on a machine that is busy with other tests."""
-Sabotage = Callable[[str], Path]
-
-
-@pytest.fixture
-def sabotage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sabotage:
-    """Code that the engine's process runs before its own; it finds the `trigger`, whose path is returned, by itself."""
-
-    def arrange(code: str) -> Path:
-        trigger, folder = tmp_path / "trigger", tmp_path / "site"
-        folder.mkdir()
-        head = f"import os, pathlib, signal, time\ntrigger = pathlib.Path({str(trigger)!r})\n"
-        (folder / "sitecustomize.py").write_text(head + code)
-        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-        return trigger
-
-    return arrange
-
 
 STEP_HANGS = """
 from edgelora.engine.scheduler import Scheduler
