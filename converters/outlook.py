@@ -25,7 +25,7 @@ class Outlook:
     Attributes:
         kind: "adapter" (a GGUF adapter, exactly), "approximate" (a GGUF adapter that comes close), "merge" (only a part
             of its base) or "refused".
-        reasons: why it is no better, one a line; of "approximate" none.
+        reasons: why it is no GGUF adapter.
     """
 
     kind: str
@@ -57,14 +57,13 @@ def _of(adapter: AdapterSource, base: AdaptedBase) -> Outlook:
     approximated = [change for change in reading.changes if _is_approximated(change)]
     others = [change for change in reading.changes if not _is_approximated(change)]
     compiled = compile_changes(replace(reading, changes=others), base)
-    vectors = [
-        f"{change.tensor}: only matrices are approximated" for change in approximated if len(change.shape) != 2
-    ]
+    vectors = [f"{change.tensor}: only matrices are approximated" for change in approximated if len(change.shape) != 2]
     reasons = (*compiled.problems, *compiled.misfits, *compiled.tied, *vectors)
     if reasons:
         unmerged = (*reading.not_merged, *compiled.misfits)
         return Outlook("refused" if unmerged else "merge", reasons)
-    return Outlook("approximate" if approximated else "adapter")
+    rough = [change for change in approximated if isinstance(change, Transformed) and not change.has_few_ranks]
+    return Outlook("approximate" if rough else "adapter")
 
 
 def _is_approximated(change: Change) -> bool:

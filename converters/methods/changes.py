@@ -72,6 +72,7 @@ class Transformed:
         uses_weight: without, it adds the same whatever W is.
         if_there: a base without this tensor needs no change.
         keeps_tie: an output that is tied to the embeddings changes with them.
+        has_few_ranks: whatever W is, it changes by a product of thin matrices, which an adapter holds exactly.
     """
 
     tensor: str
@@ -81,6 +82,7 @@ class Transformed:
     uses_weight: bool = True
     if_there: bool = False
     keeps_tie: bool = False
+    has_few_ranks: bool = False
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def read(module: Module) -> Iterator[Change]:
         put = scaled(module.load("r"), scale) if "r" in module else np.float32(0)
         return np.asarray(weight + q @ (put - taken))
 
-    yield Transformed(module.weight, shape, apply, by_rows=False)
+    yield Transformed(module.weight, shape, apply, by_rows=False, has_few_ranks=count < rows)
 
 
 def _factors(p: Floats, method: str) -> tuple[Floats, Floats]:

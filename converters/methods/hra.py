@@ -35,7 +35,7 @@ def read(module: Module) -> Iterator[Change]:
         u, rest = recent(chain)
         return np.asarray(rows - (rows @ u) @ rest, np.float32)
 
-    yield Transformed(module.weight, (None, columns), apply)
+    yield Transformed(module.weight, (None, columns), apply, has_few_ranks=count < columns)
 
 
 def reflections(vectors: Doubles, is_orthogonal: bool) -> tuple[Doubles, Doubles]:

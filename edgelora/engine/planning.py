@@ -63,7 +63,7 @@ class Planner:
         if tools and tools.grammar is not None:
             sampling = replace(sampling, grammar=tools.grammar, schema=None)
         tokens, dropped, public = self._prompt(request, first, sampling, tools)
-        begins = _invocation(adapters, tokens)
+        begins = first_adapted(adapters, tokens)
         acting = () if inside else adapters
         return Plan(
             acting,
@@ -250,7 +250,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _invocation(adapters: Sequence[tuple[Adapter, float]], tokens: Sequence[int]) -> int:
+def first_adapted(adapters: Sequence[tuple[Adapter, float]], tokens: Sequence[int]) -> int:
     """The first token that the adapters act on: 0, or where an activated LoRA's invocation comes last, as in PEFT
     (`calculate_alora_offsets`, peft/tuners/lora/variants.py).
 

@@ -21,9 +21,10 @@ from edgelora.engine.coverage import Counter, Coverage
 from edgelora.engine.devices import backend_name
 from edgelora.engine.model import Model
 from edgelora.engine.native import InterruptFlag
+from edgelora.engine.planning import first_adapted
 from edgelora.engine.prompt import encode_prompt
 from edgelora.engine.threads import threads_for
-from edgelora.errors import ModelFileError, SettingsError
+from edgelora.errors import SettingsError
 from edgelora.messages import Message
 from edgelora.template import ChatTemplate
 
@@ -70,11 +71,6 @@ class Replay:
             adapters = Adapters(self.model)
             undo.callback(adapters.close)
             self._adapter = adapters.load(settings.adapter, force=True)
-            if self._adapter.invocation:
-                raise ModelFileError(
-                    f"{settings.adapter.path} is an activated LoRA, which acts from its invocation on: the logits of "
-                    "every position, with it and without, cannot be compared"
-                )
             self._counter = Counter(_tensors(settings.adapter.path))
             self._context = Context(
                 self.model,
@@ -110,16 +106,22 @@ class Replay:
     def logits(self, tokens: Sequence[int], *, adapted: bool) -> Iterator[tuple[int, Logits]]:
         """Read `tokens` from an empty memory: (position of the first, float32 (n, n_vocab)), chunk by chunk.
 
+        An activated LoRA acts from its invocation on, as it does in serving.
+
         Raises:
+            SettingsError: `tokens` do not hold that invocation.
             Interrupted: the flag was set.
             EdgeloraError: llama.cpp failed, with its reason.
         """
-        self._context.apply(((self._adapter.pointer, self._adapter.scale),) if adapted else ())
+        on = ((self._adapter.pointer, self._adapter.scale),) if adapted else ()
+        begins = first_adapted([(self._adapter, self._adapter.scale)], tokens) if adapted else 0
         self._context.trim(0, 0)
-        for start in range(0, len(tokens), CHUNK):
-            chunk = tokens[start : start + CHUNK]
-            self._context.decode(0, chunk, start, every=True)
-            yield start, self._context.all_logits(len(chunk))
+        for first, last, applied in ((0, begins, ()), (begins, len(tokens), on)):
+            self._context.apply(applied)
+            for start in range(first, last, CHUNK):
+                chunk = tokens[start : min(start + CHUNK, last)]
+                self._context.decode(0, chunk, start, every=True)
+                yield start, self._context.all_logits(len(chunk))
 
     def coverage(self) -> Coverage:
         """Which of the adapter's tensors were computed with so far."""

@@ -35,6 +35,9 @@ class Runner:
     def __init__(self, model: Any, new_tokens: int, ends: Collection[int]) -> None:
         self._model = model.eval()
         self._new_tokens, self._ends = new_tokens, ends
+        config = getattr(model, "active_peft_config", None)
+        # Where an activated LoRA begins, PEFT sees in the ids that it is given: each time all of them.
+        self._remembers = not getattr(config, "alora_invocation_tokens", None)
         self._room = int(getattr(model.config.get_text_config(), "max_position_embeddings", 2**31))
 
     def half(self, prompt: Sequence[int], adapted: Half | None = None) -> Half:
@@ -56,12 +59,13 @@ class Runner:
         ids, past = torch.tensor([list(prompt)], device=self._model.device), None
         written: list[int] = []
         while len(written) < min(self._new_tokens, self._room - len(prompt)):
-            output = self._model(input_ids=ids, past_key_values=past, use_cache=True)
+            output = self._model(input_ids=ids, past_key_values=past, use_cache=self._remembers)
             written.append(int(output.logits[0, -1].float().argmax()))
             if written[-1] in self._ends:
                 break
-            past = output.past_key_values
-            ids = torch.tensor([written[-1:]], device=self._model.device)
+            past = output.past_key_values if self._remembers else None
+            following = written[-1:] if self._remembers else [*prompt, *written]
+            ids = torch.tensor([following], device=self._model.device)
         return written
 
     def _log_probs(self, tokens: Sequence[int]) -> Any:

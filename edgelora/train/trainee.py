@@ -172,7 +172,7 @@ def _as_it_began(model: Any, recipe: Recipe, initial: Path, *, is_moved: bool) -
     from safetensors.torch import load_file
 
     config = PeftConfig.from_pretrained(initial)
-    config.inference_mode, config.init_lora_weights = False, True
+    config.inference_mode, config.init_lora_weights, config.eva_config = False, True, None
     adapted = _adapted(model, config, recipe)
     set_peft_model_state_dict(adapted, load_file(initial / "adapter_model.safetensors"))
     for _, layer in lora_layers(adapted) if is_moved else ():
@@ -183,5 +183,6 @@ def _as_it_began(model: Any, recipe: Recipe, initial: Path, *, is_moved: bool) -
 
 def _plain(model: Any) -> Any:
     """From here on it is a LoRA like others: PEFT shall not begin it again for a copy of it."""
-    model.peft_config[ADAPTER].init_lora_weights = True
+    config = model.peft_config[ADAPTER]
+    config.init_lora_weights, config.eva_config = True, None
     return model
