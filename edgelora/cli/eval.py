@@ -172,6 +172,7 @@ def _rows(
         click.echo(json.dumps(to_dict(found), indent=2, ensure_ascii=False))
     else:
         print_evaluation(found)
+    _print_account(found)
     return found.failures
 
 
@@ -207,7 +208,7 @@ def _judge(options: Mapping[str, Any]) -> Judge | None:
 
 def print_evaluation(found: Evaluation) -> None:
     """Every metric, with a line for each variant."""
-    from edgelora.evaluation.table import n_cut, table
+    from edgelora.evaluation.table import table
 
     for metric, lines in table(found):
         print_metric(metric.name, lines, is_lower_better=metric.is_lower_better)
@@ -215,6 +216,12 @@ def print_evaluation(found: Evaluation) -> None:
         if mistakes := confusion.mistakes(5):
             said = ", ".join(f"{cell(label)} as {cell(answer)} ({count})" for label, answer, count in mistakes)
             click.echo(f"  {cell(name)} mistakes: {said}")
+
+
+def _print_account(found: Evaluation) -> None:
+    """How long it took, and which replies were cut."""
+    from edgelora.evaluation.table import n_cut
+
     before = f", {found.n_before:,} answers from before" if found.n_before else ""
     click.echo(f"{len(found.rows):,} rows in {found.seconds:.1f} s{before}", err=True)
     for variant in found.variants:

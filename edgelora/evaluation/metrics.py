@@ -22,8 +22,8 @@ from edgelora.evaluation.rows import EvalRow
 from edgelora.evaluation.text_overlap import contains, exact_match, rouge_l, token_f1
 from edgelora.rows import MAX_PROBLEMS_SHOWN
 
-MAX_LABEL_LENGTH, ROWS_PER_LABEL = 64, 3
-"""Rows are of a classification where their references are at most so long, and have as many rows each on average."""
+MAX_LABEL_WORDS, ROWS_PER_LABEL = 4, 3
+"""Rows are of a classification where no reference has more words, and each has so many rows on average."""
 SAME_LOSS = 0.01
 """Nats a token by which a reference has to become likelier or less likely for its row to count as changed."""
 
@@ -59,12 +59,12 @@ class Metric:
         return RowSums(above, below, self.transform)
 
     def shown(self, value: float, *, signed: bool = False) -> str:
-        """As tables show it."""
+        """As tables show it; `signed` for a difference, of shares in percentage points."""
         if not np.isfinite(value):
             return "-"
         sign = "+" if signed else ""
         if self.is_share:
-            return f"{100 * value:{sign}.1f} %"
+            return f"{100 * value:{sign}.1f} {'pt' if signed else '%'}"
         return f"{value:{sign}.4g}" if abs(value) < 1000 else f"{value:{sign},.0f}"
 
 
@@ -237,7 +237,7 @@ def suggested(rows: Sequence[EvalRow]) -> list[str]:
     if all(_is_object(reference) for reference in references):
         return ["perplexity", "exact-match", "json", "json-fields"]
     labels = {reference.strip() for reference in references}
-    is_short = max(map(len, labels)) <= MAX_LABEL_LENGTH
+    is_short = max(len(label.split()) for label in labels) <= MAX_LABEL_WORDS
     if is_short and 1 < len(labels) <= len(references) / ROWS_PER_LABEL:
         return ["perplexity", "accuracy"]
     return ["perplexity", "exact-match", "f1", "rouge-l"]

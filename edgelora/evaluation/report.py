@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
+from pathlib import Path
 
 from edgelora.evaluation.comparison import BETTER, SAME, WORSE, Comparison, Measured
 from edgelora.evaluation.evaluate import Evaluation
@@ -16,16 +18,18 @@ from edgelora.evaluation.metrics import Metric
 from edgelora.evaluation.table import counts, n_cut, shown_comparison, shown_value
 from edgelora.evaluation.variants import Variant
 
-MAX_ROWS = 60
-"""Rows of each kind (worse, better, otherwise) that a comparison shows; rows.jsonl has all."""
+MAX_ROWS = 25
+"""Rows of each kind (worse, better, reworded) that a comparison shows; rows.jsonl has all."""
 MAX_LABELS = 12
 """Labels that a confusion matrix has room for; of more, the most frequent mistakes are shown."""
 MAX_MISTAKES = 15
-MAX_WORDS = 1500
-"""Words of a reply whose differences are marked; those of longer ones are not."""
-OTHERWISE = "otherwise"
+MAX_WORDS, LEAST_ALIKE = 1500, 0.35
+"""Differences are marked between replies of at most so many words, that have such a share of them in common."""
+LOG_FROM = 10.0
+"""A chart has a logarithmic axis where its largest value is so many times the smallest."""
+REWORDED = "reworded"
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
-_ORDER = (WORSE, BETTER, OTHERWISE)
+_ORDER = (WORSE, BETTER, REWORDED)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class Chart:
     metric: Metric
     lines: Sequence[Line]
 
+    @property
+    def compares(self) -> bool:
+        return any(line.verdict for line in self.lines)
+
 
 @dataclass(frozen=True)
 class Side:
@@ -67,7 +75,7 @@ class Side:
 
 @dataclass(frozen=True)
 class ChangedRow:
-    """A row on which a variant and its reference differ; `kind` is `BETTER`, `WORSE` or `OTHERWISE`."""
+    """A row on which a variant and its reference differ; `kind` is `BETTER`, `WORSE` or `REWORDED`."""
 
     line: int
     kind: str
@@ -105,7 +113,8 @@ def render_report(found: Evaluation, when: datetime | None = None) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     source = files("edgelora.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(
-        title=found.data,
+        title=Path(found.data).name,
+        data=found.data,
         when=f"{when or datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         n_rows=len(found.rows),
         variants=[(variant, n_cut(found, variant)) for variant in found.variants],
@@ -118,29 +127,32 @@ def render_report(found: Evaluation, when: datetime | None = None) -> str:
 
 def _chart(found: Evaluation, metric: Metric) -> Chart:
     measured = found.measured[metric.name]
-    numbers = [each.interval for each in measured.values()]
-    finite = [value for each in numbers for value in (each.low, each.value, each.high) if abs(value) < float("inf")]
-    low, high = (0.0, 1.0) if metric.is_share else (min(finite, default=0.0), max(finite, default=1.0))
-    width = (high - low) or 1.0
-
-    def place(value: float) -> float:
-        return round(min(100.0, max(0.0, 100 * (value - low) / width)), 2) if abs(value) < float("inf") else 0.0
-
+    place = _axis(metric, [value for each in measured.values() for value in _ends(each)])
     lines = []
     for variant in found.variants:
         if each := measured.get(variant.name):
-            interval, cells = each.interval, [*shown_value(each), *shown_comparison(each)]
-            lines.append(
-                Line(
-                    variant.name,
-                    cells,
-                    each.comparison.verdict if each.comparison else "",
-                    place(interval.low),
-                    place(interval.value),
-                    place(interval.high),
-                )
-            )
+            cells = [*shown_value(each), *shown_comparison(each)]
+            verdict = each.comparison.verdict if each.comparison else ""
+            lines.append(Line(variant.name, cells, verdict, *map(place, _ends(each))))
     return Chart(metric, lines)
+
+
+def _ends(measured: Measured) -> tuple[float, float, float]:
+    interval = measured.interval
+    return interval.low, interval.value, interval.high
+
+
+def _axis(metric: Metric, values: Sequence[float]) -> Callable[[float], float]:
+    """A value's place, in per cent of the axis that all `values` fit on."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = (0.0, 1.0) if metric.is_share else (min(finite), max(finite))
+    scale: Callable[[float], float] = math.log if 0 < low * LOG_FROM < high and not metric.is_share else float
+    start, width = scale(low), (scale(high) - scale(low)) or 1.0
+
+    def place(value: float) -> float:
+        return round(min(100.0, max(0.0, 100 * (scale(value) - start) / width)), 2) if math.isfinite(value) else 0.0
+
+    return place
 
 
 def _confusions(found: Evaluation) -> Iterator[dict[str, object]]:
@@ -190,7 +202,7 @@ def _kind(found: Evaluation, variant: Variant, compared: Comparison, place: int)
     if compared.by_row[place] in (BETTER, WORSE):
         return compared.by_row[place]
     own, other = (found.answers[name][place].reply for name in (variant.name, variant.reference))
-    return OTHERWISE if compared.by_row[place] == SAME and own != other else ""
+    return REWORDED if compared.by_row[place] == SAME and own != other else ""
 
 
 def _row(found: Evaluation, variant: Variant, kind: str, place: int) -> ChangedRow:
@@ -204,7 +216,7 @@ def _row(found: Evaluation, variant: Variant, kind: str, place: int) -> ChangedR
 def _values(found: Evaluation, name: str, place: int) -> list[str]:
     """ "f1 80.0 %", of every metric that the row has a value of."""
     return [
-        f"{metric.name} {metric.shown(value)}"
+        f"{metric.name} {metric.shown(value)}".replace(" ", "\N{NO-BREAK SPACE}")
         for metric in found.metrics
         if name in found.measured[metric.name]
         and (value := found.measured[metric.name][name].by_row[place]) is not None
@@ -214,11 +226,19 @@ def _values(found: Evaluation, name: str, place: int) -> list[str]:
 def marked(before: str, after: str) -> tuple[list[Span], list[Span]]:
     """Both texts in pieces, those that the other does not have marked."""
     words = _WORDS.findall(before), _WORDS.findall(after)
-    if max(map(len, words)) > MAX_WORDS:
+    matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
+    if max(map(len, words)) > MAX_WORDS or _alike(matcher, *words) < LEAST_ALIKE:
         return [Span(before, False)], [Span(after, False)]
     spans: tuple[list[Span], list[Span]] = ([], [])
-    for tag, start, end, begin, stop in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+    for tag, start, end, begin, stop in matcher.get_opcodes():
         for side, piece in zip(spans, (words[0][start:end], words[1][begin:stop]), strict=True):
             if piece:
                 side.append(Span("".join(piece), tag != "equal"))
     return spans
+
+
+def _alike(matcher: difflib.SequenceMatcher[str], one: Sequence[str], other: Sequence[str]) -> float:
+    """The share of words, without the spaces between, that both have in the same order."""
+    shared = [word for block in matcher.get_matching_blocks() for word in one[block.a : block.a + block.size]]
+    counts = [sum(not word.isspace() for word in words) for words in (shared, one, other)]
+    return 2 * counts[0] / (counts[1] + counts[2] or 1)
