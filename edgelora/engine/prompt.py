@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,7 @@ from edgelora.engine.tokenizer import SpecialToken, Tokenizer, join_controls
 from edgelora.errors import SettingsError
 from edgelora.messages import Message, prepared
 from edgelora.template import ChatTemplate
-from edgelora.tools.calls import ToolCall
-from edgelora.tools.families import required_family
+from edgelora.tools.writing import everywhere, written_message
 
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 
@@ -55,11 +54,11 @@ def encode_prompt(
         return quotes.protect(text, tokenizer)
 
     text = template.render(
-        [_written(template, message, protect) for message in conversation],
+        [written_message(template, message, protect) for message in conversation],
         add_generation_prompt=add_generation_prompt,
         bos_token=tokenizer.text_of("bos"),
         eos_token=tokenizer.text_of("eos"),
-        tools=_everywhere(tools, protect),
+        tools=everywhere(tools, protect),
     )
     text = quotes.unescaped(text)
     begun = next((begin for begin in _THOUGHT_ENDS if text.rstrip().endswith(begin)), "")
@@ -69,37 +68,6 @@ def encode_prompt(
     if quotes.opening not in text:
         return tokenizer.encode(text, special=True)
     return join_controls(tokenizer, _joined(quotes.split(text, tokenizer)))
-
-
-def _written(template: ChatTemplate, message: Message, protect: Callable[[str], str]) -> Message:
-    """A message with its texts protected; calls are in the content where the template writes none itself.
-
-    Raises:
-        SettingsError: it has calls, and the template does not support them.
-    """
-    made: Message = {"role": message["role"], "content": protect(message["content"])}
-    if "tool_call_id" in message:
-        made["tool_call_id"] = protect(message["tool_call_id"])
-    if "name" in message:
-        made["name"] = protect(message["name"])
-    if calls := message.get("tool_calls"):
-        family = required_family(template)
-        if family.in_content:
-            own = [ToolCall(each["function"]["name"], json.dumps(each["function"]["arguments"])) for each in calls]
-            opening, text, closing = family.written(own)
-            made["content"] += f"{opening}{protect(text)}{closing}"
-        else:
-            made["tool_calls"] = [_everywhere(each, protect) for each in calls]
-    return made
-
-
-def _everywhere(value: Any, protect: Callable[[str], str]) -> Any:
-    """A value of JSON with every text in it protected."""
-    if isinstance(value, str):
-        return protect(value)
-    if isinstance(value, Mapping):
-        return {protect(key): _everywhere(item, protect) for key, item in value.items()}
-    return [_everywhere(item, protect) for item in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
