@@ -40,7 +40,11 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run was started with, as `run.json` keeps it."""
+    """What a run was started with, as `run.json` keeps it.
+
+    Attributes:
+        base_content: of a GGUF base: quantizations of one model have one fingerprint, and are different weights.
+    """
 
     recipe: Mapping[str, Any]
     base: str
@@ -49,6 +53,7 @@ class RunRecord:
     eval_sha256: str = ""
     template_sha256: str = ""
     peft_config_sha256: str = ""
+    base_content: str = ""
     dtype: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     version: int = VERSION
@@ -61,6 +66,7 @@ class RunRecord:
             "eval_sha256": "the evaluation data is not the same",
             "template_sha256": "the chat template is not the same any more",
             "peft_config_sha256": "the file of --peft-config is not the same any more",
+            "base_content": f"the base was {self.base}, now {now.base} (other weights)",
             "dtype": f"the base's weights were {self.dtype}, now {now.dtype}",
         }
         return [

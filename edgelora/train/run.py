@@ -153,11 +153,13 @@ def _record(job: Job, data: Path, eval_data: Path | None) -> RunRecord:
     from importlib.metadata import version
 
     from converters.fingerprint import fingerprint
+    from edgelora.entry import content_of
 
     return RunRecord(
         recipe=job.recipe.to_dict(),
         base=job.base.reference,
         base_fingerprint=fingerprint(job.base.path),
+        base_content=content_of(job.base.path) if job.base.path.is_file() else "",
         data_sha256=file_sha256(data),
         eval_sha256=file_sha256(eval_data),
         peft_config_sha256=file_sha256(Path(job.recipe.peft_config).expanduser() if job.recipe.peft_config else None),
