@@ -13,21 +13,25 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edgelora.engine.engine import Engine
 from edgelora.serve.keys import Key, add_key
 from tests.edgelora.serve.conftest import Served, serving
+from tests.edgelora.serve.right_answers import PROBE, RightAnswers
 
 QUESTION = "Where does the miller live?"
 SECONDS = 30.0
 """The longest that one answer may take."""
 OUTAGES = {503, 507}
-NORMAL_BODIES, ALL_BODIES = 400, 10_000
-NORMAL_FILES, ALL_FILES = 60, 2_000
+BODIES, FILES = 10_000, 2_000
+CONNECTIONS = 4
 FOLDER_BATCH = 100
 
 VALID: dict[str, dict[str, Any]] = {
@@ -145,13 +149,26 @@ def damaged(data: bytes, rng: random.Random) -> Any:
     )
 
 
-def request_of(rng: random.Random, secret: str) -> tuple[bytes, bool]:
-    """A request as it goes over the wire, and whether it is whole: what its headers announce comes."""
+@dataclass(frozen=True)
+class Thrown:
+    """A request as it goes over the wire.
+
+    Attributes:
+        is_whole: what its headers announce comes.
+    """
+
+    path: str
+    body: bytes
+    data: bytes
+    is_whole: bool
+
+
+def request_of(rng: random.Random, secret: str) -> Thrown:
     path = rng.choice(list(VALID))
     body = VALID[path]
     if path == "/v1/chat/completions" and rng.random() < 0.6:  # a scale and a blend exclude each other
         body = {name: value for name, value in body.items() if name not in ("adapters", "stream_options")}
-    for _ in range(rng.choice([1, 1, 2, 4])):
+    for _ in range(rng.choice([0, 1, 1, 2, 4])):
         body = mutated(body, rng)
     data = json.dumps(body).encode()
     if rng.random() < 0.3:
@@ -175,7 +192,7 @@ def request_of(rng: random.Random, secret: str) -> tuple[bytes, bool]:
     if rng.random() < 0.03:
         headers["X-Request-Id"] = "x" * rng.choice([1, 64, 65, 5_000])
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + sent, is_whole
+    return Thrown(path, data, f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + sent, is_whole)
 
 
 @dataclass
@@ -233,7 +250,8 @@ class Fuzzed:
 
     served: Served
     secret: str
-    known: dict[str, str]
+    right: RightAnswers
+    known: dict[str, str] = field(default_factory=dict)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -261,42 +279,55 @@ def fuzzed(base: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempP
         shutil.copy(path, folder / f"{name}.gguf")
     keys = folder.parent / "keys.toml"
     secret = add_key(keys, Key("boss", frozenset({"*"}), admin=True))
-    with serving(base, folder, "--max-body", "1", "--max-upload", "4", keys=keys) as served:
-        made = Fuzzed(replace(served, headers={"Authorization": f"Bearer {secret}"}), secret, {})
+    with (
+        Engine(base, adapters, threads=1, n_ctx=512) as engine,
+        serving(base, folder, "--max-body", "1", "--max-upload", "4", keys=keys) as served,
+    ):
+        made = Fuzzed(replace(served, headers={"Authorization": f"Bearer {secret}"}), secret, RightAnswers(engine))
         made.known = made.said()
         assert len(set(made.known.values())) == 3
         yield made
 
 
-def throw_bodies(fuzzed: Fuzzed, seeds: range) -> Counter[int]:
-    statuses, wire, slowest = Counter[int](), Wire(fuzzed.address), 0.0
+def throw_bodies(fuzzed: Fuzzed, seeds: range) -> Counter[str]:
+    """Over several connections at once; every answer is looked at."""
+    statuses, wire, slowest = Counter[str](), Wire(fuzzed.address), 0.0
+    answered = list[tuple[Thrown, str, bytes]]()
     for seed in seeds:
-        (data, is_whole), began = request_of(random.Random(seed), fuzzed.secret), time.monotonic()
-        status, kind, body = wire.ask(data, is_whole)
+        thrown, began = request_of(random.Random(seed), fuzzed.secret), time.monotonic()
+        status, kind, body = wire.ask(thrown.data, thrown.is_whole)
         slowest = max(slowest, time.monotonic() - began)
-        statuses[status] += 1
-        assert status < 500 or status in OUTAGES, f"seed {seed}: {status} {body[:300]!r}\n{data[:600]!r}"
-        assert status or not is_whole or len(data) > 1 << 20, f"seed {seed}: no answer\n{data[:600]!r}"
+        statuses[str(status)] += 1
+        where = f"seed {seed}: {status} {body[:300]!r}\n{thrown.data[:600]!r}"
+        assert status < 500 or status in OUTAGES, where
+        assert status or not thrown.is_whole or len(thrown.data) > 1 << 20, where
         if status >= 400 and kind != "text/plain":  # what is no HTTP at all is answered by the parser of HTTP
             check_error(status, kind, body)
         elif status >= 400:
-            assert body == b"Invalid HTTP request received.", f"seed {seed}: {body[:300]!r}"
+            assert body == b"Invalid HTTP request received.", where
+        elif status == 200:
+            answered.append((thrown, kind, body))
     if wire.kept:
         wire.kept.close()
-    told(f"{sum(statuses.values())} bodies: {dict(sorted(statuses.items()))}, slowest {slowest:.2f} s")
+    for thrown, kind, body in answered:
+        statuses["right" if fuzzed.right.check(thrown.path, thrown.body, kind, body) else "without a seed"] += 1
+    assert slowest < SECONDS
     return statuses
 
 
-def test_broken_bodies_are_refused_and_move_nothing(fuzzed: Fuzzed) -> None:
-    statuses = throw_bodies(fuzzed, range(NORMAL_BODIES))
-    assert statuses[400] > NORMAL_BODIES // 3
-    assert statuses[200] > 0  # some mutations leave a request that can be answered
-    fuzzed.is_unmoved()
+def on_connections(work: Callable[[range], Counter[str]], seeds: range) -> Counter[str]:
+    """The seeds shared among as many connections as there may be."""
+    began = time.monotonic()
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        found = sum(pool.map(work, [seeds[at::CONNECTIONS] for at in range(CONNECTIONS)]), Counter[str]())
+    told(f"{len(seeds)} in {time.monotonic() - began:.1f} s: {dict(sorted(found.items()))}")
+    return found
 
 
-@pytest.mark.slow
-def test_ten_thousand_broken_bodies(fuzzed: Fuzzed) -> None:
-    throw_bodies(fuzzed, range(NORMAL_BODIES, ALL_BODIES))
+def test_ten_thousand_broken_bodies_are_refused_and_move_nothing(fuzzed: Fuzzed) -> None:
+    statuses = on_connections(lambda seeds: throw_bodies(fuzzed, seeds), range(BODIES))
+    assert statuses["400"] > BODIES // 3
+    assert statuses["right"] > BODIES // 100  # some mutations leave a request that can be answered
     fuzzed.is_unmoved()
 
 
@@ -347,42 +378,40 @@ def broken_file(data: bytes, rng: random.Random) -> Any:
     )
 
 
-def put(fuzzed: Fuzzed, name: str, data: bytes) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(*fuzzed.address, timeout=SECONDS)
-    try:
-        connection.request(
-            "PUT", f"/v1/adapters/{name}", data, {"Host": "localhost", "Authorization": f"Bearer {fuzzed.secret}"}
-        )
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
+def put(connection: http.client.HTTPConnection, fuzzed: Fuzzed, path: str, data: bytes) -> tuple[int, bytes]:
+    headers = {"Host": "localhost", "Authorization": f"Bearer {fuzzed.secret}"}
+    connection.request("PUT", path, data, headers)
+    response = connection.getresponse()
+    return response.status, response.read()
 
 
-def throw_files(fuzzed: Fuzzed, source: Path, seeds: range) -> Counter[str]:
-    """Half of the files as uploads, half dropped into the folder in batches."""
-    outcomes, data = Counter[str](), source.read_bytes()
-    uploads = [seed for seed in seeds if seed % 2]
-    for seed in uploads:
-        status, body = put(fuzzed, "odd", broken_file(data, random.Random(seed)))
-        outcomes[f"upload {status}"] += 1
-        assert status in (201, 400), f"seed {seed}: {status} {body[:300]!r}\n{fuzzed.served.log.read_text()[-2000:]}"
-        if status != 201:
-            check_error(status, "application/json", body)
-        else:  # what came in can be asked, and harms nobody
-            answer = fuzzed.served.post(
-                "/v1/completions", {"model": "odd", "prompt": "A", "max_tokens": 2, "temperature": 0}
-            )
-            outcomes[f"reply {answer.status_code}"] += 1
-            assert answer.status_code in (200, 400, 500), answer.text
-            assert fuzzed.served.state()["restarts"] == 0, f"seed {seed} killed the engine"
-            if answer.status_code != 200:
-                check_error(answer.status_code, "application/json", answer.content)
-    dropped = [seed for seed in seeds if not seed % 2]
-    for at in range(0, len(dropped), FOLDER_BATCH):
-        outcomes.update(drop(fuzzed, data, dropped[at : at + FOLDER_BATCH]))
-    told(f"{len(seeds)} files: {dict(sorted(outcomes.items()))}")
+def upload(fuzzed: Fuzzed, source: bytes, seeds: range, name: str, folder: Path) -> Counter[str]:
+    outcomes, file = Counter[str](), folder / f"{name}.gguf"
+    with closing(http.client.HTTPConnection(*fuzzed.address, timeout=SECONDS)) as connection:
+        for seed in seeds:
+            data = broken_file(source, random.Random(seed))
+            status, body = put(connection, fuzzed, f"/v1/adapters/{name}", data)
+            outcomes[f"upload {status}"] += 1
+            assert status in (201, 400), f"seed {seed}: {status} {body[:300]!r}"
+            if status != 201:
+                check_error(status, "application/json", body)
+                continue
+            file.write_bytes(data)
+            outcomes[probe(fuzzed, name, file)] += 1
     return outcomes
+
+
+def probe(fuzzed: Fuzzed, name: str, file: Path) -> str:
+    """What came in can be asked, says what it says alone, and harms nobody."""
+    answer = fuzzed.served.post("/v1/completions", {"model": name, **PROBE})
+    right = fuzzed.right.probe(file)
+    if right is None:
+        assert answer.status_code == 500, f"{name}: {answer.text}"
+        check_error(answer.status_code, "application/json", answer.content)
+        return "no numbers"
+    assert answer.status_code == 200, f"{name}: {answer.text}"
+    assert answer.json()["choices"][0]["text"] == right, name
+    return "right"
 
 
 def drop(fuzzed: Fuzzed, data: bytes, seeds: list[int]) -> Counter[str]:
@@ -405,20 +434,28 @@ def drop(fuzzed: Fuzzed, data: bytes, seeds: list[int]) -> Counter[str]:
         if about["state"] == "refused":
             assert about["problem"], name
             assert str(fuzzed.served.folder) not in about["problem"]
+        else:
+            outcomes[probe(fuzzed, name, fuzzed.served.folder / f"{name}.gguf")] += 1
         (fuzzed.served.folder / f"{name}.gguf").unlink()
     fuzzed.served.until(lambda: not names.keys() & fuzzed.served.models(everything=True).keys())
     assert fuzzed.served.state()["restarts"] == 0, f"one of {sorted(names)} killed the engine"
     return outcomes
 
 
-def test_broken_files_stay_out_and_move_nothing(fuzzed: Fuzzed, adapters: dict[str, Path]) -> None:
-    outcomes = throw_files(fuzzed, adapters["red"], range(NORMAL_FILES))
-    assert outcomes["upload 400"] > 5
-    assert outcomes["folder refused"] > 5
-    fuzzed.is_unmoved()
+def test_two_thousand_broken_files_stay_out_and_move_nothing(
+    fuzzed: Fuzzed, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Half of them are uploads, half are dropped into the folder in batches."""
+    source = adapters["red"].read_bytes()
 
+    def uploads(seeds: range) -> Counter[str]:
+        return upload(fuzzed, source, seeds, f"odd{seeds.start % CONNECTIONS}", tmp_path)
 
-@pytest.mark.slow
-def test_two_thousand_broken_files(fuzzed: Fuzzed, adapters: dict[str, Path]) -> None:
-    throw_files(fuzzed, adapters["red"], range(NORMAL_FILES, ALL_FILES))
+    outcomes = on_connections(uploads, range(FILES // 2))
+    for start in range(FILES // 2, FILES, FOLDER_BATCH):
+        outcomes.update(drop(fuzzed, source, list(range(start, start + FOLDER_BATCH))))
+    told(f"{FILES} files: {dict(sorted(outcomes.items()))}")
+    assert outcomes["upload 400"] > FILES // 4
+    assert outcomes["folder refused"] > FILES // 4
+    assert outcomes["right"] > FILES // 100
     fuzzed.is_unmoved()
