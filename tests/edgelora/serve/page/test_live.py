@@ -82,3 +82,23 @@ def test_killed_in_mid_stream_the_engine_is_missed_and_found_again(
     expect(live_page.locator(".failure")).to_have_count(0)
     expect(live_page.locator(".turn")).to_have_count(2)
     expect(live_page.locator(".turn.you .text")).to_have_text(QUESTION)
+
+
+def test_a_blend_says_what_the_server_says_of_it(browser: Browser, served: Served) -> None:
+    asked = {"temperature": 0, "max_tokens": 12}
+    alone, blended = [
+        served.chat(QUESTION, "blue", **asked, **more)["choices"][0]["message"]["content"]
+        for more in ({}, {"adapters": {"blue": 0.7, "red": 0.3}})
+    ]
+    assert alone != blended, "the blend has to show"
+    for page in opened(browser, served.url + "/"):
+        page.get_by_role("combobox", name="Adapter", exact=True).select_option("blue")
+        page.get_by_role("button", name="Mix in another").click()
+        page.get_by_role("combobox", name="Adapter 2").select_option("red")
+        page.get_by_role("slider", name="Scale", exact=True).fill("0.7")
+        page.get_by_role("slider", name="Scale 2").fill("0.3")
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Max tokens").fill("12")
+        ask(page)
+        expect(page.get_by_role("button", name="Again")).to_be_visible()
+        assert reply(page).locator(".text").text_content() == blended

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -14,6 +15,10 @@ from tests.edgelora.serve.page.stub import REPLIES, Stub, listed
 
 CODE = f"So:\n\n```python\nprint(engine.chat({QUESTION!r}, adapter='support', sampling={{'seed': 7}}).text)\n```\n"
 LONG = "customer-{:02d}-north-western-distribution-centre-support-german-v2"
+DEVICES: dict[str, dict[str, Any]] = {
+    "wide": {"viewport": WIDE},
+    "phone": {"viewport": PHONE, "has_touch": True, "is_mobile": True},
+}
 WHY = "blk.0.attn_q is 2048x2048 here and 4096x4096 in the base"
 
 
@@ -81,8 +86,7 @@ def states(page: Page, stub: Stub) -> Iterator[str]:
 def test_how_it_looks_and_what_axe_finds(
     browser: Browser, stub: Stub, artifacts: Path, scheme: str, width: str
 ) -> None:
-    viewport = {"wide": {"viewport": WIDE}, "phone": {"viewport": PHONE, "has_touch": True, "is_mobile": True}}
-    for page in opened(browser, stub.url, color_scheme=scheme, **viewport[width]):
+    for page in opened(browser, stub.url, color_scheme=scheme, **DEVICES[width]):
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert background == {"light": "rgb(246, 247, 249)", "dark": "rgb(18, 22, 29)"}[scheme]
         for state in states(page, stub):
