@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelora.cli.options import FILE, config_option
-from edgelora.cli.progress import CountProgress, count_bar
+from edgelora.cli.progress import CountProgress, count_bar, stage_bars
+from edgelora.cli.visible import visible
 
 if TYPE_CHECKING:
+    from edgelora.export import ExportPlan
     from edgelora.train.progress import TrainStatus
+    from edgelora.train.recipe import Recipe
 
 
 class RecipeCommand(click.Command):
@@ -68,8 +71,13 @@ class _Drawn:
 )
 @click.option("--eval-data", type=FILE, help="Rows to measure the loss on, in the format of DATA.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the output folder.")
+@click.option("--export", is_flag=False, flag_value="base", metavar="[QUANTS]",
+              help="When it is trained, convert it, make the base in these quantizations (q4_k_m,q8_0) where there is "
+              "none, and verify it on each; alone, on the GGUF file that was trained on.")  # fmt: skip
 @config_option
-def command(data: Path, base: str, output: Path, eval_data: Path | None, resume: bool, **recipe: Any) -> None:
+def command(
+    data: Path, base: str, output: Path, eval_data: Path | None, resume: bool, export: str | None, **recipe: Any
+) -> None:
     """Fine-tune a base on your data with PEFT.
 
     The loss counts the assistant's tokens only; with `--objective dpo` it prefers chosen replies to rejected ones.
@@ -83,12 +91,15 @@ def command(data: Path, base: str, output: Path, eval_data: Path | None, resume:
       edgelora train support.jsonl --base my-model/ -o support/ --rank 8 --epochs 5 --eval-data held-out.jsonl
       edgelora train support.jsonl --base my-model/ -o support/ --method qlora --eval-data held-out.jsonl --keep-best
       edgelora train pairs.jsonl --base my-model/ -o polite/ --objective dpo
+      edgelora train support.jsonl --base my-model/ -o support/ --export q4_k_m
+      edgelora train support.jsonl --base my-model-q2_k.gguf -o support/ --export
       edgelora train support.jsonl --base my-model/ -o support/ --resume
     """
     from edgelora.train.recipe import Recipe
     from edgelora.train.run import train
 
     settings = Recipe.from_mapping(recipe)
+    plan = _planned(export, base, output, settings, resume) if export else None
     with count_bar("Training", "steps") as bar:
         report = train(data, base, output, settings, eval_data=eval_data, resume=resume, progress=_Drawn(bar))
     evaluated = "" if report.eval_loss is None else f", eval loss {report.eval_loss:.3f}"
@@ -99,4 +110,40 @@ def command(data: Path, base: str, output: Path, eval_data: Path | None, resume:
         f"{report.trained_parameters:,} of {report.total_parameters:,} parameters trained",
         err=True,
     )
-    click.echo(f"Next: edgelora convert {shlex.quote(str(report.output))}", err=True)
+    if plan is None:
+        click.echo(f"Next: edgelora convert {shlex.quote(str(report.output))}", err=True)
+    elif not _export(plan, report.export):
+        click.get_current_context().exit(1)
+
+
+def _planned(export: str, base: str, output: Path, recipe: Recipe, resume: bool) -> ExportPlan:
+    """Where an export goes; what stands in its way is said before training."""
+    from edgelora.export import plan_export
+    from edgelora.store import Store
+    from edgelora.train.base import find_base
+
+    if recipe.torch_only:
+        raise click.UsageError("--export makes GGUF files, and --torch-only is for adapters that fit none")
+    return plan_export(export, find_base(base, recipe.base_config).path, output, Store(), replace=resume)
+
+
+def _export(plan: ExportPlan, outcome: str) -> bool:
+    """Make and print everything of an export; whether all that was verified passed."""
+    from edgelora.export import export
+    from edgelora.store import Store
+
+    with stage_bars() as stages:
+        made = export(plan, outcome, Store(), stages.bytes("Exporting"))
+    for path in filter(None, (made.adapter, *made.bases)):
+        click.echo(str(path))
+    for notice in made.notices:
+        click.secho(f"  {visible(notice)}", err=True, fg="yellow")
+    for report in made.reports:
+        verdict = "passed" if report.passed else f"FAILED: {', '.join(report.failed)}"
+        click.secho(f"  verified on {report.base}: {verdict}", err=True, fg="green" if report.passed else "red")
+        if not report.passed:
+            again = f"edgelora verify {shlex.quote(report.adapter)} --base {shlex.quote(report.base)}"
+            click.echo(f"  everything is kept; for the details: {again}", err=True)
+    served = f"--adapter {shlex.quote(str(made.adapter))}" if made.adapter else ""
+    click.echo(f"Next: edgelora chat {served} --base {shlex.quote(str(made.bases[0]))}".replace("  ", " "), err=True)
+    return made.passed

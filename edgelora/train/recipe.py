@@ -115,7 +115,7 @@ class Recipe:
     base_config: str | None = _setting(
         None,
         TEXT.or_none(),
-        "of a GGUF base: a folder with the config.json and the tokenizer it was made from [default: read from the file]",
+        "of a GGUF base: folder of its model's config.json and tokenizer [default: read from the file]",
         free_on_resume=True,
     )
     dtype: str = _setting("auto", one_of(DTYPES), "type of the base's weights; auto is bfloat16 on CUDA, else float32")
