@@ -105,6 +105,13 @@ _PROBE = checked_tools([PROBE_TOOL])
 _CALL = ToolCall("probe_tool", '{"probed": "some text"}')
 _QUESTION = user_message("A question?")
 _SPOKEN = "SPOKEN"
+_FUNCTION = {"name": _CALL.name, "arguments": json.loads(_CALL.arguments)}
+_CALLING: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "probe0001", "type": "function", "function": _FUNCTION}],
+}
+_ANSWER: Message = {"role": "tool", "tool_call_id": "probe0001", "name": _CALL.name, "content": _SPOKEN}
 
 
 def required_family(template: ChatTemplate) -> Family:
@@ -136,16 +143,17 @@ def _found(source: str) -> Family | str:
         shown = _rendered(template, [_QUESTION])
         if not template.shows_tools:
             return "it renders the same text with and without them"
-        called, turn, answered = _written(template)
+        called, turn = _written(template)
     except ModelFileError as error:
         return error.message
     if _CALL.name not in called:
-        named = [family for family in FAMILIES if (family.declares or family.opening) in shown]
+        writable = (family for family in FAMILIES if isinstance(family, JsonCalls | LiteralCalls))
+        named = [family for family in writable if (family.declares or family.opening) in shown]
         return replace(named[0], in_content=True) if len(named) == 1 else "it writes no calls of a conversation"
     family = next((family for family in FAMILIES if _reads(family, called) or _reads(family, turn)), None)
     if family is None:
         return f"the way it writes calls is not known here: {called.strip()[:200]}"
-    if family.answers not in answered:
+    if family.answers and family.answers not in _answered(template):
         return f"it writes the answers of tools without {family.answers}, which {family.name} models read them by"
     return family
 
@@ -161,23 +169,22 @@ def _has_list(text: str, opening: str) -> bool:
     return re.search(rf"{re.escape(opening)}\s*\[", text) is not None
 
 
-def _written(template: ChatTemplate) -> tuple[str, str, str]:
-    """What a template writes for a message that is a call: where it differs from one that is text, the turn, and that
-    with the tool's answer."""
-    function = {"name": _CALL.name, "arguments": json.loads(_CALL.arguments)}
-    calling: Message = {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"id": "probe0001", "type": "function", "function": function}],
-    }
+def _written(template: ChatTemplate) -> tuple[str, str]:
+    """What a template writes for a message that is a call: where it differs from one that is text, and the turn."""
     spoken: Message = {"role": "assistant", "content": _SPOKEN}
-    one, other = (_rendered(template, [_QUESTION, message]) for message in (calling, spoken))
+    one, other = (_rendered(template, [_QUESTION, message]) for message in (_CALLING, spoken))
     at = other.rfind(_SPOKEN)
     begin = _common(one, other[:at])
     end = len(one) - _common(one[:begin:-1], other[: at + len(_SPOKEN) - 1 : -1])
-    answer: Message = {"role": "tool", "tool_call_id": "probe0001", "name": _CALL.name, "content": _SPOKEN}
-    asked = one.rfind(_QUESTION["content"]) + len(_QUESTION["content"])
-    return one[begin:end], one[asked:], _rendered(template, [_QUESTION, calling, answer])
+    return one[begin:end], one[one.rfind(_QUESTION["content"]) + len(_QUESTION["content"]) :]
+
+
+def _answered(template: ChatTemplate) -> str:
+    """A conversation with a tool's answer; empty where the template refuses it."""
+    try:
+        return _rendered(template, [_QUESTION, _CALLING, _ANSWER])
+    except ModelFileError:
+        return ""
 
 
 def _common(one: str, other: str) -> int:

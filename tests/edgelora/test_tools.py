@@ -262,6 +262,19 @@ def test_the_family_is_found_from_what_is_written() -> None:
         required_family(ChatTemplate(unknown))
 
 
+def test_a_template_that_tells_how_to_call_and_writes_no_calls() -> None:
+    told = HERMES_TEMPLATE.partition("{% for call")[0].replace("Tools:", "Answer with <tool_call>:")
+    source = told + "<|im_end|>\n{% endfor %}"
+    found = family_of(ChatTemplate(source))
+    assert found
+    assert (found.name, found.in_content) == ("hermes", True)
+    lfm2 = family_of(ChatTemplate(source.replace("Answer with <tool_call>: ", "List of tools: ")))
+    assert lfm2
+    opening, text, closing = lfm2.written([ToolCall("now", "{}"), ToolCall("weather", json.dumps(ARGUMENTS[0]))])
+    assert lfm2.in_content
+    assert pairs(parse(opening + text + closing, lfm2, TOOLS).calls) == [("now", {}), ("weather", dict(ARGUMENTS[0]))]
+
+
 # ---- Replies.
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'

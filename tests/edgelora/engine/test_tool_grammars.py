@@ -179,6 +179,17 @@ def test_arguments_that_are_no_json_fit_whatever_the_logits(model: Model, name: 
         assert breaks(json.loads(call.arguments), SCHEMAS[schema]) == "", reply
 
 
+def test_texts_and_names_between_tokens_end_where_they_seem_to(model: Model) -> None:
+    properties = {"a": {"type": "string", "maxLength": 20}, "n": {"type": "null"}, "n b": {"type": "null"}}
+    parameters = {"type": "object", "properties": properties, "additionalProperties": {"type": "integer"}}
+    tools = checked_tools([{"type": "function", "function": {"name": "look", "parameters": parameters}}])
+    grammar = forced(Choice("named", "look"), tools, BY_NAME["gemma-4"]).grammar
+    for text in ('{a:<|"|>x y<|"|>}', "{n:null,n b:null,no:3}"):
+        assert taken(model, grammar, "look" + text)
+    for text in ('{a:<|"|>x<|"|>y<|"|>}', "{n :3}", "{n:3}", '{"n":3}'):
+        assert not taken(model, grammar, "look" + text)
+
+
 def test_an_argument_that_may_be_anything(model: Model) -> None:
     parameters = {"type": "object", "properties": {"x": {}}}
     tools = checked_tools([{"type": "function", "function": {"name": "look", "parameters": parameters}}])
