@@ -142,7 +142,16 @@ class BaseFolder:
                 f"{self.path}: {len(missing)} weights are missing: {shown}",
                 hint="Download the model again; a shard may not be there.",
             )
+        _keep_quantized(model)
         return model
+
+
+def _keep_quantized(model: Any) -> None:
+    """bitsandbytes packs 4-bit weights for CPUs with AVX512-BF16 anew where no gradient is asked for, and rounds their
+    scales to bfloat16: an evaluation would change the base that the rest of the run trains on."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def find_base(base: str, config_folder: str | None = None) -> Base:

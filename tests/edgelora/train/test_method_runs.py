@@ -1,4 +1,4 @@
-"""Runs of methods that begin in their own way: interrupted, killed and gone on with, they end as if nothing had been."""
+"""Methods that begin in their own way: interrupted, killed and gone on with, they end as if nothing had been."""
 
 from __future__ import annotations
 
@@ -141,9 +141,14 @@ def test_kill_9_loses_at_most_save_steps(base: Path, data: Path, tmp_path: Path)
     kept = RunFolder(tmp_path / "killed").checkpoint_steps()
     assert kept[-1] >= 10  # the process may have done some steps more until it was gone
     seen: list[TrainStatus] = []
-    report = train(
-        data, str(base), tmp_path / "killed", Recipe(**settings), resume=True, progress=Watcher(seen.append)
-    )
+    report = train(data, str(base), tmp_path / "killed", Recipe(**settings), resume=True, progress=Watcher(seen.append))
     assert (seen[0].step, report.steps) == (kept[-1] + 1, 24)
     train(data, str(base), tmp_path / "whole", Recipe(**settings))
     assert largest_difference(result(tmp_path / "whole"), result(tmp_path / "killed")) < SAME_RUN
+
+
+def test_an_evaluation_does_not_change_a_run_on_a_quantized_base(base: Path, data: Path, tmp_path: Path) -> None:
+    recipe = Recipe(method="qlora", **{**SHORT, "rank": 4, "eval_steps": 1, "max_steps": 3})
+    train(data, str(base), tmp_path / "alone", recipe)
+    train(data, str(base), tmp_path / "watched", recipe, eval_data=data)
+    assert largest_difference(result(tmp_path / "alone"), result(tmp_path / "watched")) < SAME_RUN
