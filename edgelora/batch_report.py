@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from edgelora.batch_figures import BatchSummary, Distribution, Figures, round_edges
 from edgelora.errors import DataFileError
+from edgelora.whole_file import whole_file
 
 WIDTH, HEIGHT, FLOOR, TOP = (
     460,
@@ -81,17 +80,11 @@ def write_report(path: Path, summary: BatchSummary, *, title: str) -> None:
         DataFileError: it cannot be written.
     """
     page = render_report(summary, title=title, when=datetime.now().astimezone())
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "x", encoding="utf-8", errors="replace") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with whole_file(path) as file:
+            file.write(page.encode("utf-8", "replace"))  # replies may hold half characters
     except OSError as error:
         raise DataFileError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def render_report(summary: BatchSummary, *, title: str, when: datetime) -> str:

@@ -21,7 +21,6 @@ Unknown versions are refused; an adapter without a contract (made by llama.cpp's
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any
 
 from edgelora.errors import ModelFileError
 from edgelora.messages import Message
+from edgelora.whole_file import write_whole
 
 VERSION = 1
 MAX_CERTIFICATE = 256 << 10
@@ -84,12 +84,7 @@ class Contract:
         """Write `edgelora.json` into a PEFT folder, whole or not at all."""
         path = folder / FILE_NAME
         text = json.dumps({k: v for k, v in asdict(self).items() if v}, indent=2, ensure_ascii=False) + "\n"
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_whole(path, text)
         return path
 
     @classmethod

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from edgelora.batch_formats import result_of
 from edgelora.errors import DataFileError
+from edgelora.whole_file import whole_file
 
 SYNC_SECONDS = 5.0
 _LABEL = re.compile(rb'\{"(?:id|line)": ')  # every row begins with what names it ...
@@ -195,20 +196,13 @@ class ResultFile:
 
     def drop(self, places: Container[int]) -> None:
         """Drop the rows at these 0-based places. The file is replaced whole, or not at all; its mode stays."""
-        partial = self.path.with_name(self.path.name + ".partial")
         try:
-            partial.unlink(missing_ok=True)
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                with _open(self.path, "rb") as old:
-                    kept = (raw for place, raw in enumerate(_lines(old, self._size)) if place not in places)
-                    file.writelines(raw + b"\n" for raw in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            shutil.copymode(self.path, partial)
-            os.replace(partial, self.path)
+            with whole_file(self.path, mode=0o600) as file, _open(self.path, "rb") as old:
+                kept = (raw for place, raw in enumerate(_lines(old, self._size)) if place not in places)
+                file.writelines(raw + b"\n" for raw in kept)
+                shutil.copymode(self.path, file.name)
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise DataFileError(f"{partial}: {error.strerror}; {self.path} is as it was", hint=AGAIN) from None
+            raise DataFileError(f"{self.path}: {error.strerror}; it is as it was", hint=AGAIN) from None
         self._file.close()
         self._file = _open(self.path, "ab+")
         self._size = self._file.seek(0, os.SEEK_END)

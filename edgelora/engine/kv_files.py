@@ -22,6 +22,7 @@ import numpy as np
 from edgelora.engine.cache import Kept, Key
 from edgelora.engine.context import State
 from edgelora.errors import SettingsError
+from edgelora.whole_file import whole_file
 
 SUFFIX = ".kv"
 MAX_HEADER_BYTES = 1 << 24
@@ -110,16 +111,9 @@ class KVFiles:
             "size": state.nbytes,
             "digest": hashlib.sha256(state.tobytes()).hexdigest(),
         }
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(json.dumps(header).encode() + b"\n")
-                file.write(state.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(path, mode=0o600) as file:
+            file.write(json.dumps(header).encode() + b"\n")
+            file.write(state.tobytes())
 
     def _own(self) -> Iterator[tuple[Path, _Header]]:
         """The files of this owner, the least recently used first."""

@@ -15,6 +15,7 @@ may use nothing, which is enough for an admin's.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import hmac
 import json
@@ -25,7 +26,7 @@ import stat
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,7 @@ from typing import Any, NamedTuple
 
 from edgelora.adapter_ref import BASE_NAMES, check_name
 from edgelora.errors import SettingsError
+from edgelora.whole_file import write_whole
 
 BASE, EVERYTHING = "base", "*"
 SECONDS = {"s": 1, "min": 60, "h": 3600, "day": 86400}
@@ -345,35 +347,15 @@ def _changing(path: Path) -> Iterator[dict[str, Any]]:
                 tables = _read(target)[0] if target.exists() else {}
                 yield tables
                 _ring(path, tables, mode=0)  # nothing is written that could not be read
-                _write(target, "\n".join(_toml(tables)))
+                write_whole(target, "\n".join(_toml(tables)), mode=0o600)
+                for left in target.parent.glob(f"{glob.escape(target.name)}.*partial"):  # by a command that was killed
+                    left.unlink(missing_ok=True)
             finally:  # while it is held: filelock lets nobody in by a lock file that is gone
                 Path(lock.lock_file).unlink(missing_ok=True)
     except Timeout:
         raise SettingsError(f"{path}: another command has been changing it for {LOCK_SECONDS:.0f} s") from None
     except OSError as error:
         raise SettingsError(f"{path}: cannot be written ({error.strerror}); it is as it was") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write the file whole or not at all, for its owner's eyes alone; it stays the owner's when root writes it."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            with suppress(FileNotFoundError, PermissionError):
-                old = os.stat(path)
-                os.fchown(file.fileno(), old.st_uid, old.st_gid)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # a removed key must not come back with the power
-    finally:
-        os.close(folder)
 
 
 def _toml(tables: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
