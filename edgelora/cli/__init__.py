@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from converters.errors import ConversionError
-from edgelora.cli import add, batch, bundle, chat, convert, doctor, keys, remove, serve, show, train, verify
+from edgelora.cli import add, batch, bundle, chat, convert, data, doctor, keys, remove, serve, show, train, verify
 from edgelora.cli import eval as eval_command
 from edgelora.cli import list as list_command
 from edgelora.cli.visible import visible
@@ -66,6 +66,7 @@ def cli() -> None:
 
 
 for module in (
+    data,
     train,
     convert,
     bundle,
@@ -74,6 +75,7 @@ for module in (
     serve,
     verify,
     eval_command,
+   
     show,
     list_command,
     add,

@@ -87,6 +87,11 @@ class DataSource:
 
         return dataset_rows(self.name, self.split or DEFAULT_SPLIT)
 
+    @property
+    def short_name(self) -> str:
+        """Of a file its name, without its folder."""
+        return self.name if self.is_dataset else Path(self.name).name
+
     def place(self, row: Row) -> str:
         """`FILE:LINE`, as messages name a row."""
         return f"{self.name}:{row.line}" if not self.split else f"{self.name}:{self.split}:{row.line}"

@@ -94,6 +94,15 @@ def finder_for(tokenizer: Any, template: Any) -> PassageFinder:
     )
 
 
+def require_offsets(tokenizer: Any) -> None:
+    """Raises ModelFileError where the tokenizer is none of the fast ones, which say where a token stands in a text."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelFileError(
+            f"the base's tokenizer ({type(tokenizer).__name__}) gives no character offsets, which masking needs",
+            hint="Save the base with a fast tokenizer (tokenizer.json).",
+        )
+
+
 def tokenize_conversations(
     conversations: Sequence[Conversation], tokenizer: Any, finder: PassageFinder, max_length: int
 ) -> TokenRows:
@@ -107,20 +116,17 @@ def tokenize_conversations(
         DataFileError: the template refuses conversations (each is named), or no trained token is left in any row.
         ModelFileError: the tokenizer gives no character offsets, or disagrees with its own `apply_chat_template`.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelFileError(
-            f"the base's tokenizer ({type(tokenizer).__name__}) gives no character offsets, which masking needs",
-            hint="Save the base with a fast tokenizer (tokenizer.json).",
-        )
+    require_offsets(tokenizer)
     found = _find_passages(conversations, finder)
-    _compare_with_transformers(conversations, found, tokenizer, finder)
+    for conversation, group in list(zip(conversations, found, strict=True))[:ROWS_COMPARED]:
+        compare_with_transformers(conversation, group, tokenizer, finder)
     made = list(tokenize_passages([passage for group in found for passage in group], tokenizer))
     owners = [conversation for conversation, group in zip(conversations, found, strict=True) for _ in group]
     rows = [
         piece
         for owner, tokenized in zip(owners, made, strict=True)
         for row in tokenized.rows
-        for piece in _fitted(replace(row, source=owner.source), max_length, plain=owner.plain)
+        for piece in fitted(replace(row, source=owner.source), max_length, plain=owner.plain)
     ]
     kept = [row for row, _ in rows if any(label != IGNORED for label in row.labels)]
     if not kept:
@@ -133,12 +139,13 @@ def tokenize_conversations(
         cut=sum(cut for _, cut in rows),
         dropped=len(rows) - len(kept),
         split=sum(group[0].rebuilt for group in found),
-        quoting=sum(_quotes(conversation, tokenizer) for conversation in conversations),
+        quoting=sum(quotes_special_tokens(conversation, tokenizer) for conversation in conversations),
         apart=tuple(dict.fromkeys(o.source for o, tokenized in zip(owners, made, strict=True) if tokenized.apart)),
     )
 
 
-def _quotes(conversation: Conversation, tokenizer: Any) -> bool:
+def quotes_special_tokens(conversation: Conversation, tokenizer: Any) -> bool:
+    """Whether messages hold special tokens as text: training sees tokens, where serving will see text."""
     return any(
         token in message["content"] for message in conversation.messages for token in tokenizer.all_special_tokens
     )
@@ -227,7 +234,7 @@ def _labels(passage: Passage, ids: Sequence[int], offsets: Sequence[tuple[int, i
     ]
 
 
-def _fitted(row: TokenRow, max_length: int, *, plain: bool) -> Iterator[tuple[TokenRow, bool]]:
+def fitted(row: TokenRow, max_length: int, *, plain: bool) -> Iterator[tuple[TokenRow, bool]]:
     """A row as rows of at most `max_length` tokens, each with whether tokens were lost."""
     ends = range(max_length, len(row.input_ids) + max_length, max_length) if plain else (max_length,)
     for end in ends:
@@ -236,22 +243,25 @@ def _fitted(row: TokenRow, max_length: int, *, plain: bool) -> Iterator[tuple[To
         yield piece, not plain and len(row.input_ids) > max_length
 
 
-def _compare_with_transformers(
-    conversations: Sequence[Conversation], found: Sequence[Sequence[Passage]], tokenizer: Any, finder: PassageFinder
+def compare_with_transformers(
+    conversation: Conversation, passages: Sequence[Passage], tokenizer: Any, finder: PassageFinder
 ) -> None:
-    """Other tools that read the adapter render with transformers: the first rows must get the same ids there."""
-    for conversation, group in list(zip(conversations, found, strict=True))[:ROWS_COMPARED]:
-        if group[0].rebuilt or conversation.plain:
-            continue
-        ours = tokenizer(group[0].text, add_special_tokens=False, verbose=False)["input_ids"]
-        written = [written_message(finder.template, message) for message in conversation.messages]
-        theirs = chat_template_ids(tokenizer, written, finder.template.source, conversation.tools)
-        if ours[: len(theirs)] != theirs:  # an end of turn may have been added
-            raise ModelFileError(
-                f"{conversation.source}: the chat template renders otherwise in transformers "
-                f"({tokenizer.decode(theirs)[:60]!r}) than here ({tokenizer.decode(ours)[:60]!r})",
-                hint="It uses something only transformers gives to a template; give another with --chat-template.",
-            )
+    """Other tools that read the adapter render with transformers: there, a row must get the same ids.
+
+    Raises:
+        ModelFileError: it gets others.
+    """
+    if passages[0].rebuilt or conversation.plain:
+        return
+    ours = tokenizer(passages[0].text, add_special_tokens=False, verbose=False)["input_ids"]
+    written = [written_message(finder.template, message) for message in conversation.messages]
+    theirs = chat_template_ids(tokenizer, written, finder.template.source, conversation.tools)
+    if ours[: len(theirs)] != theirs:  # an end of turn may have been added
+        raise ModelFileError(
+            f"{conversation.source}: the chat template renders otherwise in transformers "
+            f"({tokenizer.decode(theirs)[:60]!r}) than here ({tokenizer.decode(ours)[:60]!r})",
+            hint="It uses something only transformers gives to a template; give another with --chat-template.",
+        )
 
 
 def chat_template_ids(
@@ -260,6 +270,11 @@ def chat_template_ids(
     """The ids transformers itself gives for a conversation under a template."""
     shown = [dict(tool) for tool in tools] or None
     encoded = tokenizer.apply_chat_template(
-        [dict(m) for m in messages], tools=shown, chat_template=source, tokenize=True, return_dict=True
+        [dict(m) for m in messages],
+        tools=shown,
+        chat_template=source,
+        tokenize=True,
+        return_dict=True,
+        tokenizer_kwargs={"verbose": False},  # it would say that the row is long
     )
     return list(encoded["input_ids"])
