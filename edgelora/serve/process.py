@@ -184,6 +184,7 @@ class EngineProcess:
 
         Raises:
             EngineDownError: there is no engine now.
+            SettingsError: it is too long.
         """
         adapter = request.adapter
         names = [adapter or "none"] if isinstance(adapter, str | None) else list(adapter)
@@ -229,8 +230,8 @@ class EngineProcess:
 
     def _send(self, do: str, arguments: dict[str, Any], adapters: frozenset[str]) -> tuple[int, _Pending]:
         number, pending = next(self._numbers), _Pending(adapters)
-        self._pending[number] = pending
         self._write({"id": number, "do": do, "arguments": arguments})
+        self._pending[number] = pending
         return number, pending
 
     def _write(self, message: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from edgelora import errors
 from edgelora.engine.stream import Completion, Request, TokenLogprob
-from edgelora.errors import EdgeloraError
+from edgelora.errors import EdgeloraError, SettingsError
 
 MAX_LINE_BYTES = 1 << 26
 """A conversation of a whole large context window is some megabytes."""
@@ -30,8 +30,15 @@ KINDS: dict[str, type[EdgeloraError]] = {
 
 
 def line(message: dict[str, Any]) -> bytes:
-    """A message as it goes over the socket."""
-    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+    """A message as it goes over the socket.
+
+    Raises:
+        SettingsError: it is longer than the other side reads.
+    """
+    data = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+    if len(data) > MAX_LINE_BYTES:
+        raise SettingsError(f"{len(data)} bytes at once are too many; at most {MAX_LINE_BYTES}", hint="Ask for less.")
+    return data
 
 
 def parsed(data: bytes) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 from edgelora.adapter_ref import AdapterRef
 from edgelora.engine.engine import Engine
 from edgelora.engine.stream import Completion, Item, Piece, Stream
+from edgelora.errors import SettingsError
 from edgelora.serve import protocol
 
 Arguments = dict[str, Any]
@@ -177,6 +178,8 @@ class Worker:
         while (message := self._outgoing.get()) is not None:
             try:
                 self._connection.sendall(protocol.line(message))
+            except SettingsError as error:
+                self._fail(message["id"], error)
             except OSError:  # the server is gone; the reader notices
                 return
 

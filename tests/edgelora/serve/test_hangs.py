@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from edgelora.engine.stream import Request
+from edgelora.errors import SettingsError
 from edgelora.serve.process import READY, EngineDiedError, EngineProcess
+from edgelora.serve.protocol import MAX_LINE_BYTES
 from edgelora.serve.pulse import BEATS, START_SECONDS, Pulse
 from tests.edgelora.serve.conftest import Sabotage
 from tests.edgelora.serve.test_faults import asked, error_of, in_process, text_of
@@ -40,6 +42,12 @@ class Dying(socket.socket):
             os.kill(os.getpid(), signal.SIGKILL)
         super().sendall(data)
 socket.socket = Dying
+"""
+
+
+ANSWERS_AT_LENGTH = """
+from edgelora.engine.engine import Engine
+Engine.count_tokens = lambda engine, messages, adapter: "x" * (1 << 26)
 """
 
 
@@ -219,5 +227,21 @@ def test_killed_while_it_loads_its_adapters_it_comes_back(base: Path, adapters: 
             assert await whole(made.generate(Request(QUESTION, "red", sampling=GREEDY)))
         finally:
             await made.stop()
+
+    run(work)
+
+
+def test_what_is_too_long_for_a_line_costs_no_more_than_itself(base: Path, sabotage: Sabotage) -> None:
+    sabotage(ANSWERS_AT_LENGTH)
+
+    async def work() -> None:
+        async with engine_process(base, {}) as made:
+            reply = asyncio.create_task(whole(made.generate(Request(QUESTION, sampling=ENDLESS))))
+            with pytest.raises(SettingsError, match="bytes at once are too many"):
+                made.generate(Request("x" * MAX_LINE_BYTES))
+            with pytest.raises(SettingsError, match="bytes at once are too many"):
+                await made.call("count_tokens", messages="hello", adapter=None)
+            assert await reply
+            assert made.restarts == 0
 
     run(work)
