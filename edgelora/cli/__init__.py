@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from converters.errors import ConversionError
-from edgelora.cli import add, batch, bundle, chat, convert, data, doctor, keys, remove, serve, show, train, verify
+from edgelora.cli import add, batch, bundle, chat, convert, data, doctor, fit, keys, remove, serve, show, train, verify
 from edgelora.cli import eval as eval_command
 from edgelora.cli import list as list_command
 from edgelora.cli.visible import visible
@@ -75,7 +75,7 @@ for module in (
     serve,
     verify,
     eval_command,
-   
+    fit,
     show,
     list_command,
     add,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 
 from converters.reader import GGUFHeader
@@ -16,6 +16,10 @@ KV_SHARE = 4
 """By default, KV sequences take no more than this part of the free memory, but for the first."""
 KV_TYPES = {"f16": (1, 2.0), "q8_0": (8, 34 / 32), "q4_0": (2, 18 / 32)}
 """Type of KV values to its number in `enum ggml_type`, and bytes for each value."""
+PROGRAM_BYTES = 70_000_000
+"""Python and its libraries: what chatting with a model of no size takes."""
+CHUNK_TOKENS, ACTIVATIONS = 512, 3
+"""Tokens of a prompt that are computed at once, and how many activations of each width are alive at a time."""
 GPU_MARGIN_BYTES = 1 << 30
 """Left free on a GPU: compute buffers, and whatever else shows windows there."""
 
@@ -109,6 +113,29 @@ def kv_values_per_token(base: GGUFHeader) -> int:
     key, value = (int(get(f"{architecture}.attention.{side}_length", width)) for side in ("key", "value"))
     total = sum(kv_heads) if isinstance(kv_heads, list) else layers * int(kv_heads)
     return total * (key + value)
+
+
+def serving_bytes(base: GGUFHeader, weights: int, adapters: int, n_ctx: int, kv_type: str = "f16") -> int:
+    """What one conversation takes in memory: the program, weights, adapters, KV, and what a prompt is computed in.
+
+    The last is an estimate: logits and a few activations of `CHUNK_TOKENS` tokens in float32.
+
+    Args:
+        base: a header; its tensors are not looked at.
+        weights, adapters: bytes of the base's and the adapters' tensors.
+    """
+    get, architecture = base.metadata.get, base.architecture
+    tokens = get("tokenizer.ggml.tokens")
+    n_vocab = len(tokens) if isinstance(tokens, Sized) else 0
+    width, wide = (_largest(get(f"{architecture}.{key}_length", 0)) for key in ("embedding", "feed_forward"))
+    computed = CHUNK_TOKENS * 4 * (n_vocab + ACTIVATIONS * (width + wide))
+    kv = int(kv_values_per_token(base) * n_ctx * KV_TYPES[kv_type][1])
+    return PROGRAM_BYTES + weights + adapters + kv + computed
+
+
+def _largest(value: object) -> int:
+    """Of a size that may be each layer's own."""
+    return max(map(int, value)) if isinstance(value, list) and value else int(value) if isinstance(value, int) else 0
 
 
 def _smaller(parallel: int) -> str:
