@@ -13,9 +13,9 @@ from pathlib import Path
 from converters.adapted_base import AdaptedBase, open_base
 from converters.adapter import against_base
 from converters.adapter_source import AdapterSource, open_adapter
-from converters.compile import compile_changes
+from converters.compile import NO_PLACE, compile_changes
 from converters.errors import BaseMismatchError, UnsupportedAdapterError
-from converters.methods import Change, Transformed
+from converters.methods import Change, Replaced, Transformed
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,14 @@ def _of(adapter: AdapterSource, base: AdaptedBase) -> Outlook:
     if reading.problems:
         return Outlook("refused", tuple(reading.problems))
     approximated = [change for change in reading.changes if _is_approximated(change)]
-    others = [change for change in reading.changes if not _is_approximated(change)]
+    whole = [change for change in reading.changes if _is_trained_whole(change)]  # as yet it may be the base's own
+    others = [c for c in reading.changes if not (_is_approximated(c) or _is_trained_whole(c))]
     compiled = compile_changes(replace(reading, changes=others), base)
-    vectors = [f"{change.tensor}: only matrices are approximated" for change in approximated if len(change.shape) != 2]
-    reasons = (*compiled.problems, *compiled.misfits, *compiled.tied, *vectors)
+    no_place = [f"{change.tensor}: {NO_PLACE[Replaced]}" for change in whole]
+    no_place += [
+        f"{change.tensor}: only matrices are approximated" for change in approximated if len(change.shape) != 2
+    ]
+    reasons = (*compiled.problems, *compiled.misfits, *compiled.tied, *no_place)
     if reasons:
         unmerged = (*reading.not_merged, *compiled.misfits)
         return Outlook("refused" if unmerged else "merge", reasons)
@@ -68,6 +72,10 @@ def _of(adapter: AdapterSource, base: AdaptedBase) -> Outlook:
 
 def _is_approximated(change: Change) -> bool:
     return isinstance(change, Transformed) and not change.tensor.endswith(".bias")
+
+
+def _is_trained_whole(change: Change) -> bool:
+    return isinstance(change, Replaced) and not change.is_copy
 
 
 def _reasons(message: str) -> tuple[str, ...]:

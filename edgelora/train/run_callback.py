@@ -45,6 +45,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self.progress = progress
         self.trainer: RunTrainer | None = None
         self.interrupted = False
+        self.loss = 0.0
         self.eval_loss: float | None = None
         self.steps_per_second = 0.0
         self._began, self._first_step, self._learning_rate = 0.0, 0, 0.0
@@ -59,8 +60,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         done = state.global_step - self._first_step
         self.steps_per_second = done / max(time.monotonic() - self._began, 1e-9)
         if self.trainer is not None:
-            self.progress.update(self._status(state, self.trainer.step_loss))
-            self.trainer.step_loss = 0.0
+            self.loss, self.trainer.step_loss = self.trainer.step_loss, 0.0
+            self.progress.update(self._status(state, self.loss))
         if state.global_step >= state.max_steps:
             control.should_log = True
         elif self.interrupted:

@@ -47,8 +47,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self._load_from_checkpoint(str(checkpoint))
 
     def restore_best(self) -> int | None:
-        """Take the weights that had the lowest loss on the evaluation data; the step, None where it was never
-        measured."""
+        """Take the weights that had the lowest loss on the evaluation data; the step, None where that was no number."""
         step = self.state.best_global_step
         if not step:
             return None

@@ -1,0 +1,144 @@
+"""A PEFT configuration of one's own, and what is said or refused before a run begins."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converters.base import convert_base
+from converters.merge import Merged, merge
+from converters.outlook import outlook
+from edgelora.contract import Contract
+from edgelora.errors import EdgeloraError, MissingExtraError, SettingsError
+from edgelora.train import Recipe, train
+
+from .conftest import Watcher, make_base
+from .test_method_runs import SHORT
+
+pytestmark = [
+    pytest.mark.train,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+def recipe(folder: Path, config: Mapping[str, Any], **own: Any) -> Recipe:
+    file = folder / "method.json"
+    file.write_text(json.dumps(config))
+    return Recipe(**{**SHORT, "max_steps": 1, "peft_config": str(file), **own})
+
+
+def test_what_only_a_base_can_hold_is_merged(base: Path, data: Path, tmp_path: Path) -> None:
+    """Trained norms, which no GGUF adapter has a place for: said before the first step, true after the last."""
+    from converters.adapter import convert_adapter
+    from converters.errors import UnsupportedAdapterError
+
+    seen_before_step_1: list[str] = []
+    watcher = Watcher(lambda status: seen_before_step_1.extend(watcher.notes))
+    settings = recipe(tmp_path, {"peft_type": "ln_tuning", "target_modules": ["input_layernorm", "norm"]})
+    report = train(data, str(base), tmp_path / "out", settings, progress=watcher)
+    assert report.export == "merge"
+    said = next(note for note in watcher.notes if note.startswith("peft-config: becomes part of a GGUF base"))
+    assert "model.layers.0.input_layernorm.weight: it was trained as a whole" in said
+    assert said in seen_before_step_1
+    with pytest.raises(UnsupportedAdapterError, match="trained as a whole"):
+        convert_adapter(tmp_path / "out", base, tmp_path / "adapter.gguf")
+    gguf = convert_base(base, tmp_path / "base.gguf", quant="f16").path
+    merge(gguf, [Merged(tmp_path / "out")], tmp_path / "merged.gguf")
+
+
+def test_what_nothing_here_runs_is_refused_before_the_base_is_loaded(base: Path, data: Path, tmp_path: Path) -> None:
+    settings = recipe(tmp_path, {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4})
+    watcher = Watcher()
+    with pytest.raises(SettingsError, match="puts trained vectors before the text") as caught:
+        train(data, str(base), tmp_path / "out", settings, progress=watcher)
+    assert "--torch-only" in caught.value.hint
+    assert (watcher.notes, (tmp_path / "out").exists()) == ([], False)
+
+
+def test_what_the_converter_refuses_is_refused_before_training(base: Path, data: Path, tmp_path: Path) -> None:
+    """PSOFT is read by no converter; of a method that is, one layer may still have no place."""
+    config = {"peft_type": "PSOFT", "r": 4, "target_modules": ["q_proj"]}
+    with pytest.raises(SettingsError, match=r"becomes nothing that llama\.cpp runs"):
+        train(data, str(base), tmp_path / "out", recipe(tmp_path, config))
+    watcher = Watcher()
+    alone = recipe(tmp_path, config, torch_only=True, certificate_probes=4)
+    report = train(data, str(base), tmp_path / "alone", alone, progress=watcher)
+    assert report.export == "refused"
+    contract = Contract.load(tmp_path / "alone")
+    assert contract is not None
+    assert contract.certificate == ""  # nothing will replay it
+    assert outlook(tmp_path / "alone", base).kind == "refused"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 4}, "has no peft_type"),
+        ({"peft_type": "LORE", "r": 4}, "this PEFT has no method 'LORE'|knows no method 'LORE'"),
+        ({"peft_type": "LORA", "ranks": 4, "alpha": 2}, "LoraConfig has no alpha, ranks"),
+        ({"peft_type": "LORA", "init_lora_weights": "corda"}, "CorDA begins with covariances"),
+        ({"peft_type": "LORA", "target_modules": ["query"]}, "PEFT cannot put peft-config on this base: .*query"),
+        ({"peft_type": "LORA", "alora_invocation_tokens": [1], "use_dora": True}, "PEFT refuses it|cannot put"),
+    ],
+)
+def test_files_that_describe_nothing(
+    config: Mapping[str, Any], message: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        train(data, str(base), tmp_path / "out", recipe(tmp_path, config))
+
+
+def test_a_file_that_has_changed_does_not_go_on(base: Path, data: Path, tmp_path: Path) -> None:
+    settings = recipe(tmp_path, {"peft_type": "LORA", "r": 4, "target_modules": "all-linear"})
+    train(data, str(base), tmp_path / "out", settings)
+    (tmp_path / "elsewhere.json").write_text((tmp_path / "method.json").read_text())
+    moved = replace(settings, peft_config=str(tmp_path / "elsewhere.json"))
+    assert train(data, str(base), tmp_path / "out", moved, resume=True).notes == ("already finished: nothing to do",)
+    other = recipe(tmp_path, {"peft_type": "LORA", "r": 8, "target_modules": "all-linear"})
+    with pytest.raises(SettingsError, match="the file of --peft-config is not the same"):
+        train(data, str(base), tmp_path / "out", other, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("own", "module", "message"),
+    [
+        ({"method": "qlora"}, "bitsandbytes", "--method qlora needs bitsandbytes"),
+        ({"liger": True}, "liger_kernel", "--liger needs liger-kernel"),
+        ({"attention": "flash_attention_2"}, "flash_attn", "--attention flash_attention_2 needs flash-attn"),
+        ({"report_to": "tensorboard,wandb"}, "wandb", "--report-to wandb needs wandb"),
+    ],
+)
+def test_packages_of_single_settings_are_named(
+    own: Mapping[str, Any],
+    module: str,
+    message: str,
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=message) as caught:
+        train(data, str(base), tmp_path / "out", Recipe(**{**SHORT, **own}))
+    assert caught.value.hint.startswith("pip install ")
+
+
+def test_an_implementation_of_attention_reaches_the_model(base: Path, data: Path, tmp_path: Path) -> None:
+    from edgelora.train.base import find_base, placement
+
+    for attention, wanted in (("eager", "eager"), ("sdpa", "sdpa")):
+        model = find_base(str(base)).load_model(placement(Recipe(attention=attention)))
+        assert model.config._attn_implementation == wanted
+
+
+def test_a_loss_that_is_no_number_names_the_step_and_its_rows(data: Path, tmp_path: Path) -> None:
+    broken = make_base(tmp_path / "broken", norms=float("inf"))
+    settings = Recipe(**{**SHORT, "rank": 4, "batch_size": 2})
+    with pytest.raises(EdgeloraError, match=r"became nan at step 1 of 4, on .*train\.jsonl:\d+, .*train\.jsonl:\d+$"):
+        train(data, str(broken), tmp_path / "out", settings)
