@@ -36,6 +36,8 @@ class Request:
         raw: continue a text as it is: no template, no system prompt; control tokens written in it are control tokens.
         tools: functions that the model may call, as OpenAI's API defines them; the chat template has to support them.
             `tool_choice` is "auto" (as None), "none", "required", or {"type": "function", "function": {"name": NAME}}.
+            The arguments of a tool that is `strict`, and of calls that have to be made, fit its schema; those of others
+            are what the model wrote. Beside a schema for the reply, it is calls or JSON that fits.
         tenant: whose request it is. KV of one tenant is never used for another, but for the tokens that the operator
             wrote: the template's and the adapter's own system prompt.
     """

@@ -10,7 +10,8 @@ conversation, and the family is the one that reads it back (`families`). A templ
     text += parser.end()
     parser.calls                                             [ToolCall("weather", '{"city": "Oslo"}')]
 
-`forcing` makes the grammar of replies that have to be calls ("required", or a tool by its name).
+`forcing` makes the grammars: of replies that have to be calls ("required", or a tool by its name), of those that are
+calls or JSON (beside a schema), and of those in which the arguments of strict tools fit (`function.strict`).
 """
 
 from edgelora.tools.calls import Family, ToolCall

@@ -135,6 +135,25 @@ def family_of(template: ChatTemplate) -> Family | None:
     return None if isinstance(found, str) else found
 
 
+def loses_calls(template: ChatTemplate) -> bool:
+    """Whether a template writes the first call of a message alone; one that refuses such a message loses none."""
+    return _loses_calls(template.source)
+
+
+@lru_cache(maxsize=32)
+def _loses_calls(source: str) -> bool:
+    calls = [
+        {"id": f"probe000{at}", "type": "function", "function": {"name": _CALL.name, "arguments": {"probed": said}}}
+        for at, said in enumerate(("FIRST", "SECOND"))
+    ]
+    message: Message = {"role": "assistant", "content": "", "tool_calls": calls}
+    try:
+        text = _rendered(ChatTemplate(source), [_QUESTION, message])
+    except ModelFileError:
+        return False
+    return "FIRST" in text and "SECOND" not in text
+
+
 @lru_cache(maxsize=32)
 def _found(source: str) -> Family | str:
     """The family, or why there is none."""

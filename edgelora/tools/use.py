@@ -9,7 +9,7 @@ from typing import Any
 from edgelora.template import ChatTemplate
 from edgelora.tools.calls import Family
 from edgelora.tools.definitions import Tools, checked_choice, checked_tools
-from edgelora.tools.families import required_family
+from edgelora.tools.families import loses_calls, required_family
 from edgelora.tools.forcing import calls_or_json, forced, strict_calls
 from edgelora.tools.reading import Parser
 
@@ -59,7 +59,7 @@ def tool_use(
     """How a request's `tools` and `tool_choice` are followed; None where none are used.
 
     Args:
-        parallel: whether a reply that must call may call more than once.
+        parallel: whether a reply may call more than once, if the template can write such a reply into a conversation.
         schema: what a reply that does not call has to fit; a supported one.
 
     Raises:
@@ -71,6 +71,7 @@ def tool_use(
     if not checked or chosen.kind == "none":
         return None
     family = required_family(template)
+    parallel = parallel and not loses_calls(template)
     if chosen.kind != "auto":
         must = forced(chosen, checked, family, parallel=parallel)
         return ToolUse(checked, family, must.opening, must.grammar, parallel)

@@ -13,10 +13,11 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from edgelora.errors import SettingsError
 from edgelora.messages import Message
 from edgelora.template import ChatTemplate
 from edgelora.tools.calls import ToolCall
-from edgelora.tools.families import required_family
+from edgelora.tools.families import loses_calls, required_family
 
 
 def written_message(
@@ -29,7 +30,7 @@ def written_message(
         protect: is done to every text that comes from outside.
 
     Raises:
-        SettingsError: it has calls, and the template does not support them.
+        SettingsError: it has calls, and the template does not support them, or several, and it would lose some.
     """
     made: Message = {"role": message["role"], "content": protect(message["content"])}
     if "tool_call_id" in message:
@@ -42,6 +43,11 @@ def written_message(
             own = [ToolCall(each["function"]["name"], json.dumps(each["function"]["arguments"])) for each in calls]
             opening, text, closing = family.written(own)
             made["content"] += f"{opening}{protect(text)}{closing}"
+        elif len(calls) > 1 and loses_calls(template):
+            raise SettingsError(
+                f"a message has {len(calls)} calls, and this chat template writes the first of them alone",
+                hint="Give every call a message of its own, with the tool's answer behind it.",
+            )
         else:
             made["tool_calls"] = [everywhere(each, protect) for each in calls]
     return made

@@ -9,10 +9,24 @@ from typing import Any
 import pytest
 
 from edgelora.errors import SettingsError
+from edgelora.messages import prepared
 from edgelora.tools import Parsed, Parser, checked_tools, parse, tool_use
 from edgelora.tools.calls import Family
 from edgelora.tools.families import FAMILIES
-from tests.edgelora.test_tools import CALL, HERMES, LLAMA, NOW, TOOLS, WEATHER, needs_templates, pairs, template
+from edgelora.tools.writing import written_message
+from tests.edgelora.test_tools import (
+    CALL,
+    HERMES,
+    LLAMA,
+    NOW,
+    QUESTION,
+    TOOLS,
+    WEATHER,
+    calling,
+    needs_templates,
+    pairs,
+    template,
+)
 
 BY_NAME = {family.name: family for family in FAMILIES}
 LFM2, GEMMA, HARMONY = (BY_NAME[name] for name in ("lfm2", "gemma-4", "gpt-oss"))
@@ -198,6 +212,25 @@ def test_a_strict_schema_that_cannot_be_kept_is_refused(name: str) -> None:
     mail["function"]["strict"] = True
     with pytest.raises(SettingsError, match=r'strict: tool mail: parameters, unsupported format "email"'):
         tool_use([mail], "auto", template(name))
+
+
+@needs_templates
+@pytest.mark.parametrize("name", ["openai-gpt-oss-120b", "GigaChat3.1-10B-A1.8B", "Qwen-Qwen3-0.6B"])
+def test_a_template_that_would_lose_a_call_is_given_one_a_message(name: str) -> None:
+    source, keeps = template(name), name.startswith("Qwen")
+    one, two = (prepared([QUESTION, calling(*each)])[1] for each in (({"city": "Oslo"},), ({"city": "Oslo"}, {})))
+    assert written_message(source, one)["tool_calls"]
+    use = tool_use([WEATHER], "auto", source)
+    assert use
+    assert use.parallel == keeps
+    in_content = tool_use([WEATHER], "auto", template("LFM2-8B-A1B"))  # whose calls the template does not write
+    assert in_content
+    assert in_content.parallel
+    if keeps:
+        assert len(written_message(source, two)["tool_calls"]) == 2
+    else:
+        with pytest.raises(SettingsError, match="a message has 2 calls, and this chat template writes the first"):
+            written_message(source, two)
 
 
 @needs_templates
