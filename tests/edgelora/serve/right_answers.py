@@ -42,15 +42,18 @@ class RightAnswers:
         return True
 
     def probe(self, file: Path) -> str | None:
-        """What an adapter's file makes of `PROBE`; None where its logits are no numbers."""
-        self._engine.load_adapter("probed", file)
+        """What an adapter's file makes of `PROBE`; None where its logits are no numbers. Files that are asked at the
+        same time have different names."""
+        self._engine.load_adapter(file.stem, file)
         try:
             sampling = {name: PROBE[name] for name in ("max_tokens", "temperature")}
             return self._engine.submit(
-                Request(str(PROBE["prompt"]), "probed", None, sampling, raw=True)
+                Request(str(PROBE["prompt"]), file.stem, None, sampling, raw=True)
             ).completion.text
         except EdgeloraError:
             return None
+        finally:
+            self._engine.unload_adapter(file.stem)
 
 
 def _adapter_of(asked: bodies.Asked) -> str | dict[str, float] | None:
