@@ -216,6 +216,9 @@ def print_evaluation(found: Evaluation) -> None:
         if mistakes := confusion.mistakes(5):
             said = ", ".join(f"{cell(label)} as {cell(answer)} ({count})" for label, answer, count in mistakes)
             click.echo(f"  {cell(name)} mistakes: {said}")
+    for name, shares in found.fields.items():
+        worst = sorted(shares, key=lambda field: (shares[field], field))[:5]
+        click.echo(f"  {cell(name)} fields: {', '.join(f'{cell(field)} {shares[field]:.1%}' for field in worst)}")
 
 
 def _print_account(found: Evaluation) -> None:

@@ -16,7 +16,7 @@ from edgelora.engine.devices import backend_name
 from edgelora.engine.engine import BATCH_WINDOW, Engine, Request, Stream
 from edgelora.engine.scoring import ReplyScore, Wanted
 from edgelora.entry import content_of
-from edgelora.errors import ContextOverflowError, DataFileError, ModelFileError, SettingsError
+from edgelora.errors import ContextOverflowError, DataFileError, EdgeloraError, ModelFileError, SettingsError
 from edgelora.evaluation.divergence import TOP, Divergence
 from edgelora.evaluation.rows import EvalRow
 from edgelora.evaluation.settings import EngineSettings
@@ -124,20 +124,20 @@ class Answers:
             for place, row in enumerate(self._rows)
             for variant in variants
         ]
-        problems: dict[int, str] = {}
+        problems: dict[int, EdgeloraError] = {}
         if self._needs.replies:
             self._reply(engine, jobs, problems)
         if self._needs.likelihoods:
             self._score(engine, jobs, problems)
         if problems:
-            raise _unanswered([f"line {self._rows[place].line}: {problems[place]}" for place in sorted(problems)])
+            raise _unanswered({self._rows[place].line: problems[place] for place in sorted(problems)}, len(self._rows))
 
     def _identity(self, engine: Engine, variant: Variant) -> str:
         adapter = engine.adapter(variant.adapter)
         how = [engine.template_source, engine.kv_type, engine.n_ctx, engine.deterministic_rows, backend_name()]
         return digest(self._contents[variant.base], adapter.content_hash, adapter.scale, *how)
 
-    def _reply(self, engine: Engine, jobs: Sequence[_Job], problems: dict[int, str]) -> None:
+    def _reply(self, engine: Engine, jobs: Sequence[_Job], problems: dict[int, EdgeloraError]) -> None:
         """Replies to all rows, many of them under way at a time."""
         waiting: deque[tuple[_Job, str, Stream]] = deque()
         most = max(BATCH_WINDOW, 2 * engine.parallel)
@@ -154,17 +154,17 @@ class Answers:
         while waiting:
             self._finish(*waiting.popleft(), problems)
 
-    def _finish(self, job: _Job, key: str, stream: Stream, problems: dict[int, str]) -> None:
+    def _finish(self, job: _Job, key: str, stream: Stream, problems: dict[int, EdgeloraError]) -> None:
         try:
             completion = stream.completion
         except ROW_ERRORS as error:
-            problems.setdefault(job.place, error.message)
+            problems.setdefault(job.place, error)
             return
         found = {"reply": completion.text, "finish_reason": completion.finish_reason}
         self._work.put(key, found)
         self._take(job, **found)
 
-    def _score(self, engine: Engine, jobs: Sequence[_Job], problems: dict[int, str]) -> None:
+    def _score(self, engine: Engine, jobs: Sequence[_Job], problems: dict[int, EdgeloraError]) -> None:
         """Likelihoods of all references."""
         for job in jobs:
             key = job.key("loss", job.row.reference)
@@ -176,7 +176,7 @@ class Answers:
                 else:
                     self.n_before += 1
             except ROW_ERRORS as error:
-                problems.setdefault(job.place, error.message)
+                problems.setdefault(job.place, error)
                 continue
             self._take(job, **found, divergence=self._divergence(job))
 
@@ -221,10 +221,15 @@ class Answers:
         self._on_progress(self._done, self._total, job.variant.name)
 
 
-def _unanswered(problems: Sequence[str]) -> DataFileError:
-    rest = len(problems) - MAX_PROBLEMS_SHOWN
+def _unanswered(problems: Mapping[int, EdgeloraError], n_rows: int) -> EdgeloraError:
+    """What is wrong with rows, by line; or with all of them at once."""
+    first = next(iter(problems.values()))
+    if len(problems) == n_rows and all(error.message == first.message for error in problems.values()):
+        return first
+    said = [f"line {line}: {error.message}" for line, error in problems.items()]
+    rest = len(said) - MAX_PROBLEMS_SHOWN
     more = [f"... and {rest} more rows"] if rest > 0 else []
     return DataFileError(
-        "\n".join([f"{len(problems)} rows cannot be answered:", *problems[:MAX_PROBLEMS_SHOWN], *more]),
-        hint="Leave them out, or ask for a larger window: --ctx-size.",
+        "\n".join([f"{len(said)} rows cannot be answered:", *said[:MAX_PROBLEMS_SHOWN], *more]),
+        hint=first.hint or "Leave them out.",
     )

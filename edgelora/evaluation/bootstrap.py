@@ -73,28 +73,11 @@ class Difference:
     n_rows: int
 
 
-def intervals(sums: Sequence[RowSums], *, seed: int = 0, resamples: int = RESAMPLES) -> list[Interval]:
-    """Of each metric; all of the same rows."""
-    drawn = _resampled(sums, seed, resamples)
-    return [Interval(each.value, *_bounds(values)) for each, values in zip(sums, drawn, strict=True)]
+def resampled(sums: Sequence[RowSums], *, seed: int = 0, resamples: int = RESAMPLES) -> list[Floats]:
+    """Each metric on each resample, float64 (resamples,); all of the same rows, on the same draws.
 
-
-def difference(one: RowSums, other: RowSums, *, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
-    """`one` less `other`, on the rows where both have a value."""
-    both = one.present & other.present
-    one, other = _masked(one, both), _masked(other, both)
-    values, others = _resampled([one, other], seed, resamples)
-    less = values - others
-    p_more = float((less > 0).mean() + (less == 0).mean() / 2)
-    return Difference(Interval(one.value - other.value, *_bounds(less)), p_more, int(both.sum()))
-
-
-def _masked(sums: RowSums, rows: npt.NDArray[np.bool_]) -> RowSums:
-    return RowSums(np.where(rows, sums.above, np.nan), np.where(rows, sums.below, np.nan), sums.transform)
-
-
-def _resampled(sums: Sequence[RowSums], seed: int, resamples: int) -> list[Floats]:
-    """Each metric on each resample, float64 (resamples,); the draws depend on nothing but seed, rows and resamples."""
+    The draws depend on nothing but the seed and the numbers of rows and resamples.
+    """
     n_rows = len(sums[0].above)
     columns = np.stack([np.nan_to_num(part) for each in sums for part in (each.above, each.below)], axis=1)
     rng, totals = np.random.default_rng(seed), np.empty((resamples, columns.shape[1]))
@@ -109,6 +92,28 @@ def _resampled(sums: Sequence[RowSums], seed: int, resamples: int) -> list[Float
             np.asarray(each.transform(totals[:, 2 * at] / totals[:, 2 * at + 1]), np.float64)
             for at, each in enumerate(sums)
         ]
+
+
+def interval(sums: RowSums, values: Floats) -> Interval:
+    """Of a metric, from its `values` on resamples."""
+    return Interval(sums.value, *_bounds(values))
+
+
+def pair(one: RowSums, other: RowSums) -> tuple[RowSums, RowSums]:
+    """Both, on the rows where both have a value."""
+    both = one.present & other.present
+    return _masked(one, both), _masked(other, both)
+
+
+def difference(one: RowSums, other: RowSums, values: Floats, others: Floats) -> Difference:
+    """`one` less `other`, both of a `pair`, from what they are on the same resamples."""
+    less = values - others
+    p_more = float((less > 0).mean() + (less == 0).mean() / 2)
+    return Difference(Interval(one.value - other.value, *_bounds(less)), p_more, int(one.present.sum()))
+
+
+def _masked(sums: RowSums, rows: npt.NDArray[np.bool_]) -> RowSums:
+    return RowSums(np.where(rows, sums.above, np.nan), np.where(rows, sums.below, np.nan), sums.transform)
 
 
 def _bounds(values: Floats) -> tuple[float, float]:

@@ -8,7 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from edgelora.evaluation.bootstrap import RESAMPLES, Difference, Interval, RowSums, difference, intervals
+from edgelora.evaluation.bootstrap import (
+    RESAMPLES,
+    Difference,
+    Floats,
+    Interval,
+    RowSums,
+    difference,
+    interval,
+    pair,
+    resampled,
+)
 from edgelora.evaluation.metrics import Metric
 from edgelora.evaluation.variants import Variant
 
@@ -67,37 +77,69 @@ class Measured:
         return {**self.interval.to_dict(), "rows": self.n_rows, **compared}
 
 
+@dataclass(frozen=True)
+class _Case:
+    """One metric of one variant, with the places of its sums, and of those of both in its pair, in one long list."""
+
+    metric: Metric
+    variant: Variant
+    own: int
+    pair: tuple[int, int] | None
+
+
 def measure(
-    metric: Metric,
+    metrics: Sequence[Metric],
     variants: Sequence[Variant],
-    sums: Mapping[str, RowSums],
+    sums: Mapping[str, Mapping[str, RowSums]],
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
-) -> dict[str, Measured]:
-    """One metric of every variant that has a value.
+) -> dict[str, dict[str, Measured]]:
+    """Every metric of every variant that has a value, all on the same resamples: metric's name to variant's name to
+    what was measured.
 
     Args:
-        sums: by variant's name.
+        sums: by metric's name and variant's name.
     """
-    present = [variant for variant in variants if sums[variant.name].present.any()]
-    found = intervals([sums[variant.name] for variant in present], seed=seed, resamples=resamples) if present else []
-    measured = {}
-    for variant, interval in zip(present, found, strict=True):
-        own, other = sums[variant.name], sums.get(variant.reference)
-        compared = None
-        if other is not None and (own.present & other.present).any() and metric.looks_at != "divergence":
-            compared = compare(metric, own, other, variant.reference, seed=seed, resamples=resamples)
-        values = tuple(float(value) if np.isfinite(value) else None for value in _rows(metric, own, shown=True))
-        measured[variant.name] = Measured(metric, interval, int(own.present.sum()), values, compared)
+    flat: list[RowSums] = []
+    cases: list[_Case] = []
+    for metric in metrics:
+        by_variant = sums[metric.name]
+        for variant in variants:
+            own, other = by_variant[variant.name], by_variant.get(variant.reference)
+            if not own.present.any():
+                continue
+            is_pair = other is not None and (own.present & other.present).any() and metric.looks_at != "divergence"
+            cases.append(_Case(metric, variant, len(flat), (len(flat) + 1, len(flat) + 2) if is_pair else None))
+            flat += [own, *(pair(own, other) if other is not None and is_pair else ())]
+    drawn = resampled(flat, seed=seed, resamples=resamples) if flat else []
+    measured: dict[str, dict[str, Measured]] = {metric.name: {} for metric in metrics}
+    for case in cases:
+        measured[case.metric.name][case.variant.name] = _measured(case, flat, drawn)
     return measured
+
+
+def _measured(case: _Case, flat: Sequence[RowSums], drawn: Sequence[Floats]) -> Measured:
+    metric, own = case.metric, flat[case.own]
+    compared = None
+    if case.pair:
+        one, other = case.pair
+        found = difference(flat[one], flat[other], drawn[one], drawn[other])
+        compared = _comparison(metric, case.variant.reference, flat[one], flat[other], found)
+    values = tuple(float(value) if np.isfinite(value) else None for value in _rows(metric, own, shown=True))
+    return Measured(metric, interval(own, drawn[case.own]), int(own.present.sum()), values, compared)
 
 
 def compare(
     metric: Metric, own: RowSums, other: RowSums, reference: str, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Comparison:
-    """A variant with its reference."""
-    found = difference(own, other, seed=seed, resamples=resamples)
+    """A variant with its reference, by one metric."""
+    one, two = pair(own, other)
+    found = difference(one, two, *resampled([one, two], seed=seed, resamples=resamples))
+    return _comparison(metric, reference, one, two, found)
+
+
+def _comparison(metric: Metric, reference: str, own: RowSums, other: RowSums, found: Difference) -> Comparison:
     sign = -1.0 if metric.is_lower_better else 1.0
     less = sign * (_rows(metric, own) - _rows(metric, other))
     by_row = tuple(

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from edgelora.adapter_ref import AdapterRef
 from edgelora.engine.engine import Engine
-from edgelora.errors import DataFileError, SettingsError
+from edgelora.engine.preflight import base_fingerprint
+from edgelora.errors import BaseMismatchError, DataFileError, SettingsError
 from edgelora.evaluation.answers import Answer, Answers, Needs, Progress
 from edgelora.evaluation.bootstrap import RESAMPLES
 from edgelora.evaluation.comparison import Measured, measure
+from edgelora.evaluation.json_fields import field_shares
 from edgelora.evaluation.judge import PAIR, Judge
 from edgelora.evaluation.labels import Confusion, Labels
 from edgelora.evaluation.metrics import DIVERGENCES, Metric, judged, make_metrics, own
@@ -67,6 +69,7 @@ class Evaluation:
         answers: variant's name to its answers, one for each row.
         measured: metric's name to variant's name to what was measured.
         confusions: variant's name to its confusion table, where labels were asked for.
+        fields: variant's name to the share of rows that have each field right, where JSON fields were asked for.
         failures: thresholds that were not kept, a sentence each.
         n_before: answers that an earlier run had worked out.
     """
@@ -78,6 +81,7 @@ class Evaluation:
     answers: Mapping[str, Sequence[Answer]]
     measured: Mapping[str, Mapping[str, Measured]]
     confusions: Mapping[str, Confusion]
+    fields: Mapping[str, Mapping[str, float]]
     failures: Sequence[str]
     settings: EvalSettings
     seconds: float
@@ -123,7 +127,7 @@ def evaluate(
     if resolved[0].base_note:
         listeners.notice(resolved[0].base_note)
     first, *others = [files.base for files in resolved]
-    variants = variants_of(first, [adapter.name for adapter in adapters], _distinct(first, others))
+    variants = variants_of(first, [adapter.name for adapter in adapters], _quantizations(first, others))
     check_names(settings.thresholds, [metric.name for metric in metrics], variants)
     with _work_file(settings.folder) as work:
         gathered = Answers(rows, variants, _needs(metrics), settings.engine, work, listeners.progress)
@@ -137,10 +141,7 @@ def evaluate(
             if settings.judge:
                 answers = verdicts(settings.judge, rows, variants, answers, work, listeners.progress)
     sums = {metric.name: {name: metric.sums(found, rows) for name, found in answers.items()} for metric in metrics}
-    measured = {
-        metric.name: measure(metric, variants, sums[metric.name], seed=settings.seed, resamples=settings.resamples)
-        for metric in metrics
-    }
+    measured = measure(metrics, variants, sums, seed=settings.seed, resamples=settings.resamples)
     return Evaluation(
         str(data),
         rows,
@@ -148,7 +149,8 @@ def evaluate(
         metrics,
         answers,
         measured,
-        _confusions(metrics, rows, answers),
+        _confusions(rows, answers) if "accuracy" in measured else {},
+        _fields(rows, answers) if "json-fields" in measured else {},
         failures(settings.thresholds, variants, measured),
         settings,
         time.perf_counter() - started,
@@ -180,12 +182,23 @@ def _needs(metrics: Sequence[Metric]) -> Needs:
     )
 
 
-def _distinct(first: Path, others: Sequence[Path]) -> Sequence[Path]:
+def _quantizations(first: Path, others: Sequence[Path]) -> Sequence[Path]:
+    """`others`, if they are quantizations of the first base.
+
+    Raises:
+        SettingsError: a file that is evaluated already.
+        BaseMismatchError: another model.
+    """
     seen = [first.resolve()]
     for other in others:
         if other.resolve() in seen:
             raise SettingsError(f"--against {other}: evaluated already", hint="Name another quantization of the base.")
         seen.append(other.resolve())
+        if base_fingerprint(other) != base_fingerprint(first):
+            raise BaseMismatchError(
+                f"--against {other} is no quantization of {first}: it is another model, or was trained further",
+                hint="Evaluate each by itself with --base, and compare their results.",
+            )
     return others
 
 
@@ -230,15 +243,18 @@ def _engine(base: Path, adapters: Sequence[AdapterRef], settings: EngineSettings
         yield engine
 
 
-def _confusions(
-    metrics: Sequence[Metric], rows: Sequence[EvalRow], answers: Mapping[str, Sequence[Answer]]
-) -> dict[str, Confusion]:
-    if not any(metric.name == "accuracy" for metric in metrics):
-        return {}
+def _confusions(rows: Sequence[EvalRow], answers: Mapping[str, Sequence[Answer]]) -> dict[str, Confusion]:
     labels = Labels([row.reference for row in rows])
+    return {name: Confusion.of(labels, _pairs(rows, given)) for name, given in answers.items()}
+
+
+def _fields(rows: Sequence[EvalRow], answers: Mapping[str, Sequence[Answer]]) -> dict[str, dict[str, float]]:
     return {
-        name: Confusion.of(
-            labels, [(row.reference, answer.reply or "") for row, answer in zip(rows, given, strict=True)]
-        )
+        name: field_shares((reply, reference) for reference, reply in _pairs(rows, given))
         for name, given in answers.items()
     }
+
+
+def _pairs(rows: Sequence[EvalRow], answers: Sequence[Answer]) -> list[tuple[str, str]]:
+    """(reference, reply) of every row."""
+    return [(row.reference, answer.reply or "") for row, answer in zip(rows, answers, strict=True)]

@@ -11,7 +11,8 @@ other has not count as wrong: what is made up costs as much as what is missing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 MAX_DEPTH = 64
@@ -77,6 +78,23 @@ def field_counts(reply: str, reference: str) -> tuple[int, int, dict[str, bool]]
         found = {}
     right = {path: path in found and _same(found[path], value) for path, value in wanted.items()}
     return sum(right.values()), len({*wanted, *found}), right
+
+
+def field_shares(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
+    """Of each field of the references, in how many rows that have it the reply has it right; items of lists count
+    together (`items.*.n`).
+
+    Args:
+        pairs: (reply, reference).
+    """
+    right: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    for reply, reference in pairs:
+        for path, is_right in field_counts(reply, reference)[2].items():
+            name = ".".join("*" if part.isdecimal() else part for part in path.split("."))
+            right[name] += is_right
+            total[name] += 1
+    return {name: right[name] / count for name, count in total.items()}
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -14,7 +14,7 @@ from edgelora.engine.fit import DEFAULT_N_CTX, serving_bytes
 from edgelora.engine.scoring import Speed
 from edgelora.errors import ModelFileError
 from edgelora.evaluation.answers import Answers, Needs
-from edgelora.evaluation.bootstrap import RESAMPLES, Interval, RowSums, intervals
+from edgelora.evaluation.bootstrap import RESAMPLES, Interval, RowSums, interval, resampled
 from edgelora.evaluation.comparison import Comparison
 from edgelora.evaluation.metrics import Metric
 from edgelora.evaluation.rows import EvalRow, RowSettings
@@ -167,8 +167,8 @@ class Bench:
         finally:
             path.unlink(missing_ok=True)
         sums = metric.sums(answers.of[variant.name], rows)
-        (interval,) = intervals([sums], seed=self._settings.seed, resamples=self._settings.resamples)
-        return replace(candidate, sums=sums, interval=interval, speed=speed)
+        (values,) = resampled([sums], seed=self._settings.seed, resamples=self._settings.resamples)
+        return replace(candidate, sums=sums, interval=interval(sums, values), speed=speed)
 
     def write(self, picked: Candidate) -> Path:
         """The file that was asked for."""

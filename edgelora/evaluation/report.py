@@ -22,7 +22,7 @@ MAX_ROWS = 25
 """Rows of each kind (worse, better, reworded) that a comparison shows; rows.jsonl has all."""
 MAX_LABELS = 12
 """Labels that a confusion matrix has room for; of more, the most frequent mistakes are shown."""
-MAX_MISTAKES = 15
+MAX_MISTAKES, MAX_FIELDS = 15, 60
 MAX_WORDS, LEAST_ALIKE = 1500, 0.35
 """Differences are marked between replies of at most so many words, that have such a share of them in common."""
 LOG_FROM = 10.0
@@ -120,6 +120,7 @@ def render_report(found: Evaluation, when: datetime | None = None) -> str:
         variants=[(variant, n_cut(found, variant)) for variant in found.variants],
         charts=[chart for metric in found.metrics if (chart := _chart(found, metric)).lines],
         confusions=list(_confusions(found)),
+        fields=_fields(found),
         failures=found.failures,
         changes=list(_all_changes(found)),
     )
@@ -169,6 +170,16 @@ def _confusions(found: Evaluation) -> Iterator[dict[str, object]]:
             else [],
             "mistakes": [] if is_matrix else confusion.mistakes(MAX_MISTAKES),
         }
+
+
+def _fields(found: Evaluation) -> list[tuple[str, list[str]]]:
+    """A line for each field of the references, with its share in every variant; the worst first."""
+    names = {name for shares in found.fields.values() for name in shares}
+    mean = {name: sum(shares.get(name, 0.0) for shares in found.fields.values()) for name in names}
+    return [
+        (name or "(the value)", [f"{100 * shares.get(name, 0.0):.1f} %" for shares in found.fields.values()])
+        for name in sorted(names, key=lambda name: (mean[name], name))[:MAX_FIELDS]
+    ]
 
 
 def _all_changes(found: Evaluation) -> Iterator[Changes]:

@@ -52,6 +52,7 @@ def _variant(found: Evaluation, variant: Variant) -> dict[str, Any]:
         "metrics": metrics,
         "cut_replies": n_cut(found, variant),
         **({"labels": _labels(confusion)} if confusion else {}),
+        **({"fields": found.fields[variant.name]} if found.fields else {}),
     }
 
 

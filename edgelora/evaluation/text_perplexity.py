@@ -138,9 +138,9 @@ def evaluate_text(
         name: RowSums(each.window_losses, np.full(each.n_chunks, each.n_tokens / each.n_chunks), np.exp)
         for name, each in found.items()
     }
-    measured = measure(METRIC, variants, sums, seed=settings.seed, resamples=settings.resamples)
-    broken = failures(settings.thresholds, variants, {METRIC.name: measured})
-    return TextEvaluation(str(text), variants, found, measured, broken)
+    measured = measure([METRIC], variants, {METRIC.name: sums}, seed=settings.seed, resamples=settings.resamples)
+    broken = failures(settings.thresholds, variants, measured)
+    return TextEvaluation(str(text), variants, found, measured[METRIC.name], broken)
 
 
 def _check_tokens(found: dict[str, Perplexity]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgelora.evaluation import bootstrap
-from edgelora.evaluation.bootstrap import Difference, Interval, RowSums, difference, intervals
+from edgelora.evaluation.bootstrap import Difference, Interval, RowSums, interval, pair, resampled
 from edgelora.evaluation.comparison import BETTER, MISSING, SAME, WORSE, compare, measure
 from edgelora.evaluation.metrics import Metric
 from edgelora.evaluation.variants import BARE, Variant, variants_of
@@ -19,6 +19,15 @@ ROUGHLY = 0.12
 """Of an interval's width: what 4,000 resamples leave to chance, three standard errors of a 2.5 % quantile."""
 SHARE = Metric("share", lambda answer, row: None)
 LOSS = Metric("loss", lambda answer, row: None, is_share=False, is_lower_better=True, same=0.01, transform=np.exp)
+
+
+def intervals(sums: list[RowSums], **how: int) -> list[Interval]:
+    return [interval(each, values) for each, values in zip(sums, resampled(sums, **how), strict=True)]
+
+
+def difference(one: RowSums, other: RowSums) -> Difference:
+    both = pair(one, other)
+    return bootstrap.difference(*both, *resampled([*both]))
 
 
 def means(*values: float) -> RowSums:
@@ -124,7 +133,7 @@ def test_each_is_compared_with_its_own_reference(tmp_path: Path) -> None:
         "base on model-q2": means(0, 0, 0),
         "red on model-q2": means(0, 0, 0),
     }
-    found = measure(SHARE, variants, values)
+    found = measure([SHARE], variants, {"share": values})["share"]
     verdicts = {name: each.comparison.verdict for name, each in found.items() if each.comparison}
     assert verdicts == {"red": BETTER, "base on model-q2": SAME, "red on model-q2": WORSE}
     assert found["red"].by_row == (1.0, 1.0, 1.0)

@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edgelora.adapter_ref import AdapterRef
 from edgelora.engine.engine import Engine, Request
-from edgelora.errors import BaseMismatchError, DataFileError, SettingsError
+from edgelora.errors import BaseMismatchError, DataFileError, ModelFileError, SettingsError
 from edgelora.evaluation.evaluate import WORK_FILE, EvalSettings, Evaluation, Listeners, evaluate
 from edgelora.evaluation.metrics import METRICS, suggested
 from edgelora.evaluation.results import row_dicts, to_dict, write_results
@@ -25,6 +26,7 @@ from edgelora.evaluation.text_overlap import token_f1
 from edgelora.evaluation.thresholds import Threshold
 from edgelora.evaluation.work_file import WorkFile
 from edgelora.messages import user_message
+from tests.edgelora.engine.gguf_copies import write_copy
 
 N_ROWS, MAX_TOKENS = 5, 12
 ROUNDING = 5e-3
@@ -255,6 +257,22 @@ def test_an_adapter_of_another_base_is_refused(base: Path, adapters: dict[str, P
     write_adapter(stranger, base, 3, contract=Contract(base_name="another", base_fingerprint="0" * 64))
     with pytest.raises(BaseMismatchError, match="another"):
         evaluate(rows_file, base, [AdapterRef("stranger", stranger)], settings=SETTINGS)
+
+
+def test_another_model_is_no_quantization(base: Path, rows_file: Path, tmp_path: Path) -> None:
+    other = write_copy(base, tmp_path / "other.gguf", {"output_norm.weight": np.ones(256, np.float32)})
+    with pytest.raises(BaseMismatchError, match=r"other\.gguf is no quantization of .*f32\.gguf"):
+        evaluate(rows_file, base, (), [other], SETTINGS)
+    with pytest.raises(SettingsError, match="evaluated already"):
+        evaluate(rows_file, base, (), [base], SETTINGS)
+
+
+def test_what_is_wrong_with_all_rows_is_said_once(base: Path, rows_file: Path, tmp_path: Path) -> None:
+    template = tmp_path / "refuses.jinja"
+    template.write_text("{{ raise_exception('not today') }}")
+    engine = replace(ENGINE, chat_template=str(template))
+    with pytest.raises(ModelFileError, match=r"^[^\n]*not today[^\n]*$"):
+        evaluate(rows_file, base, settings=replace(SETTINGS, engine=engine))
 
 
 def test_columns_are_named_by_templates(tmp_path: Path) -> None:

@@ -39,14 +39,15 @@ def evaluation(replies: dict[str, list[str]], reference: str = "yes", question: 
     variants, metrics = variants_of(Path("model-q8_0.gguf"), adapters), make_metrics(["exact-match", "accuracy"], rows)
     answers = {name: [Answer(text, "stop") for text in texts] for name, texts in replies.items()}
     sums = {metric.name: {name: metric.sums(given, rows) for name, given in answers.items()} for metric in metrics}
-    measured = {metric.name: measure(metric, variants, sums[metric.name], resamples=100) for metric in metrics}
+    measured = measure(metrics, variants, sums, resamples=100)
     labels = Labels([row.reference for row in rows])
     confusions = {
         name: Confusion.of(labels, [(row.reference, text) for row, text in zip(rows, texts, strict=True)])
         for name, texts in replies.items()
     }
+    fields = {name: {"items.*.n": 0.25, "name": 1.0, HOSTILE: 0.5} for name in replies}
     failures = [f"red: exact-match is 50.0 %, expected at least 60.0 % {HOSTILE}"]
-    return Evaluation(f"rows/{HOSTILE}.jsonl", rows, variants, metrics, answers, measured, confusions, failures,
+    return Evaluation(f"rows/{HOSTILE}.jsonl", rows, variants, metrics, answers, measured, confusions, fields, failures,
                       EvalSettings(), 1.0, 0)  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def test_the_page_shows_what_changed_and_needs_nothing_else() -> None:
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert not re.search(r"https?:|@import|url\(", source)
     for text in ("2026-03-01 12:00 UTC", "red beside base", "By exact-match: 1 better, 1 worse, 1 same", "1 reworded",
-                 "macro F1", "(no label)", "model-q8_0.gguf", "33.3 %"):  # fmt: skip
+                 "items.*.n", "25.0 %", "macro F1", "(no label)", "model-q8_0.gguf", "33.3 %"):  # fmt: skip
         assert text in page.text
     assert "prefers-color-scheme: dark" in source
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgelora.errors import DataFileError, EdgeloraError, SettingsError
-from edgelora.evaluation.json_fields import NotJSONError, field_counts, fields_of, is_json, parse_json
+from edgelora.evaluation.json_fields import NotJSONError, field_counts, field_shares, fields_of, is_json, parse_json
 from edgelora.evaluation.labels import NO_LABEL, Confusion, Labels
 from edgelora.evaluation.own_function import OwnFunction
 from edgelora.evaluation.pattern import Pattern
@@ -100,6 +100,14 @@ def test_fields_are_compared_by_path() -> None:
     assert field_counts("no JSON", reference)[:2] == (0, 4)
     assert field_counts('{"a": true}', '{"a": 1}')[0] == 0
     assert field_counts("{}", '{"a": {}}')[:2] == (0, 2)
+
+
+def test_fields_have_shares_over_rows() -> None:
+    rows = [
+        ('{"a": 1, "l": [{"n": 1}, {"n": 3}]}', '{"a": 1, "l": [{"n": 1}, {"n": 2}]}'),
+        ("nothing", '{"a": 2, "b": null}'),
+    ]
+    assert field_shares(rows) == {"a": 0.5, "l.*.n": 0.5, "b": 0.0}
 
 
 def test_labels_are_found_in_replies() -> None:
