@@ -30,6 +30,14 @@ EXPORTS: Mapping[Export, str] = {
     "refused": "becomes nothing that llama.cpp runs",
     "asked": "what it becomes is asked of the converter before training",
 }
+SHORT_EXPORTS: Mapping[Export, str] = {
+    "adapter": "an adapter, exactly",
+    "approximate": "an adapter, within 1 %; merged, exactly",
+    "merge": "a part of its base",
+    "base": "a base",
+    "refused": "nothing",
+    "asked": "said before training",
+}
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,9 @@ class Recipe:
         2, COUNT, "batches per optimizer step; batch size times this is what the optimizer sees (QLoRA: 16)"
     )
     max_length: int = _setting(1024, whole(2, "a whole number, 2 or more"), "tokens of a conversation that are kept")
+    packing: bool = _setting(
+        False, FLAG, "put several short rows into one sequence of max length, kept apart: same loss, less padding"
+    )
     warmup_ratio: float = _setting(
         0.03, number(0, 0.99, "a number from 0, below 1"), "share of the steps in which the learning rate rises"
     )
@@ -189,6 +192,10 @@ class Recipe:
             for name in other.defaults
             if name not in objective.defaults and getattr(self, name) is not None
         ]
+        if self.packing and not objective.packs:
+            problems.append(f"packing is given, and {objective.name} does not read it")
+        if self.packing and "invocation" in method.defaults:
+            problems.append(f"packing is given, and {method.name} acts from one place in a sequence on")
         if method.name == "peft-config" and self.peft_config is None:
             problems.append("peft_config is not given, and the method is what it describes")
         return problems
@@ -247,7 +254,11 @@ def default_text(name: str) -> str:
         if row.defaults.get(name) is not None:
             by_value.setdefault(row.defaults[name], []).append(row.name)
     texts = [
-        str(value) if "lora" in names or "dpo" in names else f"{', '.join(names)} {value}"
+        _shown(value) if "lora" in names or "dpo" in names else f"{', '.join(names)} {_shown(value)}"
         for value, names in by_value.items()
     ]
     return "; ".join(texts)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

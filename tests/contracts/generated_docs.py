@@ -65,9 +65,21 @@ def families() -> Iterator[str]:
 
 
 def methods() -> Iterator[str]:
-    from edgelora.train.methods import METHODS
+    from edgelora.train.methods import METHODS, SHORT_EXPORTS
 
-    yield from (f"- `{method.name}`: {method.summary}" for method in METHODS.values())
+    yield from (
+        "| `--method` | what is trained | becomes | settings of its own, and their defaults |",
+        "|---|---|---|---|",
+    )
+    for method in METHODS.values():
+        own = ", ".join(_option(name, value) for name, value in method.defaults.items())
+        yield f"| `{method.name}` | {method.summary} | {SHORT_EXPORTS[method.exports_to]} | {own} |"
+
+
+def _option(name: str, default: object) -> str:
+    option = f"`--{name.replace('_', '-')}`"
+    shown = f"{default:g}" if isinstance(default, float) else default
+    return option if default is None else f"{option} {shown}"
 
 
 BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
