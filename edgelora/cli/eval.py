@@ -229,7 +229,8 @@ def _print_account(found: Evaluation) -> None:
     click.echo(f"{len(found.rows):,} rows in {found.seconds:.1f} s{before}", err=True)
     for variant in found.variants:
         if cut := n_cut(found, variant):
-            note = f"{variant.name}: {cut} replies were cut at {found.settings.engine.asked['max_tokens']} tokens"
+            limit = found.settings.engine.asked["max_tokens"]
+            note = f"{variant.name}: of {len(found.rows)} replies, {cut} cut at {limit} tokens (--max-tokens)"
             click.secho(visible(note), err=True, fg="yellow")
 
 
