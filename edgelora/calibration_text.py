@@ -8,8 +8,9 @@ from pathlib import Path
 from edgelora.dataset import read_conversations
 from edgelora.errors import DataFileError
 from edgelora.messages import Conversation
+from edgelora.rows import SUFFIXES
 
-CONVERSATION_SUFFIXES = (".jsonl", ".csv")  # what `edgelora.rows.read_rows` tells apart
+CONVERSATION_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".txt")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class CalibrationText:
 
 
 def read_calibration(path: Path | str) -> CalibrationText:
-    """Conversations of a `.jsonl` or `.csv` file (the rows that training takes), or any other file as plain text.
+    """Conversations of a `.jsonl`, `.json`, `.csv` or `.parquet` file (the rows that training takes), or any other file
+    as plain text.
 
     Plain text is read as llama.cpp's tools do with `-f`: whole, without one newline at its end (common/arg.cpp).
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgelora.dataset.reading import Data, read_all
+from edgelora.dataset.reading import Given, read_all
 from edgelora.messages import Message, check_messages, prepared, user_message
 from edgelora.rows import Row
 
@@ -38,7 +38,7 @@ class Preference:
     source: str
 
 
-def read_preferences(data: Data, seed: int = 0) -> list[Preference]:
+def read_preferences(data: Given, seed: int = 0) -> list[Preference]:
     """Every preference pair of a file, or of several, as `edgelora.dataset.read_conversations` reads conversations.
 
     Raises:

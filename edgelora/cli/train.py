@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelora.cli.data_type import DataType
 from edgelora.cli.options import FILE, config_option
 from edgelora.cli.progress import CountProgress, count_bar, stage_bars
 from edgelora.cli.visible import visible
 
 if TYPE_CHECKING:
+    from edgelora.dataset.source import DataSource
     from edgelora.export import ExportPlan
     from edgelora.train.progress import TrainStatus
     from edgelora.train.recipe import Recipe
@@ -64,26 +66,34 @@ class _Drawn:
 
 
 @click.command("train", cls=RecipeCommand)
-@click.argument("data", type=FILE)
+@click.argument("data", metavar="DATA...", type=DataType(), nargs=-1, required=True)
 @click.option("--base", required=True, help="What to fine-tune: a Hugging Face folder, a GGUF file, or a hub id.")
 @click.option(
     "-o", "--output", type=FILE, required=True, help="Folder for the adapter (PEFT's files, and edgelora's contract)."
 )
-@click.option("--eval-data", type=FILE, help="Rows to measure the loss on, in the format of DATA.")
+@click.option("--eval-data", type=DataType(), help="Rows to measure the loss on, given like DATA.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the output folder.")
 @click.option("--export", is_flag=False, flag_value="base", metavar="[QUANTS]",
               help="When it is trained, convert it, make the base in these quantizations (q4_k_m,q8_0) where there is "
               "none, and verify it on each; alone, on the GGUF file that was trained on.")  # fmt: skip
 @config_option
 def command(
-    data: Path, base: str, output: Path, eval_data: Path | None, resume: bool, export: str | None, **recipe: Any
+    data: tuple[DataSource, ...],
+    base: str,
+    output: Path,
+    eval_data: DataSource | None,
+    resume: bool,
+    export: str | None,
+    **recipe: Any,
 ) -> None:
     """Fine-tune a base on your data with PEFT.
 
     The loss counts the assistant's tokens only; with `--objective dpo` it prefers chosen replies to rejected ones.
 
-    DATA is JSONL: one object on each line, with `messages` (as in the OpenAI chat API), or with `prompt` and
-    `completion`.
+    DATA is JSONL, a JSON array, CSV, Parquet or plain text, or a dataset of the Hugging Face hub (OWNER/NAME[:SPLIT]).
+    Its rows are conversations (`messages`, as in the OpenAI chat API, also with tools), ShareGPT's, Alpaca's, `prompt`
+    and `completion`, or plain `text`; `edgelora data check` looks at them first. Several files are trained on
+    together, each as often as its weight says: with general.jsonl@0.25, a quarter of its rows.
 
     \b
     Examples:
@@ -91,6 +101,7 @@ def command(
       edgelora train support.jsonl --base my-model/ -o support/ --rank 8 --epochs 5 --eval-data held-out.jsonl
       edgelora train support.jsonl --base my-model/ -o support/ --method qlora --eval-data held-out.jsonl --keep-best
       edgelora train pairs.jsonl --base my-model/ -o polite/ --objective dpo
+      edgelora train support.jsonl general.parquet@0.25 --base my-model/ -o support/
       edgelora train support.jsonl --base my-model/ -o support/ --export q4_k_m
       edgelora train support.jsonl --base my-model-q2_k.gguf -o support/ --export
       edgelora train support.jsonl --base my-model/ -o support/ --resume

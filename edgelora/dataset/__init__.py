@@ -12,7 +12,18 @@ command line (`b.jsonl@0.5`), `reading` makes conversations of all that is given
 """
 
 from edgelora.dataset.formats import FORMATS, Format, conversation_of, format_of
-from edgelora.dataset.reading import RowReader, read_conversations
-from edgelora.dataset.source import DataSource
+from edgelora.dataset.reading import Given, RowReader, read_conversations, sources_of
+from edgelora.dataset.source import DataSource, data_sha256
 
-__all__ = ["FORMATS", "DataSource", "Format", "RowReader", "conversation_of", "format_of", "read_conversations"]
+__all__ = [
+    "FORMATS",
+    "DataSource",
+    "Format",
+    "Given",
+    "RowReader",
+    "conversation_of",
+    "data_sha256",
+    "format_of",
+    "read_conversations",
+    "sources_of",
+]

@@ -12,7 +12,8 @@ from edgelora.errors import DataFileError
 from edgelora.messages import Conversation
 from edgelora.rows import Row, listed_problems
 
-Data = Path | str | DataSource | Sequence[DataSource]
+Given = Path | str | DataSource | Sequence[DataSource]
+"""Training data: a file; a text as on the command line, `PATH[@WEIGHT]`; or sources."""
 Item = TypeVar("Item")
 
 
@@ -37,7 +38,7 @@ class RowReader:
         return conversation_of(row, self.source.place(row))
 
 
-def read_conversations(data: Data, seed: int = 0) -> list[Conversation]:
+def read_conversations(data: Given, seed: int = 0) -> list[Conversation]:
     """Every training conversation of a file, or of several, each as often as its weight says.
 
     Args:
@@ -51,7 +52,7 @@ def read_conversations(data: Data, seed: int = 0) -> list[Conversation]:
 
 
 def read_all(
-    data: Data, seed: int, reader_of: Callable[[DataSource], Callable[[Row], Item | str]], hint: str
+    data: Given, seed: int, reader_of: Callable[[DataSource], Callable[[Row], Item | str]], hint: str
 ) -> list[Item]:
     """What the readers of all sources make of their rows.
 
@@ -75,8 +76,14 @@ def read_all(
     return items
 
 
-def sources_of(data: Data) -> Sequence[DataSource]:
-    """What is given, as sources; a path alone is one of weight 1."""
-    if isinstance(data, DataSource):
-        return (data,)
-    return (DataSource(str(data)),) if isinstance(data, Path | str) else data
+def sources_of(data: Given) -> Sequence[DataSource]:
+    """What is given, as sources.
+
+    Raises:
+        SettingsError: a text with a weight that is no number above 0.
+    """
+    if isinstance(data, Path):
+        return (DataSource(str(data)),)
+    if isinstance(data, str):
+        return (DataSource.parse(data),)
+    return (data,) if isinstance(data, DataSource) else data

@@ -300,7 +300,8 @@ class Encoder:
         for conversation in conversations:
             if enough and len(tokens) >= enough:
                 break  # the rest is not read
-            template = own or (None if conversation.templated else ChatTemplate(BUILTIN["plain"]))
+            template = None if conversation.plain else own
+            template = template or (None if conversation.templated else ChatTemplate(BUILTIN["plain"]))
             if template is None:
                 raise ModelFileError(
                     f"{self.settings.base} has no chat template, which {conversation.source} needs",
@@ -308,7 +309,11 @@ class Encoder:
                 )
             try:
                 tokens += encode_prompt(
-                    self.model.tokenizer, template, conversation.messages, add_generation_prompt=False
+                    self.model.tokenizer,
+                    template,
+                    conversation.messages,
+                    add_generation_prompt=False,
+                    tools=conversation.tools or None,
                 )
             except ModelFileError as error:
                 problems.append(f"{conversation.source}: {error.message}")

@@ -20,6 +20,7 @@ class Objective:
         unread: settings of methods that it does not read.
         learning_rate: of it, as a share of the method's own.
         home: the module with `read`, `tokenize` and `Trainer` (`edgelora.train.sft`).
+        packs: whether its rows can be packed (`edgelora.train.packing`).
     """
 
     name: str
@@ -28,10 +29,11 @@ class Objective:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     learning_rate: float = 1.0
+    packs: bool = False
 
 
 ROWS = (
-    Objective("sft", "replies of the assistant, token by token", "edgelora.train.sft"),
+    Objective("sft", "replies of the assistant, token by token", "edgelora.train.sft", packs=True),
     Objective(
         # Rafailov et al. train all weights at 1e-6 (appendix B): a twentieth of what supervised tuning takes.
         "dpo",

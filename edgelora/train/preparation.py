@@ -40,4 +40,9 @@ def prepare(job: Job, fingerprint: str, said: Notes) -> Prepared:
         tokens = invocation_tokens(recipe.invocation, finder, tokenizer)
         rows = {name: activated(each, tokens) for name, each in rows.items()}
         found["alora_invocation_tokens"] = tokens
+    if recipe.packing:
+        from edgelora.train.packing import packed
+
+        rows["training data"] = packed(rows["training data"], recipe.max_length)
+        said.keep(rows["training data"].packing_note())
     return Prepared(tokenizer, rows["training data"], rows.get("evaluation data"), contract, found)

@@ -103,15 +103,15 @@ def choose_probes(
 ) -> list[EncodedPrompt]:
     """At most `count` of the prompts, evenly over those given, none twice.
 
-    Left out are those longer than `max_tokens`, those that hold a special token's text (served, that is text), and
-    those that the template refuses.
+    Left out are those longer than `max_tokens`, those that hold a special token's text (served, that is text) or calls
+    of tools, and those that the template refuses.
 
     Raises:
         DataFileError: none is left.
     """
     special = [token for token in tokenizer.get_added_vocab() if token.strip()]
     found = {}
-    for prompt in prompts:
+    for prompt in filter(_is_plain_talk, prompts):
         if not any(token in message["content"] for message in prompt for token in special):
             tokens = _tokens(prompt, tokenizer, template)
             if 0 < len(tokens) <= max_tokens:
@@ -120,10 +120,15 @@ def choose_probes(
     if not usable:
         raise DataFileError(
             f"none of {len(prompts)} prompts can be a probe of a certificate: each is longer than {max_tokens} tokens, "
-            "holds a special token's text, or is refused by the chat template"
+            "holds a special token's text or calls of tools, or is refused by the chat template"
         )
     at = np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(np.int64))
     return [usable[i] for i in at]
+
+
+def _is_plain_talk(prompt: Prompt) -> bool:
+    """Whether there is a prompt, as there is none before a plain text, and no use of tools in it."""
+    return bool(prompt) and not any(message["role"] == "tool" or "tool_calls" in message for message in prompt)
 
 
 def _tokens(prompt: Prompt, tokenizer: Any, template: ChatTemplate) -> tuple[int, ...]:

@@ -96,11 +96,14 @@ def _certificate(job: Job, trainee: Trainee, prepared: Prepared, folder: Path, e
     from torch import OutOfMemoryError
 
     from edgelora.train.certificate import RecordSettings, record, record_trained
+    from edgelora.train.probes import GENERAL_PROMPTS
 
-    if not job.recipe.certificate_probes or export == "refused":
-        return ""
+    if not job.recipe.certificate_probes or export not in ("adapter", "approximate"):
+        return ""  # `verify` replays adapters
     said.note("recording the certificate for edgelora verify")
-    prompts = [job.data.prompt(example) for example in job.eval_examples or job.examples]
+    # Before a plain text there is no prompt.
+    own = [prompt for prompt in map(job.data.prompt, job.eval_examples or job.examples) if prompt]
+    prompts = own or GENERAL_PROMPTS
     place = placement(job.recipe).as_served()
     settings = RecordSettings(job.recipe.certificate_probes, dtype=place.dtype_name, device=place.device)
     try:

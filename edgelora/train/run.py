@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelora.contract import Contract
+from edgelora.dataset import Given, data_sha256, sources_of
 from edgelora.errors import DataFileError, EdgeloraError, SettingsError
 from edgelora.train.base import Placement, find_base, placement
 from edgelora.train.extra import require_extra
@@ -34,19 +35,19 @@ if TYPE_CHECKING:
 
 
 def train(
-    data: Path,
+    data: Given,
     base: str,
     output: Path,
     recipe: Recipe,
     *,
-    eval_data: Path | None = None,
+    eval_data: Given | None = None,
     resume: bool = False,
     progress: TrainProgress | None = None,
 ) -> TrainReport:
     """Fine-tune an adapter for `base`, or its own weights, on the rows in `data`, and leave the result in `output`.
 
     Args:
-        data, eval_data: JSONL files of `messages`, or of `prompt` and `completion`; for preferences, of pairs.
+        data, eval_data: what `edgelora.dataset` reads, one or several files with weights; for preferences, of pairs.
         base: a Hugging Face folder, a GGUF file or a hub id.
         output: see `edgelora.train.folder` for what is in it. A new run wants it empty, not there yet, or holding a run
             that never reached a checkpoint.
@@ -125,13 +126,13 @@ def _train(job: Job, record: RunRecord, resume: bool, said: Notes, log: LibraryL
     return replace(report, notes=tuple(said.kept))
 
 
-def _read(kind: Data, path: Path, recipe: Recipe) -> Sequence[Any]:
-    if str(path) == "-":
+def _read(kind: Data, data: Given, recipe: Recipe) -> Sequence[Any]:
+    if any(source.name == "-" for source in sources_of(data)):
         raise DataFileError(
             "training data is read again on --resume and cannot come from standard input",
             hint="Save it to a file first.",
         )
-    return kind.read(path, recipe.seed)
+    return kind.read(data, recipe.seed)
 
 
 @contextmanager
@@ -149,7 +150,7 @@ def _memory_errors() -> Iterator[None]:
         ) from error
 
 
-def _record(job: Job, data: Path, eval_data: Path | None) -> RunRecord:
+def _record(job: Job, data: Given, eval_data: Given | None) -> RunRecord:
     from importlib.metadata import version
 
     from converters.fingerprint import fingerprint
@@ -160,8 +161,8 @@ def _record(job: Job, data: Path, eval_data: Path | None) -> RunRecord:
         base=job.base.reference,
         base_fingerprint=fingerprint(job.base.path),
         base_content=content_of(job.base.path) if job.base.path.is_file() else "",
-        data_sha256=file_sha256(data),
-        eval_sha256=file_sha256(eval_data),
+        data_sha256=data_sha256(sources_of(data)),
+        eval_sha256=data_sha256(sources_of(eval_data)) if eval_data else "",
         peft_config_sha256=file_sha256(Path(job.recipe.peft_config).expanduser() if job.recipe.peft_config else None),
         versions={name: version(name) for name in ("torch", "transformers", "peft", "trl")},
     )
@@ -272,7 +273,7 @@ def _take_best(trainer: RunTrainer, recipe: Recipe, said: Notes) -> dict[str, An
         return {}
     step, state = trainer.restore_best(), trainer.state
     if step is None:
-        said.keep("the evaluation data was never looked at: the last step is kept as it is; lower --eval-steps")
+        said.keep("the loss on the evaluation data was never a number: the last step is kept as it is")
         return {}
     why = "stopped early: " if state.global_step < state.max_steps else ""
     said.keep(f"{why}step {step} of {state.global_step} had the lowest eval loss, {state.best_metric:.3f}, and is kept")
@@ -307,7 +308,7 @@ def _report(
         rows=len(prepared.rows.rows),
         eval_rows=len(prepared.eval_rows.rows) if prepared.eval_rows else 0,
         steps=trainer.state.global_step,
-        loss=losses[-1],
+        loss=losses[-1] if losses else callback.loss,  # stopped early, before the first line
         eval_loss=evals[-1] if evals else None,
         trained_parameters=trained,
         total_parameters=total,

@@ -18,6 +18,7 @@ from edgelora.train.base import Base, Placement
 from edgelora.train.data import IGNORED
 from edgelora.train.folder import RunFolder
 from edgelora.train.methods import ALL_LINEAR
+from edgelora.train.packing import collator_for, require_rows_apart
 from edgelora.train.progress import TrainProgress
 from edgelora.train.recipe import Recipe
 from edgelora.train.rows import Rows
@@ -45,6 +46,8 @@ def build_trainer(
         base: what preferences are measured against, where all of its weights are trained.
     """
     home = import_module(recipe.objective_row.home)
+    padding = padding_of(tokenizer)
+    collator = collator_for(trainee.model, padding) if recipe.packing else home.collator(padding)
     callback = RunCallback(run, recipe, progress)
     config = home.config(recipe, **_settings(recipe, place, run, evaluate=eval_rows is not None))
     if config.n_gpu > 1:
@@ -58,12 +61,14 @@ def build_trainer(
         train_dataset=_dataset(rows),
         eval_dataset=_dataset(eval_rows) if eval_rows else None,
         processing_class=tokenizer,
-        data_collator=NumberedCollator(home.collator(padding_of(tokenizer))),
+        data_collator=NumberedCollator(collator),
         callbacks=[callback],
         **(home.reference(base, recipe, place) if base else {}),
     )
     if place.quantization and place.dtype_name == "float32":
         keep_float32(trainer.model)
+    if recipe.packing:
+        require_rows_apart(trainer.model, rows.token_rows(), collator)
     trainer.remove_callback(PrinterCallback)
     callback.trainer = trainer
     return trainer, callback

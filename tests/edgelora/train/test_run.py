@@ -437,7 +437,7 @@ class TestBadInput:
                 '{"messages": []}\n{"prompt": 1, "completion": "x"}\nnot json\n',
                 r"rows.jsonl:1: .*\n.*rows.jsonl:2: .*\n.*rows.jsonl:3: not JSON",
             ),
-            ('{"text": "Hi"}\n', "rows.jsonl:1: expected `messages`, or `prompt` and `completion`; found `text`"),
+            ('{"title": "Hi"}\n', r"rows.jsonl:1: expected `messages`, or .*, or `text`; found `title`"),
         ],
     )
     def test_bad_data(self, text: str, message: str, base: Path, settings: Recipe, tmp_path: Path) -> None:
