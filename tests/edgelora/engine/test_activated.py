@@ -116,3 +116,13 @@ def test_it_writes_beside_others_what_it_writes_alone(
         streams = [engine.stream(SHORT, adapter=name, sampling=sampling) for name in names]
         assert [stream.completion.text for stream in streams] == [alone[name] for name in names]
     assert len(set(alone.values())) == 4
+
+
+def test_a_given_reply_is_scored_with_the_adapter_from_the_invocation_on(made: Runtime) -> None:
+    """The first token of a reply is as likely as the prompt's last logits say."""
+    for name in ("middle", "late", "red"):
+        logits, _ = prompt_logits(made, Request(QUESTION, name, sampling=LAST))
+        wide = logits.astype(np.float64)
+        score = made.score(Request(QUESTION, name), "A boat.", None)
+        wanted = np.log(np.exp(wide - wide.max()).sum()) + wide.max() - wide[score.tokens[0]]
+        assert score.losses[0] == pytest.approx(wanted, abs=ROUNDING)
