@@ -82,6 +82,13 @@ class Base(Protocol):
             ConversionError: a bare tokenizer.model that llama.cpp cannot stand for.
         """
 
+    def load_config(self) -> Any:
+        """The `transformers` configuration of its model, without its weights.
+
+        Raises:
+            ModelFileError: it cannot be read.
+        """
+
     def load_model(self, place: Placement) -> Any:
         """Its weights as a `transformers` causal language model, in `place.dtype`, on the CPU unless quantized.
 
@@ -122,6 +129,14 @@ class BaseFolder:
             return reader.from_pretrained(self.path, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise ModelFileError(f"{self.path}: the tokenizer cannot be loaded: {error}") from error
+
+    def load_config(self) -> Any:
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.path, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelFileError(f"{self.path}: the configuration cannot be read: {error}") from error
 
     def load_model(self, place: Placement) -> Any:
         import torch

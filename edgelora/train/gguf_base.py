@@ -78,6 +78,18 @@ class GGUFBase:
         check_ids(tokenizer, self.path)
         return tokenizer
 
+    def load_config(self) -> Any:
+        """transformers' configuration, proven equal to the file's metadata.
+
+        Raises:
+            ModelFileError: no configuration computes what the file says.
+        """
+        try:
+            with BaseFile(self.path) as file:
+                return self._config(file)
+        except ConversionError as error:
+            raise ModelFileError(error.message, hint=error.hint) from error
+
     def load_model(self, place: Placement) -> Any:
         """transformers' model with the file's weights, each computed back in float32 and kept in `place.dtype`.
 
