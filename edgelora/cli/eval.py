@@ -222,16 +222,20 @@ def print_evaluation(found: Evaluation) -> None:
 
 
 def _print_account(found: Evaluation) -> None:
-    """How long it took, and which replies were cut."""
+    """How long it took, which replies were cut, and which rows could not be measured."""
     from edgelora.evaluation.table import n_cut
 
     before = f", {found.n_before:,} answers from before" if found.n_before else ""
     click.echo(f"{len(found.rows):,} rows in {found.seconds:.1f} s{before}", err=True)
+    limit, notes = found.settings.engine.asked["max_tokens"], []
     for variant in found.variants:
         if cut := n_cut(found, variant):
-            limit = found.settings.engine.asked["max_tokens"]
-            note = f"{variant.name}: of {len(found.rows)} replies, {cut} cut at {limit} tokens (--max-tokens)"
-            click.secho(visible(note), err=True, fg="yellow")
+            notes.append(f"{variant.name}: of {len(found.rows)} replies, {cut} cut at {limit} tokens (--max-tokens)")
+    for name, measured in found.measured.items():
+        without = {variant: len(found.rows) - each.n_rows for variant, each in measured.items()}
+        notes += [f"{variant}: {count} rows have no {name}" for variant, count in without.items() if count]
+    for note in notes:
+        click.secho(visible(note), err=True, fg="yellow")
 
 
 def print_metric(name: str, lines: Sequence[Sequence[str]], *, is_lower_better: bool) -> None:

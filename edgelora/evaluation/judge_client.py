@@ -24,7 +24,13 @@ MAX_TOKENS = 512
 MAX_SHOWN = 300
 TRY_AGAIN = (408, 409, 425, 429)
 """Statuses that another try may change, beside those from 500 on."""
+OF_THE_QUESTION = (400, 413, 422)
+"""Statuses that may be about what was asked, and not about who asks or which model."""
 _PATH = "/chat/completions"
+
+
+class QuestionRefusedError(EdgeloraError):
+    """The endpoint will not answer this question, for instance because it is too long; it may answer others."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -69,7 +75,8 @@ class JudgeClient:
         """The model's reply, at temperature 0.
 
         Raises:
-            EdgeloraError: the endpoint refuses the request, or could not be reached in `TRIES` tries.
+            QuestionRefusedError: this request is refused.
+            EdgeloraError: all are, or the endpoint could not be reached in `TRIES` tries.
         """
         body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": MAX_TOKENS}
         problem = ""
@@ -82,7 +89,8 @@ class JudgeClient:
                 with error:
                     problem = f"{error.code} {_shown(error.read(MAX_ANSWER_BYTES))}"
                 if error.code not in TRY_AGAIN and error.code < 500:
-                    raise EdgeloraError(f"the judge at {self.url} refuses: {problem}") from None
+                    kind = QuestionRefusedError if error.code in OF_THE_QUESTION else EdgeloraError
+                    raise kind(f"the judge at {self.url} refuses: {problem}") from None
                 self._obey(error.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 problem = str(getattr(error, "reason", error))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from edgelora.evaluation.answers import Answer, Progress
 from edgelora.evaluation.judge import PAIR, TIED, Judge
+from edgelora.evaluation.judge_client import QuestionRefusedError
 from edgelora.evaluation.rows import EvalRow
 from edgelora.evaluation.variants import Variant
 from edgelora.evaluation.work_file import WorkFile, digest
@@ -24,6 +25,10 @@ class _Case:
     row: EvalRow
     reply: str
     other: str | None
+
+    def is_asked(self, judge: Judge) -> bool:
+        """Whether a judge has anything to say: the first base is beside itself in no pair."""
+        return judge.mode != PAIR or self.other is not None
 
     def verdict(self, judge: Judge) -> float | None:
         if judge.mode != PAIR:
@@ -43,10 +48,10 @@ def verdicts(
     work: WorkFile,
     on_progress: Progress,
 ) -> dict[str, list[Answer]]:
-    """The answers, with the judge's verdicts; None where its answers could not be read.
+    """The answers, with the judge's verdicts; None where it refused to answer, or its answers could not be read.
 
     Raises:
-        EdgeloraError: it cannot be asked. The verdicts until then are kept.
+        EdgeloraError: it cannot be asked, or refuses everything. The verdicts until then are kept.
     """
 
     def reply(name: str, place: int) -> str:
@@ -65,19 +70,30 @@ def verdicts(
     ]
     found = {name: list(given) for name, given in answers.items()}
     pool = ThreadPoolExecutor(JUDGED_AT_ONCE, thread_name_prefix="edgelora-judge")
+    refused: QuestionRefusedError | None = None
+    n_heard = 0
     try:
         asked: list[tuple[_Case, str, Future[float | None] | None]] = []
         for case in cases:
             key = case.key(judge)
             asked.append((case, key, None if work.get(key) else pool.submit(case.verdict, judge)))
         for done, (case, key, future) in enumerate(asked, start=1):
-            value = future.result() if future else work.get(key)["verdict"]
+            value: float | None = None
+            try:
+                value = future.result() if future else work.get(key)["verdict"]
+            except QuestionRefusedError as error:
+                refused = refused or error
             if future and value is not None:
                 work.put(key, {"verdict": value})
+            n_heard += value is not None and case.is_asked(judge)
             own = found[case.variant.name]
             own[case.place] = replace(own[case.place], verdict=value)
             on_progress(done, len(cases), "judging")
+    except BaseException:
+        judge.client.stop.set()  # nobody waits for the next try
+        raise
     finally:
-        judge.client.stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
+    if refused and not n_heard:
+        raise refused
     return found

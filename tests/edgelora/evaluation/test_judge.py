@@ -206,6 +206,26 @@ def test_tries_have_an_end(endpoint: Endpoint) -> None:
         Judge(gone).score(ROW, "Yes.")
 
 
+def test_a_question_that_is_refused_costs_its_own_verdict(endpoint: Endpoint) -> None:
+    rows = [EvalRow(n, (user_message(f"question {n}"),), "yes", (), {}) for n in (1, 2, 3)]
+    variants, replies = [Variant("base", None, BARE)], {"base": [Answer("one"), Answer("two"), Answer("three")]}  # type: ignore[arg-type]
+    too_long = (400, {}, "too long")
+
+    def ask() -> list[float | None]:
+        with WorkFile(None) as work:
+            found = verdicts(judge(endpoint), rows, variants, replies, work, lambda done, total, what: None)
+        return [answer.verdict for answer in found["base"]]
+
+    endpoint.queue.append(too_long)
+    assert sorted(map(str, ask())) == ["7.0", "7.0", "None"]
+    endpoint.queue.extend([too_long] * 3)
+    with pytest.raises(EdgeloraError, match="refuses: 400 too long"):
+        ask()
+    endpoint.queue.append((401, {}, "who are you"))
+    with pytest.raises(EdgeloraError, match="refuses: 401"):
+        ask()
+
+
 @pytest.mark.parametrize("status", [400, 401, 404])
 def test_a_refusal_is_final(endpoint: Endpoint, status: int) -> None:
     endpoint.queue.append((status, {}, '{"error": "no such model"}'))
