@@ -136,7 +136,7 @@ def _facts(found: DataCheck, max_length: int | None) -> Iterator[list[str]]:
         roles = ", ".join(f"{count:,} {role}" for role, count in sorted(found.roles.items()))
         yield ["messages", f"{_range(found.turns, ' a row')}; {roles}"]
     if found.tokens:
-        share = f"{found.trained_tokens / found.tokens.total:.0%} of them trained"
+        share = f"{found.trained_tokens / found.tokens.total:.0%} of them trained".replace("%", " %")
         yield ["tokens", f"{_range(found.tokens, ' a row')}; {found.tokens.total:,} in all, {share}"]
     if found.template:
         special = f": {' '.join(map(cell, found.template.special))}" if found.template.special else ""
@@ -162,11 +162,11 @@ def _bars(buckets: Sequence[Bucket], max_length: int | None) -> Iterator[list[st
 
 def _print_finding(finding: Finding) -> None:
     label = click.style(f"{finding.level:9}", fg=COLOURS[finding.level], dim=finding.level == "note")
-    count = f"{finding.count:,}" if finding.count else "no"
-    click.echo(f"{label}{count} {cell(finding.text)}")
-    if finding.examples:
-        more = ", ..." if finding.count > len(finding.examples) else ""
-        click.secho(f"{'':9}{', '.join(map(cell, finding.examples))}{more}", dim=True)
+    click.echo(f"{label}{cell(finding.text)}")
+    if finding.count:
+        more = ", ..." if finding.count > len(finding.examples) > 0 else ""
+        places = f": {', '.join(map(cell, finding.examples))}{more}" if finding.examples else ""
+        click.secho(f"{'':9}{finding.count:,}{places}", dim=True)
 
 
 def _print_row(row: ShownRow) -> None:

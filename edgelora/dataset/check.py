@@ -23,7 +23,7 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is so of `count` rows, of which `examples` are the first."""
+    """Something that is so of `count` rows, of which `examples` are the first; 0 where it is so of no row."""
 
     level: Level
     count: int
@@ -182,7 +182,7 @@ def _findings(scan: Scan, side: str) -> Iterator[Finding]:
         yield Finding("error", noticed.count, f"{side}rows refused: {problem}", tuple(noticed.places))
     for file in scan.files:
         if not file.rows and not file.bad_rows:
-            yield Finding("error", 0, f"rows in {file.source.name}")
+            yield Finding("error", 0, f"no rows in {file.source.name}")
     for text, noticed in scan.odd.items():
         yield Finding("warning", noticed.count, f"{side}rows {text}", tuple(noticed.places[:EXAMPLES]))
     repeats = scan.hashes.repeats()

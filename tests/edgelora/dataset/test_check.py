@@ -215,9 +215,10 @@ def test_the_screen(write: Write) -> None:
     assert result.exit_code == 1
     lines = result.output.splitlines()
     assert lines[0].split() == [path, "3", "rows", "prompt/completion", "1", "refused"]
-    assert "error    1 rows refused: `prompt` is a JSON number, expected a string" in lines
-    assert "         line 4" in lines
-    assert "warning  1 rows that repeat an earlier one" in lines
+    problem = lines.index("error    rows refused: `prompt` is a JSON number, expected a string")
+    assert lines[problem + 1] == "         1: line 4"
+    repeat = lines.index("warning  rows that repeat an earlier one")
+    assert lines[repeat + 1] == "         1: line 3 like line 1"
     assert "A run would refuse this data." in result.output
 
 
@@ -272,4 +273,5 @@ def test_text_with_labels_is_not_mistaken_for_plain_text() -> None:
         pytest.skip("needs ../shared/data/datasets/banking77")
     result = run(str(path))
     assert result.exit_code == 1
-    assert "3,080 rows refused: `text` beside `category`" in result.output
+    assert "rows refused: `text` beside `category`" in result.output
+    assert "3,080: line 2, line 3, " in result.output
