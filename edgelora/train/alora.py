@@ -44,7 +44,7 @@ def activated(rows: Rows, invocation: Sequence[int]) -> Rows:
     if isinstance(rows, TokenRows):
         rows = replace(rows, rows=[each for row in rows.rows for each in reply_by_reply(row)])
     prompts = rows.rows if isinstance(rows, PreferenceRows) else rows.token_rows()
-    without = [row.source for row in prompts if not _holds(_prompt(row), invocation)]
+    without = list(dict.fromkeys(row.source for row in prompts if not _holds(_prompt(row), invocation)))
     if without:
         raise SettingsError(
             f"the invocation does not occur before the reply in {len(without)} rows, the first of them {without[0]}",

@@ -96,7 +96,8 @@ def _adapted(model: Any, config: Any, recipe: Recipe) -> Any:
 
     set_seed(recipe.seed)
     try:
-        return get_peft_model(model, config)
+        is_filled_later = getattr(config, "init_lora_weights", None) == "eva"
+        return get_peft_model(model, config, low_cpu_mem_usage=is_filled_later)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:
         raise SettingsError(
             f"PEFT cannot put {recipe.method} on this base: {error}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
@@ -124,8 +123,6 @@ def rank_notes(model: Any, recipe: Recipe) -> list[str]:
 def _settings(recipe: Recipe, place: Placement, run: RunFolder, *, evaluate: bool) -> dict[str, Any]:
     """What transformers' TrainingArguments take, whatever the objective."""
     reports = [name.strip() for name in (recipe.report_to or "").split(",") if name]
-    if "tensorboard" in reports:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     return {
         "output_dir": str(run.checkpoints),
         "run_name": run.path.name,
