@@ -40,7 +40,7 @@ def test_what_only_a_base_can_hold_is_merged(base: Path, data: Path, tmp_path: P
 
     seen_before_step_1: list[str] = []
     watcher = Watcher(lambda status: seen_before_step_1.extend(watcher.notes))
-    settings = recipe(tmp_path, {"peft_type": "ln_tuning", "target_modules": ["input_layernorm", "norm"]})
+    settings = recipe(tmp_path, {"peft_type": "ln_tuning", "target_modules": ["input_layernorm", "norm"]}, max_steps=3)
     report = train(data, str(base), tmp_path / "out", settings, progress=watcher)
     assert report.export == "merge"
     said = next(note for note in watcher.notes if note.startswith("peft-config: becomes part of a GGUF base"))
