@@ -40,8 +40,10 @@ def dataset_rows(name: str, split: str) -> Iterator[Row]:
 
 def _loaded(name: str, split: str) -> Any:
     import datasets
+    import huggingface_hub
 
     datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # of cards without metadata
     folder = Path(name).expanduser()
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():  # of `save_to_disk`
