@@ -22,7 +22,7 @@ from edgelora.engine import graph
 from edgelora.engine.calibration import Collector, compute_imatrix
 from edgelora.engine.native import llama
 from edgelora.errors import DataFileError, EdgeloraError, ModelFileError, SettingsError
-from edgelora.template import ChatTemplate
+from edgelora.template import BUILTIN, ChatTemplate
 from tests.conftest import ROOT, TINY_BASE
 from tests.edgelora.engine.gguf_copies import read_tensors, write_copy, write_gguf
 
@@ -317,7 +317,7 @@ BASE_TEMPLATE = ChatTemplate((TINY_BASE / "chat_template.jinja").read_text())
 def test_conversations_are_measured_as_the_template_renders_them(base: Path, tmp_path: Path) -> None:
     data = tmp_path / "talk.jsonl"
     rows = (ROOT / "examples" / "data" / "support.jsonl").read_text().splitlines()[:40]
-    data.write_text("\n".join([*rows, '{"prompt": "Is it red?", "completion": "No, it is blue."}']))
+    data.write_text("\n".join([*rows, rows[0]]))
     given = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     settings: dict[str, Any] = {"chunk_size": SIZE, "chunks": 2, "threads": 1}
     found = compute_imatrix(base, read_calibration(data), chat_template=given, **settings)
@@ -336,6 +336,26 @@ def test_conversations_are_measured_as_the_template_renders_them(base: Path, tmp
     own = compute_imatrix(base, read_calibration(data), **settings)
     assert distance(means(found), means(own)) > TOLERANCE
     assert distance(means(own), means(compute_imatrix(base, ids(BASE_TEMPLATE), **settings))) == 0
+
+
+def test_rows_of_plain_text_are_measured_without_a_template(base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "text.json"
+    texts = ["Is it waterproof? Yes, it is. " * 40, "How long does it last? " * 40]
+    data.write_text(json.dumps([{"text": text} for text in texts]))
+    source = read_calibration(data)
+    assert [conversation.plain for conversation in source.conversations] == [True, True]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(TINY_BASE / "tokenizer.json"))
+    plain = ChatTemplate(BUILTIN["plain"])
+    named = json.loads((TINY_BASE / "tokenizer_config.json").read_text())
+    ends = {which: named[which] for which in ("bos_token", "eos_token")}
+    whole = [plain.render(c.messages, add_generation_prompt=False, **ends) for c in source.conversations]
+    ids = [token for text in whole for token in tokenizer.encode(text, add_special_tokens=False).ids]
+    settings: dict[str, Any] = {"chunk_size": SIZE, "chunks": 2, "threads": 1}
+    assert (
+        distance(means(compute_imatrix(base, source, **settings)), means(compute_imatrix(base, ids, **settings))) == 0
+    )
 
 
 def test_conversations_need_a_template(experts_base: Path, tmp_path: Path) -> None:
