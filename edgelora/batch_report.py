@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgelora.batch_figures import BatchSummary, Distribution, Figures, round_edges
 from edgelora.errors import DataFileError
+from edgelora.quantities import duration
 from edgelora.whole_file import whole_file
 
 WIDTH, HEIGHT, FLOOR, TOP = (
@@ -111,7 +112,7 @@ def _tiles(summary: BatchSummary) -> list[tuple[str, str, bool]]:
         (f"{summary.errors:,}", "errors", summary.errors > 0),
         (f"{summary.per_second(summary.completion_tokens):,.1f}", "tokens/s", False),
         (f"{rows_per_second:,.1f}", "rows/s", False),
-        (_duration(summary.seconds), "in all", False),
+        (duration(summary.seconds), "in all", False),
     ]
 
 
@@ -191,9 +192,3 @@ def _seconds(value: float) -> str:
 def _seconds_up_to(most: float) -> Callable[[float], str]:
     """One unit for a whole axis."""
     return (lambda value: f"{value:.3g} s") if most >= 1 else (lambda value: f"{value * 1000:.3g} ms")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"

@@ -13,6 +13,7 @@ import click
 from edgelora.cli.data_type import DataType
 from edgelora.cli.options import FILE, config_option
 from edgelora.cli.progress import CountProgress, count_bar, stage_bars
+from edgelora.cli.train_plan import show_plan
 from edgelora.cli.visible import visible
 
 if TYPE_CHECKING:
@@ -68,22 +69,25 @@ class _Drawn:
 @click.command("train", cls=RecipeCommand)
 @click.argument("data", metavar="DATA...", type=DataType(), nargs=-1, required=True)
 @click.option("--base", required=True, help="What to fine-tune: a Hugging Face folder, a GGUF file, or a hub id.")
-@click.option(
-    "-o", "--output", type=FILE, required=True, help="Folder for the adapter (PEFT's files, and edgelora's contract)."
-)
+@click.option("-o", "--output", type=FILE, help="Folder for the adapter (PEFT's files, and edgelora's contract).")
 @click.option("--eval-data", type=DataType(), help="Rows to measure the loss on, given like DATA.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the output folder.")
 @click.option("--export", is_flag=False, flag_value="base", metavar="[QUANTS]",
               help="When it is trained, convert it, make the base in these quantizations (q4_k_m,q8_0) where there is "
               "none, and verify it on each; alone, on the GGUF file that was trained on.")  # fmt: skip
+@click.option("--plan", "is_plan", is_flag=True, help="Only say what it would take: memory by part, time, whether it "
+              "fits, and what to change. Trains a few steps, and keeps nothing.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @config_option
 def command(
     data: tuple[DataSource, ...],
     base: str,
-    output: Path,
+    output: Path | None,
     eval_data: DataSource | None,
     resume: bool,
     export: str | None,
+    is_plan: bool,
+    as_json: bool,
     **recipe: Any,
 ) -> None:
     """Fine-tune a base on your data with PEFT.
@@ -105,11 +109,19 @@ def command(
       edgelora train support.jsonl --base my-model/ -o support/ --export q4_k_m
       edgelora train support.jsonl --base my-model-q2_k.gguf -o support/ --export
       edgelora train support.jsonl --base my-model/ -o support/ --resume
+      edgelora train support.jsonl --base my-model/ --method qlora --plan
     """
     from edgelora.train.recipe import Recipe
     from edgelora.train.run import train
 
     settings = Recipe.from_mapping(recipe)
+    if is_plan:
+        show_plan(data, base, settings, eval_data, as_json=as_json)
+        return
+    if as_json:
+        raise click.UsageError("--json prints a plan: give --plan too")
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output': a folder for what is trained")
     plan = _planned(export, base, output, settings, resume) if export else None
     with count_bar("Training", "steps") as bar:
         report = train(data, base, output, settings, eval_data=eval_data, resume=resume, progress=_Drawn(bar))

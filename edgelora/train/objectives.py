@@ -21,6 +21,7 @@ class Objective:
         learning_rate: of it, as a share of the method's own.
         home: the module with `read`, `tokenize` and `Trainer` (`edgelora.train.sft`).
         packs: whether its rows can be packed (`edgelora.train.packing`).
+        sequences: that the model reads of each row.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Objective:
     unread: tuple[str, ...] = ()
     learning_rate: float = 1.0
     packs: bool = False
+    sequences: int = 1
 
 
 ROWS = (
@@ -41,6 +43,7 @@ ROWS = (
         "edgelora.train.dpo",
         {"dpo_beta": 0.1, "dpo_loss": "sigmoid", "dpo_label_smoothing": 0.0},
         unread=("dropout",),
+        sequences=2,
         learning_rate=0.05,
     ),
 )

@@ -67,25 +67,42 @@ def train(
     require_extra("training")
     said = Notes(progress or SilentProgress())
     run = RunFolder(output)
-    _check_settings(recipe, has_eval=eval_data is not None)
+    check_settings(recipe, has_eval=eval_data is not None)
     if not resume:
         run.refuse_if_taken()
     from edgelora.train.library_log import library_log
-    from edgelora.train.rows import DATA
 
-    kind = DATA[recipe.objective]
-    rows, eval_rows = _read(kind, data, recipe), _read(kind, eval_data, recipe) if eval_data else []
-    job = Job(kind, rows, eval_rows, find_base(base, recipe.base_config), recipe, run)
-    # OpenMP threads that wait by spinning starve each other on a busy machine (2 threads, a tiny model: 2.5 steps/s
-    # spinning, 14.7 asleep). It counts only if torch is not loaded yet.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    job = read_job(data, base, recipe, eval_data, run)
     said.note("loading the training libraries")
+    prepare_libraries()
     with run.locked(), library_log() as log, _memory_errors():
         return _train(job, _record(job, data, eval_data), resume, said, log, began)
 
 
-def _check_settings(recipe: Recipe, *, has_eval: bool) -> None:
-    """What takes no base and no library to see."""
+def prepare_libraries() -> None:
+    """What must be set before torch is loaded.
+
+    OpenMP threads that wait by spinning starve each other on a busy machine (2 threads, a tiny model: 2.5 steps/s
+    spinning, 14.7 asleep).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def read_job(data: Given, base: str, recipe: Recipe, eval_data: Given | None, run: RunFolder) -> Job:
+    """What there is to do, as `train` is given it.
+
+    Raises:
+        DataFileError, ModelFileError: see `train`.
+    """
+    from edgelora.train.rows import DATA
+
+    kind = DATA[recipe.objective]
+    rows, eval_rows = _read(kind, data, recipe), _read(kind, eval_data, recipe) if eval_data else []
+    return Job(kind, rows, eval_rows, find_base(base, recipe.base_config), recipe, run)
+
+
+def check_settings(recipe: Recipe, *, has_eval: bool) -> None:
+    """Raises SettingsError for what takes no base and no library to see."""
     if recipe.ends_with_best and not has_eval:
         raise SettingsError(
             "the best checkpoint is the one with the lowest loss on evaluation data, and there is none",
@@ -114,7 +131,7 @@ def _train(job: Job, record: RunRecord, resume: bool, said: Notes, log: LibraryL
     if finished is not None:
         return _report_of(job, record, finished, said)
     said.note(f"loading {job.base.name} ({place.quantization or place.dtype_name}, {place.device})")
-    trainee = _trainee(job, prepared, place)
+    trainee = trainee_of(job, prepared, place)
     export = said_before(trainee, job, said)
     trainer, callback = _trainer(job, prepared, trainee, place, said)
     with _saying_what_is_kept(trainer):
@@ -196,7 +213,12 @@ def _refuse_other_run(started: RunRecord, now: RunRecord, job: Job) -> None:
         )
 
 
-def _trainee(job: Job, prepared: Prepared, place: Placement) -> Trainee:
+def trainee_of(job: Job, prepared: Prepared, place: Placement) -> Trainee:
+    """The base, loaded, with the recipe's adapter on it.
+
+    Raises:
+        ModelFileError, SettingsError, EdgeloraError: see `train`.
+    """
     from edgelora.train.trainee import begin
     from edgelora.train.trainer import batches, check_target_modules
 
