@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 """Gives batches of the training rows, on the model's device."""
 ADAPTER = "default"
+EVA_BATCHES = 1000
 NEEDS_PREPARATION = {
     "corda": "CorDA begins with covariances that PEFT collects beforehand",
     "lora_ga": "LoRA-GA begins with gradients that PEFT collects beforehand",
@@ -65,7 +66,10 @@ def begin(
     init = _initialisation(config)
     is_moved = bool(moved_base(init)) or recipe.row.loftq
     if not is_moved and init != "eva":
-        return Trainee(_adapted(model, config, recipe))
+        adapted = _adapted(model, config, recipe)
+        if getattr(config, "use_dora", False):
+            _check_lengths(adapted)
+        return Trainee(adapted)
     if run.initial.is_dir():
         return Trainee(_as_it_began(model, recipe, run.initial, is_moved=bool(moved_base(init))), run.initial, is_moved)
     adapted = _adapted(model, config, recipe)
@@ -117,13 +121,42 @@ def _check_ranks(model: Any, recipe: Recipe) -> None:
 
 
 def _begin_eva(model: Any, batches: Iterable[Mapping[str, Any]]) -> None:
-    """Principal directions of each layer's inputs over the training rows, which also settle its rank."""
+    """Principal directions of each layer's inputs over the training rows, which also settle its rank.
+
+    PEFT goes round the batches until no direction moves any more, for ever if one always does.
+    """
     from peft import initialize_lora_eva_weights
 
+    seen = 0
+
+    def run(model: Any, batch: Mapping[str, Any]) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > EVA_BATCHES:
+            raise ValueError(f"its directions still move after {EVA_BATCHES} batches")
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+
     try:
-        initialize_lora_eva_weights(model, list(batches), show_progress_bar=False)
+        initialize_lora_eva_weights(model, list(batches), forward_fn=run, show_progress_bar=False)
     except ValueError as error:
         raise SettingsError(f"EVA cannot begin: {error}", hint="Lower --rank or --eva-rho.") from error
+
+
+def _check_lengths(model: Any) -> None:
+    """Raises SettingsError where DoRA would divide a row by a length of zero."""
+    rows = {
+        name: int((layer.lora_magnitude_vector[ADAPTER].weight == 0).sum())
+        for name, layer in lora_layers(model)
+        if ADAPTER in layer.lora_magnitude_vector
+    }
+    if zero := {name: count for name, count in rows.items() if count}:
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in zero}))
+        raise SettingsError(
+            f"DoRA divides each row of a weight by its length, and {sum(zero.values())} rows of this base are zero: "
+            f"{', '.join(list(zero)[:3])}{' ...' if len(zero) > 3 else ''}",
+            hint=f"Leave out {names} with --target-modules, or choose another method.",
+        )
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

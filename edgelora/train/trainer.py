@@ -25,6 +25,7 @@ from edgelora.train.run_callback import RunCallback
 from edgelora.train.run_trainer import ROW, NumberedCollator, RunTrainer
 from edgelora.train.trainee import Trainee
 
+TOKENS_PER_DIRECTION = 32
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -89,19 +90,19 @@ def _dataset(rows: Rows) -> Dataset:
 
 
 def batches(rows: Rows, tokenizer: Any, recipe: Recipe, device: str) -> Iterator[Mapping[str, Any]]:
-    """The training rows in their order, as initialisations read them: as many in a batch as training has, and more
-    where they hold fewer trained tokens than EVA looks for directions."""
+    """The training rows in their order, as EVA reads them: many trained tokens for each direction that it looks for,
+    so that its directions soon settle."""
     collator = DataCollatorForLanguageModeling(pad_token_id=padding_of(tokenizer))
-    wanted = round((recipe.rank or 1) * (recipe.eva_rho or 1))
+    directions = round((recipe.rank or 1) * (recipe.eva_rho or 1))
     batch: list[dict[str, Any]] = []
     trained = 0
     for row in rows.token_rows():
         batch.append({"input_ids": row.input_ids, "labels": row.labels})
         trained += sum(label != IGNORED for label in row.labels)
-        if len(batch) >= recipe.batch_size and trained >= wanted:
+        if trained >= TOKENS_PER_DIRECTION * directions:
             yield {name: values.to(device) for name, values in collator(batch).items()}
             batch, trained = [], 0
-    if trained >= wanted:
+    if trained >= directions:
         yield {name: values.to(device) for name, values in collator(batch).items()}
 
 

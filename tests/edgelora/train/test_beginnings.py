@@ -101,6 +101,27 @@ def test_eva_says_where_the_rows_are_too_few(base: Path, data: Path, tmp_path: P
         train(data, str(base), tmp_path / "out", Recipe(**{**SHORT, "method": "eva", "rank": 4096}))
 
 
+def test_eva_gives_up_where_its_directions_never_settle(
+    begun: Callable[[Recipe], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import edgelora.train.trainee as module
+
+    monkeypatch.setattr(module, "EVA_BATCHES", 1)
+    with pytest.raises(SettingsError, match="its directions still move after 1 batches"):
+        begun(Recipe(method="eva", rank=4))
+
+
+def test_dora_names_rows_of_zeros_instead_of_dividing_by_them(data: Path, tmp_path: Path) -> None:
+    from tests.conftest import TINY_BASE
+
+    recipe = Recipe(**{**SHORT, "method": "dora", "rank": 4, "max_steps": 1})
+    with pytest.raises(
+        SettingsError, match=r"180 rows of this base are zero: model\.layers\.0\.self_attn\.q_proj"
+    ) as caught:
+        train(data, str(TINY_BASE), tmp_path / "out", recipe)
+    assert "Leave out k_proj, q_proj" in caught.value.hint
+
+
 def test_lora_plus_teaches_b_faster(begun: Callable[[Recipe], Any]) -> None:
     trainer = begun(Recipe(method="lora+", rank=4, lora_plus_ratio=8.0, learning_rate=1e-3, weight_decay=0.1))
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
