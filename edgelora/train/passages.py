@@ -165,7 +165,7 @@ class PassageFinder:
     def _same_opening(self, before: str, head: str, history: Sequence[Message], tools: Tools) -> bool:
         """Whether a reply to a tool's answer begins alike in both texts: some templates end that turn in another way
         where a reply follows (Hermes 3: without a newline)."""
-        if history[-1]["role"] != "tool":
+        if not history or history[-1]["role"] != "tool":
             return False
         opening = before.removeprefix(self.render(history, tools=tools))
         return bool(opening.strip()) and opening != before and head.endswith(opening)

@@ -94,6 +94,13 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_passage_a_reply() -> N
     assert len(finder(BUILTIN["chatml"]).passages(chat("Hello", "Hi!", "And now?", "Bye."))) == 1
 
 
+def test_a_conversation_that_the_assistant_begins() -> None:
+    opened = chat("Hello", "Hi!", "And now?", "Bye.")[1:]
+    assert trained(finder(BUILTIN["chatml"]).passages(opened)) == [["Hi!<|im_end|>", "Bye.<|im_end|>"]]
+    with pytest.raises(ModelFileError, match="differ before the reply begins"):
+        finder(REWRITES_PROMPT).passages(opened)
+
+
 def test_a_system_prompt_that_only_serving_sees_is_trained_on() -> None:
     messages = chat("Hello", "Hi!", "And now?", "Bye.", system="Be brief.")
     passages = finder(SYSTEM_LAST, "</s>").passages(messages)
