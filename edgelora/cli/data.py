@@ -134,7 +134,8 @@ def _file_row(file: FileSummary, side: str) -> list[str]:
 def _facts(found: DataCheck, max_length: int | None) -> Iterator[list[str]]:
     if found.turns:
         roles = ", ".join(f"{count:,} {role}" for role, count in sorted(found.roles.items()))
-        yield ["messages", f"{_range(found.turns, ' a row')}; {roles}"]
+        tools = f"; tools in {found.with_tools:,} rows" if found.with_tools else ""
+        yield ["messages", f"{_range(found.turns, ' a row')}; {roles}{tools}"]
     if found.tokens:
         share = f"{found.trained_tokens / found.tokens.total:.0%} of them trained".replace("%", " %")
         yield ["tokens", f"{_range(found.tokens, ' a row')}; {found.tokens.total:,} in all, {share}"]

@@ -74,6 +74,7 @@ class DataCheck:
 
     Attributes:
         turns: of a conversation.
+        with_tools: rows that name tools.
         roles: how many messages each role has.
         tokens, histogram: of the training sequences; None and empty where tokens were not counted.
         template, shown: None where no template was used.
@@ -84,6 +85,7 @@ class DataCheck:
     findings: tuple[Finding, ...]
     turns: Spread | None
     roles: dict[str, int]
+    with_tools: int = 0
     tokens: Spread | None = None
     trained_tokens: int = 0
     histogram: tuple[Bucket, ...] = ()
@@ -133,6 +135,7 @@ def check_data(
         tuple(sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.level))),
         spread(scan.turns) if scan.turns else None,
         dict(scan.roles),
+        scan.with_tools,
         spread(scan.tokens) if scan.tokens else None,
         scan.n_trained,
         tuple(histogram(scan.tokens)) if scan.tokens else (),

@@ -14,6 +14,7 @@ from edgelora.dataset.sharegpt import read_sharegpt
 from edgelora.messages import Conversation
 from edgelora.rows import Row
 
+MESSAGE_FIELDS = frozenset({"role", "content", "name", "weight", "tool_calls", "tool_call_id", "from", "value"})
 Reader = Callable[[Mapping[str, Any], str], Conversation | str]
 
 
@@ -35,8 +36,14 @@ class Format:
     shape: str
 
     def ignored(self, data: Mapping[str, Any]) -> list[str]:
-        """Fields of a row that do not reach the model."""
-        return [name for name in data if name not in self.marks and name not in self.reads]
+        """Fields of a row, and of its messages (`messages[].audio`), that do not reach the model."""
+        found = [name for name in data if name not in self.marks and name not in self.reads]
+        for name in self.marks:
+            messages = data.get(name)
+            for message in messages if isinstance(messages, list) else ():
+                unread = message.keys() - MESSAGE_FIELDS if isinstance(message, dict) else ()
+                found += [f"{name}[].{field}" for field in sorted(unread) if message[field] is not None]
+        return list(dict.fromkeys(found))
 
 
 def _preference_pair(_data: Mapping[str, Any], _source: str) -> str:

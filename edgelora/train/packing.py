@@ -32,27 +32,33 @@ sees the one before it, they are off by more than a tenth."""
 
 
 @dataclass(frozen=True)
+class PackedRow(TokenRow):
+    """Whole rows one after another; `lengths` are theirs, in tokens, and `source` names them all."""
+
+    lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class PackedRows:
-    """Rows in sequences of at most `max_length` tokens.
+    """Rows in sequences of at most `max_length` tokens, and as they were."""
 
-    Attributes:
-        rows: a sequence each, in TRL's columns.
-        unpacked: the rows as they were.
-    """
-
-    rows: list[dict[str, list[int]]]
+    rows: list[PackedRow]
     unpacked: TokenRows
 
     @property
     def sources(self) -> list[str]:
-        names = self.unpacked.sources
-        return [", ".join(dict.fromkeys(names[index] for index in row["row"])) for row in self.rows]
+        return [row.source for row in self.rows]
 
     def token_rows(self) -> list[TokenRow]:
         return self.unpacked.rows
 
     def columns(self) -> dict[str, list[list[int]]]:
-        return {name: [row[name] for row in self.rows] for name in ("input_ids", "labels", LENGTHS)}
+        lengths = [list(row.lengths) for row in self.rows]
+        return {
+            "input_ids": [row.input_ids for row in self.rows],
+            "labels": [row.labels for row in self.rows],
+            LENGTHS: lengths,
+        }
 
     def notes(self, name: str, max_length: int) -> list[str]:
         return self.unpacked.notes(name, max_length)
@@ -69,7 +75,12 @@ def packed(rows: TokenRows, max_length: int) -> PackedRows:
     """
     numbers = [[index] * len(row.input_ids) for index, row in enumerate(rows.rows)]
     dataset = pack_dataset(Dataset.from_dict({**rows.columns(), "row": numbers}), max_length, strategy="bfd")
-    return PackedRows(list(dataset), rows)
+    return PackedRows([_packed_row(sequence, rows.sources) for sequence in dataset], rows)
+
+
+def _packed_row(sequence: Mapping[str, Any], sources: Sequence[str]) -> PackedRow:
+    names = dict.fromkeys(sources[index] for index in sequence["row"])
+    return PackedRow(sequence["input_ids"], sequence["labels"], ", ".join(names), tuple(sequence[LENGTHS]))
 
 
 class PackingCollator:

@@ -327,7 +327,7 @@ def _report(
         base=job.base.reference,
         base_fingerprint=record.base_fingerprint,
         method=job.recipe.method,
-        rows=len(prepared.rows.rows),
+        rows=len(prepared.rows.token_rows()),
         eval_rows=len(prepared.eval_rows.rows) if prepared.eval_rows else 0,
         steps=trainer.state.global_step,
         loss=losses[-1] if losses else callback.loss,  # stopped early, before the first line

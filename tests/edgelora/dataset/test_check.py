@@ -123,16 +123,22 @@ def test_odd_turns(write: Write) -> None:
 def test_a_call_that_no_tool_answers(write: Write) -> None:
     call = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "now", "arguments": "{}"}}]}
     ask, answer, say = ({"role": r, "content": "x"} for r in ("user", "tool", "assistant"))
+    tool = {"type": "function", "function": {"name": "now"}}
     rows: list[Row] = [
-        {"messages": [ask, call, {**answer, "tool_call_id": "1"}, say]},
+        {"messages": [ask, call, {**answer, "tool_call_id": "1"}, say], "tools": [tool]},
         {"messages": [ask, call, ask, say]},
     ]
-    assert told(check_data([write(*rows)]), "warning") == {
-        "rows with a call of a tool that no tool answers": (1, ("line 2",))
-    }
+    found = check_data([write(*rows)])
+    assert told(found, "warning") == {"rows with a call of a tool that no tool answers": (1, ("line 2",))}
+    assert found.with_tools == 1
 
 
 def test_what_the_model_does_not_see(write: Write) -> None:
+    thought = {"role": "assistant", "content": "b", "reasoning_content": "Hm.", "name": "Ann", "audio": None}
+    found = check_data([write({"messages": [{"role": "user", "content": "a"}, thought]})])
+    assert told(found, "note") == {
+        "rows with a field that the model does not see: messages[].reasoning_content": (1, ())
+    }
     found = check_data([write({**pair("a"), "id": 1}, {**pair("b"), "id": 2, "note": "x"})])
     assert told(found, "note") == {
         "rows with a field that the model does not see: id": (2, ()),

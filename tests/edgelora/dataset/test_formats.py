@@ -257,7 +257,7 @@ def test_a_folder_is_read_as_a_dataset_of_the_hub_is(offline: Path) -> None:
     write(folder / "train.jsonl", *rows[1:])
     assert data_sha256([DataSource(str(folder))]) != before
     write(folder / "test.jsonl", {"other": "columns"})
-    with pytest.raises(DataFileError, match="cast|column"):
+    with pytest.raises(DataFileError, match=r"cast|column"):
         read_conversations(DataSource(str(folder)))
 
 

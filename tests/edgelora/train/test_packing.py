@@ -63,10 +63,10 @@ def test_rows_are_packed_whole() -> None:
     assert 1 < len(found.rows) < len(rows.rows)
     pieces = []
     for row, names in zip(found.rows, found.sources, strict=True):
-        assert sum(row["seq_lengths"]) == len(row["input_ids"]) == len(row["labels"]) <= 40
+        assert sum(row.lengths) == len(row.input_ids) == len(row.labels) <= 40
         start = 0
-        for length, name in zip(row["seq_lengths"], names.split(", "), strict=True):
-            pieces.append(TokenRow(row["input_ids"][start:][:length], row["labels"][start:][:length], name))
+        for length, name in zip(row.lengths, names.split(", "), strict=True):
+            pieces.append(TokenRow(row.input_ids[start:][:length], row.labels[start:][:length], name))
             start += length
     assert sorted(pieces, key=lambda piece: piece.source) == rows.rows
     assert found.token_rows() == rows.rows
@@ -85,11 +85,11 @@ def batches_of(model: Any, *, flat: bool = False) -> tuple[dict[str, Any], dict[
     """Everything packed, and everything as it is."""
     from edgelora.train.packing import PackingCollator, packed
 
-    rows = some_rows()
-    collator, columns = PackingCollator(0, flat=flat), rows.columns()
-    plain = [{name: columns[name][i] for name in columns} for i in range(len(rows.rows))]
-    sequences = [{k: v for k, v in row.items() if k != "row"} for row in packed(rows, 40).rows]
-    return collator(sequences), collator(plain)
+    def examples(columns: dict[str, list[list[int]]]) -> list[dict[str, list[int]]]:
+        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+    rows, collator = some_rows(), PackingCollator(0, flat=flat)
+    return collator(examples(packed(rows, 40).columns())), collator(examples(rows.columns()))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
