@@ -16,6 +16,13 @@ from typing import Any
 from converters.methods import METHODS
 from edgelora.errors import SettingsError
 
+# What PEFT leaves to a training loop of one's own, which TRL's is not: without it, this would be another method.
+OWN_LOOP = {
+    "ADALORA": "its ranks are moved between layers by a call after every step (update_and_allocate)",
+    "ADAMSS": "its parts are chosen by a call after every step",
+    "kasa_config": "it adds two penalties to the loss (LoraModel._get_kasa_loss)",
+    "monteclora_config": "it adds the divergence of its samples to the loss",
+}
 SAVED = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
 
 
@@ -64,6 +71,12 @@ def read_config_file(path: str) -> Any:
         raise SettingsError(
             f"{path}: {found.__name__} has no {', '.join(unknown)}",
             hint=f"It has: {', '.join(sorted(known_settings - set(SAVED)))}.",
+        )
+    own_loop = [OWN_LOOP[name] for name in (values["peft_type"], *given) if name in OWN_LOOP and values.get(name, True)]
+    if own_loop:
+        raise SettingsError(
+            f"{path}: it needs a training loop of its own: {'; '.join(own_loop)}",
+            hint="Train it with PEFT alone, and convert the result.",
         )
     try:
         return found(task_type="CAUSAL_LM", **given)

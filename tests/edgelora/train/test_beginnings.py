@@ -179,3 +179,14 @@ def test_what_is_served_is_said_to_be_another_quantization(base: Path, data: Pat
     (said,) = [note for note in report.notes if "another quantization" in note]
     assert said.startswith("qlora trains on the base in NF4")
     assert said in watcher.notes
+
+
+def test_what_a_rank_makes_of_a_method_on_this_base_is_said_and_true(base: Path, data: Path, tmp_path: Path) -> None:
+    """LoHa's product has rank squared ranks: of 64, matrices of 16 rows hold none exactly."""
+    from converters.adapter import convert_adapter
+
+    recipe = Recipe(**{**SHORT, "method": "loha", "rank": 8, "max_steps": 2, "learning_rate": 0.1})
+    report = train(data, str(base), tmp_path / "out", recipe)
+    assert report.export == "approximate"
+    assert any(note.startswith("loha: becomes a GGUF adapter that comes close") for note in report.notes)
+    assert convert_adapter(tmp_path / "out", base, tmp_path / "out.gguf").kind == "approximate"

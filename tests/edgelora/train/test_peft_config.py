@@ -83,6 +83,8 @@ def test_what_the_converter_refuses_is_refused_before_training(base: Path, data:
         ({"peft_type": "LORE", "r": 4}, "this PEFT has no method 'LORE'|knows no method 'LORE'"),
         ({"peft_type": "LORA", "ranks": 4, "alpha": 2}, "LoraConfig has no alpha, ranks"),
         ({"peft_type": "LORA", "init_lora_weights": "corda"}, "CorDA begins with covariances"),
+        ({"peft_type": "ADALORA", "total_step": 4}, "a training loop of its own: its ranks are moved between layers"),
+        ({"peft_type": "LORA", "kasa_config": {"beta": 0.1}}, "a training loop of its own: it adds two penalties"),
         ({"peft_type": "LORA", "target_modules": ["query"]}, "PEFT cannot put peft-config on this base: .*query"),
         ({"peft_type": "LORA", "alora_invocation_tokens": [1], "use_dora": True}, "PEFT refuses it|cannot put"),
     ],
