@@ -144,6 +144,32 @@ def test_every_reply_follows_the_prompt_that_serving_makes(name: str, talk: str)
         assert "Be brief." not in trained
 
 
+@pytest.mark.parametrize(
+    ("name", "after_call", "after_text"),
+    [
+        ("Qwen-Qwen2.5-7B-Instruct", "</tool_call><|im_end|>", "<|im_end|>"),
+        ("GLM-4.6", "</tool_call><|observation|>", "<|user|>"),  # the next turn's
+        ("meetkai-functionary-medium-v3.1", "</function><|eom_id|>", "<|eot_id|>"),
+        ("openai-gpt-oss-120b", "}<|call|>", "<|return|>"),
+        ("mistralai-Mistral-Nemo-Instruct-2407", "}]</s>", "</s>"),
+        ("meta-llama-Llama-3.1-8B-Instruct", "}<|eot_id|>", "<|eot_id|>"),
+        ("moonshotai-Kimi-K2", "<|tool_calls_section_end|><|im_end|>", "<|im_end|>"),
+        ("Bielik-11B-v3.0-Instruct", "</tool_call><|im_end|>", "<|im_end|>"),
+    ],
+)
+def test_what_ends_a_call_and_a_text_is_trained(name: str, after_call: str, after_text: str) -> None:
+    if name not in TEMPLATES:
+        pytest.skip("llama.cpp's source, which brings templates, is not in build/reference")
+    source = TEMPLATES[name].read_text(encoding="utf-8")
+    special = set(re.findall(r"<[^<>\s'\"{}%]+>", source))
+    finder = PassageFinder(ChatTemplate(source), bos_token="<s>", eos_token="</s>", special_tokens=special)
+    found = conversation(TALKS["tools"])
+    passages = finder.passages(found.messages, tools=found.tools)
+    call, *_, last = [passage.text[a:b] for passage in passages for a, b in passage.spans]
+    assert call.endswith(after_call)
+    assert last.endswith(f"It is 17.{after_text}")
+
+
 @pytest.mark.parametrize("template", [BUILTIN["chatml"], BUILTIN["llama2"]])
 def test_a_template_without_tools_is_refused(template: str) -> None:
     finder = PassageFinder(ChatTemplate(template), bos_token="<s>", eos_token="</s>", special_tokens=())
