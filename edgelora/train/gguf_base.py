@@ -24,7 +24,7 @@ from converters.base_file import BaseFile
 from converters.configuration import configuration, problems_of_stored
 from converters.errors import ConversionError, UnsupportedError, listed
 from converters.restore import restore, restored_places
-from edgelora.errors import EdgeloraError, ModelFileError
+from edgelora.errors import EdgeloraError, ModelFileError, SettingsError
 
 if TYPE_CHECKING:
     from edgelora.train.base import Placement
@@ -94,11 +94,18 @@ class GGUFBase:
         """transformers' model with the file's weights, each computed back in float32 and kept in `place.dtype`.
 
         Raises:
+            SettingsError: `place` would quantize them once more.
             ModelFileError: no configuration computes what the file says, or its tensors do not fit it.
             EdgeloraError: not enough memory.
         """
         import torch
 
+        if place.quantization:
+            raise SettingsError(
+                f"{self.path}: a GGUF base is trained on as it is, and this method would turn it into "
+                f"{place.quantization.upper()}",
+                hint="Take lora for qlora and loftq, dora for qdora; or give the base's Hugging Face folder.",
+            )
         try:
             with BaseFile(self.path) as file:
                 return _model(file, self._config(file), place)
@@ -175,7 +182,7 @@ def _model(file: BaseFile, config: Any, place: Placement) -> Any:
     model_class = getattr(transformers, settings["architectures"][0])
     state = {name: torch.from_numpy(values).to(place.dtype) for name, values in restored_tensors(file, settings)}
     model, info = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=place.dtype, output_loading_info=True
+        None, config=config, state_dict=state, output_loading_info=True, **place.loading()
     )
     wrong = [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"]), *map(str, info["mismatched_keys"])]
     if wrong:

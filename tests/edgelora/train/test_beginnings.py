@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from converters.base import convert_base
 from edgelora.errors import SettingsError
 from edgelora.messages import Conversation
 from edgelora.template import BUILTIN, ChatTemplate
@@ -190,3 +191,12 @@ def test_what_a_rank_makes_of_a_method_on_this_base_is_said_and_true(base: Path,
     assert report.export == "approximate"
     assert any(note.startswith("loha: becomes a GGUF adapter that comes close") for note in report.notes)
     assert convert_adapter(tmp_path / "out", base, tmp_path / "out.gguf").kind == "approximate"
+
+
+def test_a_gguf_base_is_not_quantized_once_more(base: Path, data: Path, tmp_path: Path) -> None:
+    gguf = convert_base(base, tmp_path / "base.gguf", quant="q8_0").path
+    with pytest.raises(SettingsError, match=r"a GGUF base is trained on as it is, .* into NF4") as caught:
+        train(data, str(gguf), tmp_path / "out", Recipe(**{**SHORT, "method": "qlora", "rank": 4}))
+    assert "lora for qlora" in caught.value.hint
+    report = train(data, str(gguf), tmp_path / "dora", Recipe(**{**SHORT, "method": "dora", "rank": 4, "max_steps": 1}))
+    assert report.export == "approximate"
