@@ -111,6 +111,7 @@ def command(
       edgelora train support.jsonl --base my-model/ -o support/ --resume
       edgelora train support.jsonl --base my-model/ --method qlora --plan
     """
+    from edgelora.train.ranks import is_first
     from edgelora.train.recipe import Recipe
     from edgelora.train.run import train
 
@@ -125,6 +126,8 @@ def command(
     plan = _planned(export, base, output, settings, resume) if export else None
     with count_bar("Training", "steps") as bar:
         report = train(data, base, output, settings, eval_data=eval_data, resume=resume, progress=_Drawn(bar))
+    if not is_first():
+        return
     evaluated = "" if report.eval_loss is None else f", eval loss {report.eval_loss:.3f}"
     click.echo(str(report.output))
     click.echo(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora.contract import Contract
 from edgelora.dataset import Given, data_sha256, sources_of
 from edgelora.errors import DataFileError, EdgeloraError, SettingsError
+from edgelora.train import ranks
 from edgelora.train.base import Placement, find_base, placement
 from edgelora.train.extra import require_extra
 from edgelora.train.folder import RunFolder, RunRecord, file_sha256
@@ -65,17 +66,17 @@ def train(
     """
     began = time.monotonic()
     require_extra("training")
-    said = Notes(progress or SilentProgress())
+    said = Notes(ranks.heard(progress or SilentProgress()))
     run = RunFolder(output)
     check_settings(recipe, has_eval=eval_data is not None)
-    if not resume:
+    if not resume and ranks.is_first():
         run.refuse_if_taken()
     from edgelora.train.library_log import library_log
 
     job = read_job(data, base, recipe, eval_data, run)
     said.note("loading the training libraries")
     prepare_libraries()
-    with run.locked(), library_log() as log, _memory_errors():
+    with ranks.only_first(run.locked), library_log() as log, _memory_errors():
         return _train(job, _record(job, data, eval_data), resume, said, log, began)
 
 
@@ -123,24 +124,35 @@ def _train(job: Job, record: RunRecord, resume: bool, said: Notes, log: LibraryL
     from edgelora.train.result import said_before, save_result
 
     place = placement(job.recipe)
+    ranks.join(place.device)
     prepared = prepare(job, record.base_fingerprint, said)
     template_sha256 = hashlib.sha256(prepared.contract.chat_template.encode()).hexdigest()
     record = replace(record, template_sha256=template_sha256, dtype=place.dtype_name)
-    finished, checkpoint = _open(job, record, resume, said)
-    log.write_to(job.run.log_path)
+    finished, checkpoint = ranks.by_first(lambda: _open(job, record, resume, said))
+    if ranks.is_first():
+        log.write_to(job.run.log_path)
     if finished is not None:
         return _report_of(job, record, finished, said)
     said.note(f"loading {job.base.name} ({place.quantization or place.dtype_name}, {place.device})")
-    trainee = trainee_of(job, prepared, place)
-    export = said_before(trainee, job, said)
+    if ranks.world_size() > 1:
+        said.keep(_batch_note(job.recipe))
+    with ranks.first_ahead():
+        trainee = trainee_of(job, prepared, place)
+    export = ranks.by_first(lambda: said_before(trainee, job, said))
     trainer, callback = _trainer(job, prepared, trainee, place, said)
     with _saying_what_is_kept(trainer):
         _fit(trainer, callback, checkpoint)
         best = _take_best(trainer, job.recipe, said)
         report = _report(job, record, prepared, trainer, callback, said, began)
         report = replace(report, **best, export=export)
-        save_result(job, trainee, prepared, _summary(job, report, record), export, said)
+        ranks.by_first(lambda: save_result(job, trainee, prepared, _summary(job, report, record), export, said))
     return replace(report, notes=tuple(said.kept))
+
+
+def _batch_note(recipe: Recipe) -> str:
+    count, batch, accumulation = ranks.world_size(), recipe.batch_size, recipe.gradient_accumulation
+    rows = count * batch * accumulation
+    return f"{count} processes, each with batches of {batch}, {accumulation} a step: the optimizer sees {rows} rows"
 
 
 def _read(kind: Data, data: Given, recipe: Recipe) -> Sequence[Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from edgelora.train import ranks
 from edgelora.train.folder import RunFolder
 from edgelora.train.progress import TrainProgress, TrainStatus
 from edgelora.train.recipe import Recipe
@@ -62,6 +63,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         if self.trainer is not None:
             self.loss, self.trainer.step_loss = self.trainer.step_loss, 0.0
             self.progress.update(self._status(state, self.loss))
+        self.interrupted = ranks.any_of(self.interrupted)
         if state.global_step >= state.max_steps:
             control.should_log = True
         elif self.interrupted:
@@ -82,6 +84,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         if not found:
             return  # the trainer's summary at the end
         self.eval_loss = found.get("eval_loss", self.eval_loss)
+        if not ranks.is_first():
+            return
         seconds = time.monotonic() - self._began
         when = {"step": state.global_step, "epoch": round(state.epoch, 4)}
         speed = {"seconds": round(seconds, 3), "steps_per_second": round(self.steps_per_second, 4)}

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
 
 from edgelora.errors import EdgeloraError
+from edgelora.train import ranks
 from edgelora.train.folder import RunFolder, writing
 from edgelora.train.saving import save_weights
 
@@ -103,16 +104,19 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         step = self.state.global_step
         partial = self.run.checkpoints / f".partial-{step}"
         with writing(self.run.path):
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, exist_ok=ranks.world_size() > 1)
             self._checkpoint_goes_to = partial
             try:
-                super()._save_checkpoint(model, trial)
-                self.run.keep_checkpoint(partial / f"checkpoint-{step}", step, best=self.state.best_global_step)
+                super()._save_checkpoint(model, trial)  # by all processes: each has a random state of its own
+                ranks.wait_for_all()
+                if ranks.is_first():
+                    self.run.keep_checkpoint(partial / f"checkpoint-{step}", step, best=self.state.best_global_step)
             except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
                 raise EdgeloraError(f"the checkpoint of step {step} cannot be written: {error}") from error
             finally:
                 self._checkpoint_goes_to = None
-                shutil.rmtree(partial)
+                if ranks.is_first():
+                    shutil.rmtree(partial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The trained weights alone: base, tokenizer and settings are known, and pickles are not needed."""
