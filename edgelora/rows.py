@@ -70,7 +70,7 @@ def _open_text(path: Path | str) -> Iterator[IO[bytes]]:
         file = open(path, "rb")  # noqa: SIM115 - closed below; a separate try keeps errors of the body out of this one
     except OSError as error:
         raise DataFileError(
-            f"{path}: {error.strerror}", hint="Give a JSONL file: one JSON object on each line."
+            f"{path}: {error.strerror}", hint=f"Give a file of rows: {', '.join(SUFFIXES)}; JSONL has an object a line."
         ) from None
     with file:
         yield file

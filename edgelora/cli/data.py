@@ -78,6 +78,8 @@ def check(
     from edgelora.dataset.check import check_data, example_at
 
     measure = None
+    if base is None and (row is not None or chat_template is not None):
+        raise click.UsageError("--row and --chat-template say how a base sees the data: give --base")
     if base is not None:
         from edgelora.train.token_check import TokenCheck
 
@@ -115,7 +117,8 @@ def _print(found: DataCheck, max_length: int | None) -> None:
     if found.histogram:
         click.echo()
         print_columns([*_bars(found.histogram, max_length)], right=(0, 2))
-    click.echo()
+    if found.findings:
+        click.echo()
     for finding in found.findings:
         _print_finding(finding)
     if found.shown:

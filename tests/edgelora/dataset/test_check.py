@@ -236,6 +236,8 @@ def test_exit_codes(write: Write) -> None:
     assert run(f"{good}@half").exit_code == 2
     assert run("nowhere.jsonl").exit_code == 4
     assert run().exit_code == 2
+    assert run(good, "--row", "1").exit_code == 2
+    assert run(good, "--chat-template", "chatml").exit_code == 2
 
 
 def test_json(write: Write) -> None:
