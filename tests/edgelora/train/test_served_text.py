@@ -181,6 +181,57 @@ def test_a_template_without_tools_is_refused(template: str) -> None:
     assert finder.passages(conversation({"messages": SAYS}).messages)  # the twin
 
 
+def load_qwen() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "qwen2.5")
+
+
+def load_gpt2() -> Any:
+    from transformers import GPT2TokenizerFast
+
+    folder = SHARED / "tokenizers" / "gpt2"
+    return GPT2TokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+
+
+def load_stories() -> Any:
+    from edgelora.train.sentencepiece import load_sentencepiece
+
+    return load_sentencepiece(SHARED / "models" / "stories-260k")
+
+
+WRITTEN_BY = ("Qwen-Qwen2.5-7B-Instruct", "Qwen-Qwen3-0.6B", "GLM-4.6", "meta-llama-Llama-3.1-8B-Instruct")
+WRITTEN_BY += ("mistralai-Mistral-Nemo-Instruct-2407", "ibm-granite-granite-3.3-2B-Instruct", "LFM2-8B-A1B")
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(
+    "load", [load_qwen, load_gpt2, load_stories], ids=["BPE of Qwen", "BPE of GPT-2", "SentencePiece"]
+)
+def test_with_real_tokenizers_a_reply_follows_the_ids_of_its_prompt(load: Any) -> None:
+    """Under templates of other models too: their marks are then text, which tokens may reach across."""
+    from edgelora.train.data import IGNORED, finder_for, tokenize_conversations
+
+    if not (SHARED / "tokenizers").is_dir() or not TEMPLATES:
+        pytest.skip("needs ../shared/data/tokenizers, and llama.cpp's source in build/reference")
+    tokenizer = load()
+    for name in WRITTEN_BY:
+        template = ChatTemplate(TEMPLATES[name].read_text(encoding="utf-8"))
+        finder = finder_for(tokenizer, template)
+        for talk in TALKS.values():
+            found = conversation(talk)
+            rows = tokenize_conversations([found], tokenizer, finder, 100_000).rows
+            starts = [
+                row.input_ids[:at]
+                for row in rows
+                for at in range(len(row.labels))
+                if row.labels[at] != IGNORED and (at == 0 or row.labels[at - 1] == IGNORED)
+            ]
+            replies = [index for index, message in enumerate(found.messages) if message["role"] == "assistant"]
+            prompts = [finder.render(found.messages[:i], reply_next=True, tools=found.tools) for i in replies]
+            assert starts == [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts], name
+
+
 @pytest.mark.train
 def test_ids_of_a_conversation_with_tools_are_those_of_serving(tmp_path: Path) -> None:
     """Qwen 2.5's vocabulary in transformers, and as a GGUF in llama.cpp."""
