@@ -33,6 +33,7 @@ PAUSES = (0.0, 0.5, 2.0, 8.0, 30.0)
 NATIVE = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 """How a process ends that llama.cpp or a kernel took down: those who were being computed are suspects."""
 EXIT_SECONDS = 10.0
+_SIGNALS = {int(number): number.name for number in signal.Signals}  # real-time ones have no names
 
 
 class EngineDownError(EdgeloraError):
@@ -142,7 +143,7 @@ class EngineProcess:
             await asyncio.sleep(pause)
             try:
                 await self._launch()
-            except EngineDiedError as error:
+            except (EngineDiedError, EngineDownError) as error:  # the latter: between two adapters
                 await self._bury()
                 died = error
                 continue
@@ -268,12 +269,15 @@ class EngineProcess:
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         """Hand out what the process says, until it says no more: whatever was asked of it then comes to nothing."""
-        while data := await _line(reader):
-            message = protocol.parsed(data)
-            if "event" in message:
-                self._note(message)
-            else:
-                self._hand_out(message)
+        try:
+            while data := await _line(reader):
+                message = protocol.parsed(data)
+                if "event" in message:
+                    self._note(message)
+                else:
+                    self._hand_out(message)
+        except Exception:  # what it says is nothing that this server could go on with; hung up on, it ends
+            log.exception("the engine's process is not understood")
         computed = (each.adapters for each in self._pending.values())
         self._computed = frozenset(itertools.chain.from_iterable(computed)) - {"none", "base"}
         if not self._opened.done():
@@ -328,7 +332,8 @@ class EngineProcess:
                 await asyncio.sleep(PAUSES[min(failed, len(PAUSES) - 1)])
                 try:
                     await self._launch()
-                except (EdgeloraError, OSError) as error:  # the latter: no memory or no file descriptor for a process
+                # OSError: no memory or file descriptor for a process. EngineBugError: no memory in the process itself.
+                except (EdgeloraError, OSError, protocol.EngineBugError) as error:
                     failed += 1
                     log.error("the engine does not start: %s", error)
                     await self._bury()
@@ -367,7 +372,7 @@ class EngineProcess:
         except TimeoutError:  # it closed its socket, and hangs
             self._process.kill()
             code = await self._process.wait()
-        ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        ended = f"signal {_SIGNALS.get(-code, -code)}" if code < 0 else f"exit code {code}"
         return f"{ended}: {self._hang}" if self._hang else ended
 
     def _fail_all(self, error: EdgeloraError) -> None:

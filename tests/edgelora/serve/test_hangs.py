@@ -13,7 +13,7 @@ import pytest
 
 from edgelora.engine.stream import Request
 from edgelora.errors import SettingsError
-from edgelora.serve.process import READY, EngineDiedError, EngineProcess
+from edgelora.serve.process import READY, RESTARTING, EngineDiedError, EngineProcess
 from edgelora.serve.protocol import MAX_LINE_BYTES
 from edgelora.serve.pulse import BEATS, START_SECONDS, Pulse
 from tests.edgelora.serve.conftest import Sabotage
@@ -45,6 +45,26 @@ socket.socket = Dying
 """
 
 
+STARTS_FAIL = """
+from edgelora.engine.engine import Engine
+begin = Engine.__init__
+def failing(engine, *given, **options):
+    if trigger.exists():
+        trigger.unlink()
+        raise MemoryError
+    begin(engine, *given, **options)
+Engine.__init__ = failing
+"""
+SAYS_NONSENSE = """
+import socket
+class Talking(socket.socket):
+    def sendall(self, data):
+        if b'"piece"' in data and trigger.exists():
+            trigger.unlink()
+            super().sendall(b"free(): invalid pointer\\n")
+        super().sendall(data)
+socket.socket = Talking
+"""
 ANSWERS_AT_LENGTH = """
 from edgelora.engine.engine import Engine
 Engine.count_tokens = lambda engine, messages, adapter: "x" * (1 << 26)
@@ -112,8 +132,12 @@ def test_a_process_that_is_stopped_is_replaced(base: Path, adapters: dict[str, P
 
 
 def stop(made: EngineProcess) -> None:
+    kill(made, signal.SIGSTOP)
+
+
+def kill(made: EngineProcess, number: int) -> None:
     assert made.pid is not None
-    os.kill(made.pid, signal.SIGSTOP)
+    os.kill(made.pid, number)
 
 
 def test_clients_are_told_of_a_hang_as_of_a_death(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
@@ -145,8 +169,7 @@ def test_while_the_server_does_not_run_nothing_is_a_hang(base: Path) -> None:
         async with engine_process(base, {}, silent_seconds=SILENT_SECONDS) as made:
             stop(made)
             time.sleep(1.5 * SILENT_SECONDS)  # the server's loop, which nothing can be awaited on meanwhile
-            assert made.pid is not None
-            os.kill(made.pid, signal.SIGCONT)
+            kill(made, signal.SIGCONT)
             assert await whole(made.generate(Request(QUESTION, sampling=GREEDY)))
             assert made.restarts == 0
 
@@ -213,22 +236,82 @@ def test_killed_while_it_loads_its_adapters_it_comes_back(base: Path, adapters: 
                 made.call("load", name=name, path=str(path), scale=1.0, tried=[]) for name, path in adapters.items()
             ]
             if made.restarts in (0, 2):
-                assert made.pid is not None
-                os.kill(made.pid, signal.SIGKILL)
+                kill(made, signal.SIGKILL)
             await asyncio.gather(*loading)
 
         made = EngineProcess({"base": str(base), "threads": 1, "n_ctx": 512}, restore)
         await made.start()
         try:
             assert made.restarts == 1
-            assert made.pid is not None
-            os.kill(made.pid, signal.SIGKILL)
+            kill(made, signal.SIGKILL)
             await until(lambda: made.restarts == 3 and made.state == READY)
             assert await whole(made.generate(Request(QUESTION, "red", sampling=GREEDY)))
         finally:
             await made.stop()
 
     run(work)
+
+
+def test_killed_between_two_of_its_adapters_it_starts_again(base: Path, adapters: dict[str, Path]) -> None:
+    async def work() -> None:
+        async def restore() -> None:
+            for name, path in adapters.items():
+                if name == "blue" and made.restarts == 0:
+                    kill(made, signal.SIGKILL)
+                    await until(lambda: made.state == RESTARTING)
+                await made.call("load", name=name, path=str(path), scale=1.0, tried=[])
+
+        made = EngineProcess({"base": str(base), "threads": 1, "n_ctx": 512}, restore)
+        await made.start()
+        try:
+            assert made.restarts == 1
+            assert await whole(made.generate(Request(QUESTION, "blue", sampling=GREEDY)))
+        finally:
+            await made.stop()
+
+    run(work)
+
+
+def test_a_start_that_fails_for_no_reason_it_knows_is_followed_by_another(base: Path, sabotage: Sabotage) -> None:
+    trigger = sabotage(STARTS_FAIL)
+
+    async def work() -> None:
+        async with engine_process(base, {}) as made:
+            trigger.touch()
+            kill(made, signal.SIGKILL)
+            await until(lambda: made.restarts == 2 and made.state == READY)
+            assert not trigger.exists()
+            assert await whole(made.generate(Request(QUESTION, sampling=GREEDY)))
+
+    run(work)
+
+
+def test_a_process_that_says_what_nobody_understands_is_replaced(base: Path, sabotage: Sabotage) -> None:
+    trigger = sabotage(SAYS_NONSENSE)
+
+    async def work() -> None:
+        async with engine_process(base, {}) as made:
+            trigger.touch()
+            with pytest.raises(EngineDiedError):
+                await whole(made.generate(Request(QUESTION, sampling=GREEDY)))
+            await until(lambda: made.restarts == 1 and made.state == READY)
+            assert await whole(made.generate(Request(QUESTION, sampling=GREEDY)))
+
+    run(work)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="this system has no such signals")
+def test_a_signal_without_a_name_is_told_by_its_number(base: Path) -> None:
+    deaths = list[str]()
+    number = signal.SIGRTMIN + 1
+
+    async def work() -> None:
+        async with engine_process(base, {}, lambda how, who: deaths.append(how)) as made:
+            kill(made, number)
+            await until(lambda: made.restarts == 1 and made.state == READY)
+
+    run(work)
+    assert deaths == [f"signal {number}"]
 
 
 def test_what_is_too_long_for_a_line_costs_no_more_than_itself(base: Path, sabotage: Sabotage) -> None:
