@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from converters.low_rank import balanced
+from edgelora.train.folder import ADAPTER_WEIGHTS
 from edgelora.train.trainee import ADAPTER, Trainee
 
 
@@ -30,7 +32,8 @@ def save_weights(model: Any, folder: Path, state_dict: Any = None) -> None:
 def save_trained(trainee: Trainee, folder: Path) -> None:
     """The result: an adapter whose initialisation took a part of the base gives it back.
 
-    B @ A - B0 @ A0 is a LoRA of twice the rank on the base as it was released; PEFT writes it.
+    B @ A - B0 @ A0 is a LoRA of twice the rank on the base as it was released; PEFT writes it as [B, -B0] and [A, A0],
+    which half precision would not let cancel: its factors are replaced by others of the same product.
     """
     if not trainee.is_moved or trainee.initial is None:
         save_weights(trainee.model, folder)
@@ -47,6 +50,20 @@ def save_trained(trainee: Trainee, folder: Path) -> None:
     finally:
         shutil.rmtree(beginning)
     (folder / "README.md").unlink(missing_ok=True)
+    _balance(folder / ADAPTER_WEIGHTS)
+
+
+def _balance(file: Path) -> None:
+    """Factors as large as their product, in float32: rounding them is rounding it."""
+    from safetensors.torch import load_file, save_file
+    from torch import from_numpy
+
+    tensors = load_file(file)
+    for a_name in [name for name in tensors if ".lora_A." in name]:
+        b_name = a_name.replace(".lora_A.", ".lora_B.")
+        b, a = balanced(tensors[b_name].float().numpy(), tensors[a_name].float().numpy())
+        tensors[b_name], tensors[a_name] = from_numpy(b), from_numpy(a)
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -127,6 +127,8 @@ def test_a_method_becomes_what_it_says(
     export = run.report.export
     assert method.exports_to in (export, "asked")
     assert report.kind == KINDS[export]
+    if name in ("pissa", "olora", "loftq"):  # what they began with has cancelled out before F16 could round it
+        assert report.dtype == "f16"
     assert any(note.startswith(f"{name}: {EXPORTS[export]}") for note in run.watcher.notes)  # said before the steps
 
     verified = verify(AdapterRef(name, made), gguf, VerifySettings(threads=1))
