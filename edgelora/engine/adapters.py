@@ -462,12 +462,13 @@ class Adapters:
         file.weights = file.handle = file.loading = None
 
     def _free_if_nameless(self, file: AdapterFile | None) -> None:
-        if (
-            file
-            and not file.claims
-            and not file.users
-            and not any(adapter.file is file for adapter in self._named.values())
-        ):
+        """A name has let go of it: it is read from the path of one that is left from now on, or freed."""
+        if file is None:
+            return
+        paths = [adapter.ref.path for adapter in self._named.values() if adapter.file is file and adapter.ref]
+        if paths and file.header.path not in paths:
+            file.header = replace(file.header, path=paths[-1])
+        elif not paths and not file.claims and not file.users:
             self._evict(file)
             self._files.pop(file.digest, None)
 

@@ -242,6 +242,25 @@ def test_an_idle_engine_wakes_when_an_adapter_was_read(base: Path, ten: dict[str
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["unloaded", "replaced", "checked"])
+def test_it_is_read_from_a_file_that_still_has_a_name(
+    mode: str, how: str, base: Path, ten: dict[str, Path], lone: dict[str, str], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copy(ten["a0"], tmp_path / "copy.gguf"))
+    with Engine(base, {"a0": ten["a0"]}, threads=1, mode=mode, adapter_bytes=0, parallel=2) as engine:
+        if how == "checked":
+            engine.check_adapter(copy)
+        else:
+            engine.load_adapter("copy", copy)
+        if how == "unloaded":
+            engine.unload_adapter("copy")
+        elif how == "replaced":
+            engine.load_adapter("copy", ten["a1"])
+        copy.unlink()
+        assert engine.chat(QUESTION, adapter="a0", sampling=GREEDY).text == lone["a0"]
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("damage", ["deleted", "replaced", "cut"])
 def test_a_file_that_changed_is_that_requests_error(
     mode: str, damage: str, base: Path, ten: dict[str, Path], lone: dict[str, str], tmp_path: Path
