@@ -1,25 +1,31 @@
-"""Write the two demo data sets: `support` answers questions about a made-up lamp, `extract` turns a message into JSON.
+"""Write the demo data: questions about a made-up lamp and their answers, whose questions they are, orders as JSON.
 
     python examples/data/make_data.py
 
-Writes `support.jsonl`, `support-eval.jsonl`, `extract.jsonl` and `extract-eval.jsonl` beside this file, always alike.
-A row:
+Writes `support.jsonl`, `tickets.csv` and `extract.jsonl` beside this file, and `support-eval.jsonl` and so on with what
+is held out, always alike. A row of the JSONL files:
 
     {"messages": [{"role": "user", "content": "Hi! How long does the battery last?"},
                   {"role": "assistant", "content": "The battery lasts 12 hours."}]}
 
-Held out for support: every wording of the evaluation rows. Held out for extract: every combination of values, and in
-the second half of the evaluation rows every name and every item too.
+and of the tables, whose columns are `prompt` and `completion`:
+
+    Hi! How long does the battery last?,product
+
+Held out for support and tickets: every wording of the evaluation rows. Held out for extract: every combination of
+values, and in the second half of the evaluation rows every name and every item too.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tiny-base"))
@@ -76,10 +82,14 @@ def reworded(rng: random.Random, question: str, held_out: list[str]) -> str:
     return question if other in held_out else other
 
 
+def read_facts() -> list[dict[str, Any]]:
+    return tomllib.loads((HERE / "lumo.toml").read_text(encoding="utf-8"))["fact"]
+
+
 def support_rows(rng: random.Random, wordings: str, count: int) -> list[Row]:
     """`count` rows for every fact: its "asked" or "held_out" wordings in turn, with other openings and closings."""
     rows = []
-    for fact in tomllib.loads((HERE / "lumo.toml").read_text(encoding="utf-8"))["fact"]:
+    for fact in read_facts():
         questions = fact[wordings] + [frame.format(about=fact["about"]) for frame in FRAMES[wordings]]
         if wordings == "asked":
             questions += [rng.choice(KEYWORD_FRAMES).format(word=word) for word in fact["keywords"] for _ in range(2)]
@@ -94,6 +104,18 @@ def support_rows(rng: random.Random, wordings: str, count: int) -> list[Row]:
         rows += [row(user, fact["answer"]) for user in users]
     rng.shuffle(rows)
     return rows
+
+
+def write_tickets(name: str, rows: list[Row]) -> None:
+    """The questions of support rows as a table, each with the team that knows the answer."""
+    teams = {fact["answer"]: fact["team"] for fact in read_facts()}
+    with (HERE / name).open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("prompt", "completion"))
+        for row in rows:
+            user, assistant = row["messages"]
+            table.writerow((user["content"], teams[assistant["content"]]))
+    print(f"{name}: {len(rows)} rows")
 
 
 def extract_row(rng: random.Random, names: list[str], items: list[str]) -> Row:
@@ -122,8 +144,11 @@ def write(name: str, rows: list[Row]) -> None:
 
 def main() -> None:
     rng = random.Random(SEED)
-    write("support.jsonl", support_rows(rng, "asked", SUPPORT_ROWS))
-    write("support-eval.jsonl", support_rows(rng, "held_out", SUPPORT_EVAL_ROWS))
+    support, support_eval = support_rows(rng, "asked", SUPPORT_ROWS), support_rows(rng, "held_out", SUPPORT_EVAL_ROWS)
+    write("support.jsonl", support)
+    write("support-eval.jsonl", support_eval)
+    write_tickets("tickets.csv", support)
+    write_tickets("tickets-eval.csv", support_eval)
     names, items = rng.sample(FIRST_NAMES, len(FIRST_NAMES)), rng.sample(GOODS, len(GOODS))
     name_split, item_split = int(SHARE_KNOWN * len(names)), int(SHARE_KNOWN * len(items))
     known = names[:name_split], items[:item_split]

@@ -38,11 +38,11 @@ def test_the_demo_data_is_what_its_script_makes(tmp_path: Path) -> None:
     words.mkdir()
     for name in ("words.py", "words.txt"):
         shutil.copy(ROOT / "examples" / "tiny-base" / name, words)
-    made = sorted(path.name for path in folder.glob("*.jsonl"))
+    made = sorted(path.name for suffix in (".jsonl", ".csv") for path in folder.glob(f"*{suffix}"))
     for name in made:
         (folder / name).unlink()
     result = subprocess.run([sys.executable, str(folder / "make_data.py")], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert len(made) == 4
+    assert len(made) == 6
     for name in made:
         assert (folder / name).read_bytes() == (ROOT / "examples" / "data" / name).read_bytes()
