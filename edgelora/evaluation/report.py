@@ -66,7 +66,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Side:
-    """One of two replies."""
+    """One of two replies; an empty one is a span without text."""
 
     name: str
     spans: Sequence[Span]
@@ -218,8 +218,9 @@ def _kind(found: Evaluation, variant: Variant, compared: Comparison, place: int)
 
 def _row(found: Evaluation, variant: Variant, kind: str, place: int) -> ChangedRow:
     row, names = found.rows[place], (variant.reference, variant.name)
-    before, after = (found.answers[name][place].reply or "" for name in names)
-    spans = marked(before, after)
+    before, after = (found.answers[name][place].reply for name in names)
+    # Where only likelihoods were asked for, there are no replies.
+    spans = ([], []) if before is None or after is None else marked(before, after)
     first, second = (Side(name, each, _values(found, name, place)) for name, each in zip(names, spans, strict=True))
     return ChangedRow(row.line, kind, row.question, row.reference, (first, second))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from importlib.util import find_spec
@@ -98,6 +99,16 @@ def test_a_page_without_changes_says_so() -> None:
     page = Page(render_report(evaluation({"base": ["yes"], "red": ["yes"]}), WHEN))
     assert "No row changed." in page.text
     assert "article" not in page.tags
+
+
+def test_likelihoods_alone_are_shown_without_replies() -> None:
+    found = evaluation({"base": ["no"] * 2, "red": ["yes"] * 2})
+    silent = {name: [replace(answer, reply=None) for answer in answers] for name, answers in found.answers.items()}
+    page = Page(render_report(replace(found, answers=silent), WHEN))
+    assert "article" in page.tags
+    assert "no reply" not in page.text
+    empty = {**found.answers, "red": [Answer("", "stop")] * 2}
+    assert "no reply" in Page(render_report(replace(found, answers=empty), WHEN)).text
 
 
 def test_differences_are_marked_word_by_word() -> None:
