@@ -227,18 +227,7 @@ def _resumable(folder: Path | None) -> Iterator[None]:
 def _engine(base: Path, adapters: Sequence[AdapterRef], settings: EngineSettings, work: WorkFile) -> Iterator[Engine]:
     """An engine that decodes as many rows at a time as in the run before: another number rounds otherwise."""
     key = digest("parallel", str(base.resolve()))
-    with Engine(
-        base,
-        adapters=list(adapters),
-        n_ctx=settings.n_ctx,
-        threads=settings.threads,
-        gpu_layers=settings.gpu_layers,
-        kv_type=settings.kv_type,
-        chat_template=settings.chat_template,
-        force=settings.force,
-        parallel=settings.parallel or work.get(key),
-        reproducible=True,
-    ) as engine:
+    with settings.open(base, adapters, work.get(key)) as engine:
         work.put(key, engine.parallel)
         yield engine
 

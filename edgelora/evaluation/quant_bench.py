@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelora.adapter_ref import AdapterRef
-from edgelora.engine.engine import Engine
 from edgelora.engine.fit import DEFAULT_N_CTX, serving_bytes
 from edgelora.engine.scoring import Speed
 from edgelora.errors import ModelFileError
@@ -115,15 +114,6 @@ class Bench:
         self.n_ctx = settings.engine.n_ctx or min(int(trained), DEFAULT_N_CTX)
         self._shape = header
 
-    def check_out(self) -> None:
-        """Raises:
-        ConversionError: the result cannot go where it should.
-        """
-        from converters.writer import check_output
-
-        if self._settings.out:
-            check_output(self._settings.out, 0, force=self._settings.force)
-
     def plan(self) -> list[Candidate]:
         """Every quantization with its sizes, the largest first.
 
@@ -160,7 +150,8 @@ class Bench:
             engine_settings = replace(self._settings.engine, n_ctx=self.n_ctx)
             variant = Variant(candidate.name, path, self._adapter.name if self._adapter else BARE)
             needs = Needs(metric.looks_at == "reply", metric.looks_at == "likelihood")
-            with WorkFile(None) as work, _engine(path, self._adapter, engine_settings) as engine:
+            adapters = [self._adapter] if self._adapter else []
+            with WorkFile(None) as work, engine_settings.open(path, adapters) as engine:
                 answers = Answers(rows, [variant], needs, engine_settings, work, lambda done, total, what: None)
                 answers.gather(path, engine)
                 speed = engine.measure_speed(variant.adapter)
@@ -260,20 +251,3 @@ def _ready(adapter: AdapterRef | None, base: Path, *, force: bool) -> AdapterRef
             f"{adapter.path} is a base, not an adapter", hint=f"Use it as the base: --base {adapter.path}"
         )
     return adapter
-
-
-@contextmanager
-def _engine(path: Path, adapter: AdapterRef | None, settings: EngineSettings) -> Iterator[Engine]:
-    with Engine(
-        path,
-        adapters=[adapter] if adapter else [],
-        n_ctx=settings.n_ctx,
-        threads=settings.threads,
-        gpu_layers=settings.gpu_layers,
-        kv_type=settings.kv_type,
-        chat_template=settings.chat_template,
-        force=settings.force,
-        parallel=settings.parallel,
-        reproducible=True,
-    ) as engine:
-        yield engine

@@ -83,14 +83,17 @@ def sweep(
         DataFileError: rows that cannot be read, or answered.
         ConversionError, ModelFileError: a base or adapter that cannot be used.
     """
+    from converters.writer import check_output
+
     started = time.perf_counter()
     rows = read_eval_rows(data, settings.rows)
     (metric,) = make_metrics([settings.metric], rows)
+    if settings.out:
+        check_output(settings.out, 0, force=settings.force)
     with tempfile.TemporaryDirectory(
         prefix="edgelora-fit-", dir=settings.out.parent if settings.out else None
     ) as folder:
         bench = Bench(base, adapter, settings, Path(folder))
-        bench.check_out()
         candidates = bench.plan()
         fitting = [candidate for candidate in candidates if candidate.fits]
         if not fitting:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelora.adapter_ref import AdapterRef
+
+if TYPE_CHECKING:
+    from edgelora.engine.engine import Engine
 
 MAX_TOKENS = 512
 GREEDY: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "seed": 0}
@@ -31,3 +37,27 @@ class EngineSettings:
     @property
     def asked(self) -> Mapping[str, Any]:
         return {**GREEDY, **self.sampling}
+
+    def open(self, base: Path, adapters: Sequence[AdapterRef], parallel: int | None = None) -> Engine:
+        """An engine whose replies depend on their rows alone.
+
+        Args:
+            parallel: where these settings do not say it.
+
+        Raises:
+            ModelFileError, BaseMismatchError, SettingsError: see `Engine`.
+        """
+        from edgelora.engine.engine import Engine
+
+        return Engine(
+            base,
+            adapters=list(adapters),
+            n_ctx=self.n_ctx,
+            threads=self.threads,
+            gpu_layers=self.gpu_layers,
+            kv_type=self.kv_type,
+            chat_template=self.chat_template,
+            force=self.force,
+            parallel=self.parallel or parallel,
+            reproducible=True,
+        )

@@ -178,6 +178,7 @@ def test_as_it_is_typed(adapters: dict[str, Path], tmp_path: Path) -> None:
         (["--quants", "q9"], 2, "q9"),
         (["--metric", "bleu"], 2, "unknown metric"),
         (["--quants", "iq2_xxs"], 3, "imatrix"),
+        (["-o", tmp_path / "missing" / "best.gguf"], 3, "there is no folder"),
         (["--base", adapters["red"]], 3, "is an adapter, not a base"),
     ):
         failed = run(*common, *argv)
