@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from typing import ClassVar
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -19,14 +20,20 @@ class Connection(H11Protocol):
 
     What the system has no room for holds whoever writes the answer back at once: of a reply that is not read, the
     server has in memory what the engine has written, at most a context window of it, and the engine has done with it.
+
+    Attributes:
+        send_bytes: what the system has room for. It tells that something was taken once a third is: of the megabytes
+            that it would grow to, who reads slowly needs minutes for that, and a thousand who do not read gigabytes.
     """
 
+    send_bytes: ClassVar[int] = 1 << 17
     unread_seconds: ClassVar[float] = 60.0
     _giving_up: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.send_bytes)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()

@@ -17,8 +17,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
 
-from edgelora.serve.connections import FILES
+from edgelora.serve.connections import FILES, Connection
 from edgelora.serve.running import HttpServer
 from tests.edgelora.serve.conftest import Served, serving
 from tests.edgelora.serve.test_faults import ENDLESS, NAMES, asked, in_process, text_of
@@ -30,12 +32,17 @@ SMALL = 4096
 MOST_UNSENT = 1 << 16
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system takes little of what a server sends."""
+    monkeypatch.setattr(Connection, "send_bytes", SMALL)
+
+
 @asynccontextmanager
 async def narrow(base: Path, folder: Path, unread_seconds: float) -> AsyncIterator[tuple[HttpServer, str, Any]]:
-    """A server whose sockets hold little, its address, and what is behind it."""
+    """A server on a socket, its address, and what is behind it."""
     async with in_process(base, folder, unread_seconds=unread_seconds) as (_, server):
         listening = socket.create_server(("127.0.0.1", 0))
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)  # those that are accepted inherit it
         http = HttpServer(server)
         serving = asyncio.create_task(http.serve(sockets=[listening]))
         try:
@@ -86,7 +93,7 @@ def blocked(http: HttpServer) -> list[Any]:
     return [each for each in http.server_state.connections if each.transport.get_write_buffer_size()]  # type: ignore[union-attr]
 
 
-def test_who_does_not_read_stalls_nobody(base: Path, folder: Path) -> None:
+def test_who_does_not_read_stalls_nobody(base: Path, folder: Path, small: None) -> None:
     async def go() -> None:
         async with narrow(base, folder, 60.0) as (http, url, server), httpx.AsyncClient(timeout=60) as others:
 
@@ -108,7 +115,36 @@ def test_who_does_not_read_stalls_nobody(base: Path, folder: Path) -> None:
     asyncio.run(asyncio.wait_for(go(), 60))
 
 
-def test_who_takes_nothing_is_given_up(base: Path, folder: Path) -> None:
+def test_of_who_reads_slowly_the_system_tells_in_time() -> None:
+    """With the megabytes that it would buffer of itself, it tells of a reader like this every 9 s."""
+    size, bite, pause = 8 << 20, 1 << 14, 0.1
+
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    async def go() -> None:
+        patient = type("Patient", (Connection,), {"unread_seconds": 3.0})
+        listening = socket.create_server(("127.0.0.1", 0))
+        http = uvicorn.Server(uvicorn.Config(large, http=patient, lifespan="off", log_config=None))
+        serving = asyncio.create_task(http.serve(sockets=[listening]))
+        reader, writer = await asyncio.open_connection(*listening.getsockname(), limit=bite)
+        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        taken = 0
+        for _ in range(70):
+            taken += len(await reader.read(bite))
+            await asyncio.sleep(pause)
+        while more := await reader.read(1 << 20):
+            taken += len(more)
+        writer.close()
+        http.should_exit = True
+        await serving
+        assert taken > size
+
+    asyncio.run(asyncio.wait_for(go(), 60))
+
+
+def test_who_takes_nothing_is_given_up(base: Path, folder: Path, small: None) -> None:
     async def go() -> None:
         async with narrow(base, folder, 0.5) as (http, url, server), long_reply(url, stream=True) as client:
             await until(lambda: bool(blocked(http)))
@@ -118,7 +154,7 @@ def test_who_takes_nothing_is_given_up(base: Path, folder: Path) -> None:
     asyncio.run(asyncio.wait_for(go(), 60))
 
 
-def test_who_reads_slowly_is_waited_for(base: Path, folder: Path) -> None:
+def test_who_reads_slowly_is_waited_for(base: Path, folder: Path, small: None) -> None:
     async def go() -> None:
         async with narrow(base, folder, 2.0) as (http, url, _), long_reply(url, stream=False) as client:
             await until(lambda: len(blocked(http)) == 1)
