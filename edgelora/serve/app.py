@@ -43,7 +43,7 @@ PAGE_HEADERS = {
 
 def make_app(server: Server) -> FastAPI:
     """The app of a server."""
-    app = FastAPI(title="edgelora", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="edgelora", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = server
     _add_errors(app)
     _add_models(app, server)
@@ -55,13 +55,24 @@ def make_app(server: Server) -> FastAPI:
             CORSMiddleware, allow_origins=list(server.settings.origins), allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(_Noted)
-    page = Path(str(files("edgelora.serve") / "page"))
-    app.mount("/", StaticFiles(directory=page, html=True, check_dir=False), name="page")
+    _add_page(app)
     return app
 
 
+def _add_page(app: FastAPI) -> None:
+    """The page's files, for whatever is no route: mounted, they would answer for routes that have another method."""
+    page = StaticFiles(directory=Path(str(files("edgelora.serve") / "page")), html=True, check_dir=False)
+    nothing = app.router.not_found
+
+    async def file(scope: Scope, receive: Receive, send: Send) -> None:
+        await (page if scope["type"] == "http" else nothing)(scope, receive, send)
+
+    app.router.default = file
+
+
 class _Noted:
-    """Around every request: an id, which the client may have chosen, and a line in the log at its end.
+    """Around every request: an id, which the client may have chosen, and a line in the log at its end. HEAD is answered
+    as GET, whose body uvicorn leaves out.
 
     Plain ASGI, so that a stream's disconnection reaches who writes it.
     """
@@ -89,7 +100,8 @@ class _Noted:
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            await self._app({**scope, "method": method}, receive, noted)
         finally:
             client = scope.get("client")
             fields = {

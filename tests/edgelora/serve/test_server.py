@@ -178,6 +178,19 @@ def test_every_answer_has_an_id_and_a_line_in_the_log(served: Served) -> None:
     assert (line["status"], line["method"], line["message"]) == (200, "POST", "/v1/chat/completions")
 
 
+def test_methods(served: Served) -> None:
+    for path in ("/health", "/v1/models", "/metrics", "/"):
+        got, head = served.get(path), httpx.head(served.url + path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == got.headers["content-type"]
+    served.until(lambda: "HEAD" in {line.get("method") for line in served.logged()})
+    for method in ("GET", "HEAD", "OPTIONS", "DELETE"):
+        answer = httpx.request(method, f"{served.url}/v1/chat/completions")
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+    assert served.post("/v1/models", {}).status_code == 405
+    assert served.get("/v1/nothing").status_code == served.post("/nothing", {}).status_code - 1 == 404
+
+
 def test_figures(served: Served) -> None:
     served.chat(QUESTION, "red")
     text = served.get("/metrics").text
