@@ -5,6 +5,7 @@ DIR/config.json, model.safetensors, tokenizer.json    of a run that trained all 
 DIR/edgelora.json                                     the contract
 DIR/run.json                                          recipe, base and data hashes: what --resume compares
 DIR/metrics.jsonl                                     one object a log line
+DIR/report.html, report.json                          the run's page, and what it tells beside the metrics
 DIR/.lock                                             held by the process that trains here; gone when it ends
 DIR/train.log                                         what the libraries had to say
 DIR/checkpoints/checkpoint-N/                         weights, optimizer and random state after step N; always whole

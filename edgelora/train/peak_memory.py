@@ -40,6 +40,20 @@ def memory_now(device: str) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def memory_so_far(device: str) -> int:
+    """The most bytes that this process has had since it began."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_reserved())
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def free_memory(device: str) -> int:
     """Bytes that this process could still take."""
     if device == "cuda":

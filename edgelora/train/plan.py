@@ -126,22 +126,22 @@ def _plan(job: Job, said: Notes, *, measure: bool) -> Plan:
     device = placement(job.recipe).device
     prepared = prepare(job, "", said)
     found = lengths(prepared.rows)
-    longest = sorted(found)[-job.recipe.batch_size :]
+    longest = max(found)
     said.note("reckoning the memory")
-    memory = memory_plan(job.base, job.recipe, prepared.found, longest[-1], padded=len({*longest}) > 1)
+    memory = memory_plan(job.base, job.recipe, prepared.found, longest, padded=len({*found}) > 1)
     libraries, free = 0 if device == "cuda" else memory_now(device), free_memory(device)
     measured, room = None, int(ROOM * free)
     if measure and memory.peak <= room:
         said.note("training a few steps on the longest rows")
         measured = measure_steps(job, prepared)
     peak = max(memory.peak, measured.peak if measured else 0)
-    wanted = () if peak <= room else tuple(changes(job.base, job.recipe, prepared.found, longest[-1], room))
+    wanted = () if peak <= room else tuple(changes(job.base, job.recipe, prepared.found, longest, room))
     return Plan(
         base=job.base.name,
         method=job.recipe.method,
         device=device,
         rows=len(found),
-        longest=longest[-1],
+        longest=longest,
         steps=steps_of(job.recipe, len(found)),
         memory=memory,
         libraries=libraries,

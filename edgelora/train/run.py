@@ -122,6 +122,7 @@ def check_settings(recipe: Recipe, *, has_eval: bool) -> None:
 def _train(job: Job, record: RunRecord, resume: bool, said: Notes, log: LibraryLog, began: float) -> TrainReport:
     from edgelora.train.preparation import prepare
     from edgelora.train.result import said_before, save_result
+    from edgelora.train.run_reporting import facts_of, reporting
 
     place = placement(job.recipe)
     ranks.join(place.device)
@@ -136,11 +137,12 @@ def _train(job: Job, record: RunRecord, resume: bool, said: Notes, log: LibraryL
     said.note(f"loading {job.base.name} ({place.quantization or place.dtype_name}, {place.device})")
     if ranks.world_size() > 1:
         said.keep(_batch_note(job.recipe))
+    facts = facts_of(job, prepared, place)
     with ranks.first_ahead():
         trainee = trainee_of(job, prepared, place)
     export = ranks.by_first(lambda: said_before(trainee, job, said))
     trainer, callback = _trainer(job, prepared, trainee, place, said)
-    with _saying_what_is_kept(trainer):
+    with _saying_what_is_kept(trainer), ranks.only_first(lambda: reporting(job, prepared, facts, said)):
         _fit(trainer, callback, checkpoint)
         best = _take_best(trainer, job.recipe, said)
         report = _report(job, record, prepared, trainer, callback, said, began)

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from edgelora.train import ranks
 from edgelora.train.folder import RunFolder
+from edgelora.train.peak_memory import memory_now, memory_so_far
 from edgelora.train.progress import TrainProgress, TrainStatus
 from edgelora.train.recipe import Recipe
 from edgelora.train.run_trainer import stopped_early
@@ -50,9 +51,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self.eval_loss: float | None = None
         self.steps_per_second = 0.0
         self._began, self._first_step, self._learning_rate = 0.0, 0, 0.0
+        self._tokens, self._tokens_at = 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began, self._first_step = time.monotonic(), state.global_step
+        self._tokens, self._tokens_at = 0.0, self._began
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         self._learning_rate = options["lr_scheduler"].get_last_lr()[0]
@@ -89,7 +92,18 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         seconds = time.monotonic() - self._began
         when = {"step": state.global_step, "epoch": round(state.epoch, 4)}
         speed = {"seconds": round(seconds, 3), "steps_per_second": round(self.steps_per_second, 4)}
-        self.run.log_metrics({**when, **found, **speed})
+        device = args.device.type
+        memory = {"memory_bytes": memory_now(device), "peak_memory_bytes": memory_so_far(device)}
+        self.run.log_metrics({**when, **found, **speed, **self._token_speed((logs or {}).get("num_tokens")), **memory})
+
+    def _token_speed(self, tokens: float | None) -> dict[str, float]:
+        """Of all processes since the last line, padding left out; TRL counts the tokens of training batches."""
+        if tokens is None:
+            return {}
+        now = time.monotonic()
+        speed = (tokens - self._tokens) / max(now - self._tokens_at, 1e-9)
+        self._tokens, self._tokens_at = tokens, now
+        return {"tokens_per_second": round(speed, 1)}
 
     def _status(self, state: Any, loss: float) -> TrainStatus:
         return TrainStatus(

@@ -20,6 +20,9 @@ from torch.utils._pytree import tree_leaves
 from edgelora.train.outline import Outline
 
 MAPPED_BLOCK = 32 << 20  # from here on, glibc maps each block by itself, and gives it back at once
+LOSS_TILE = 32768
+"""Columns of the buffer that TRL's loss computes logits in (`trl.trainer.utils`), however small the vocabulary is: of
+the rest, a CPU's memory is never touched, and so never taken."""
 FUSED_ATTENTION = {"cpu": SDPBackend.FLASH_ATTENTION}
 
 
@@ -59,25 +62,27 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[misc]
         now, peak: bytes alive, and the most of them at once; `small` and `small_peak` of blocks below `MAPPED_BLOCK`.
     """
 
-    def __init__(self, there_before: Iterable[torch.Tensor], device: str) -> None:
+    def __init__(self, there_before: Iterable[torch.Tensor], device: str, vocabulary: int = LOSS_TILE) -> None:
         super().__init__()
         self.now = self.peak = self.small = self.small_peak = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there_before}
+        self._touched = min(1.0, vocabulary / LOSS_TILE) if device == "cpu" else 1.0
         self._attention = FUSED_ATTENTION.get(device, SDPBackend.EFFICIENT_ATTENTION)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if op is torch.ops.aten._fused_sdp_choice.default:  # of fake tensors, torch would keep all scores
             return self._attention.value
         made = op(*args, **(kwargs or {}))
+        is_tile = op is torch.ops.aten.empty.memory_format and made.shape[-1:] == (LOSS_TILE,)
         for each in tree_leaves(made):
             if isinstance(each, torch.Tensor):
-                self._count(each.untyped_storage())
+                self._count(each.untyped_storage(), self._touched if is_tile else 1.0)
         return made
 
-    def _count(self, storage: Any) -> None:
+    def _count(self, storage: Any, touched: float) -> None:
         if storage._cdata in self._sizes:
             return
-        self._sizes[storage._cdata] = size = storage.nbytes()
+        self._sizes[storage._cdata] = size = int(storage.nbytes() * touched)
         self._add(size)
         self.peak, self.small_peak = max(self.peak, self.now), max(self.small_peak, self.small)
         weakref.finalize(storage, self._freed, storage._cdata)
@@ -102,7 +107,7 @@ def step_memory(
     model = outline.model
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _prepare(model, checkpointing=checkpointing)
-    live = LiveBytes([*model.parameters(), *model.buffers()], outline.device)
+    live = LiveBytes([*model.parameters(), *model.buffers()], outline.device, outline.vocabulary)
     with outline.fake, live, _autocast(outline):
         for _ in range(1 + accumulates):
             output = model(**_batch(shape, outline.device), use_cache=False, fused_lm_head=True)

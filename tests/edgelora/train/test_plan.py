@@ -53,7 +53,7 @@ def really_alive(model: Any) -> int:
 
     from edgelora.train.step_memory import LiveBytes
 
-    live = LiveBytes([*model.parameters(), *model.buffers()], "cpu")
+    live = LiveBytes([*model.parameters(), *model.buffers()], "cpu", model.config.vocab_size)
     ids = torch.zeros((ROWS, LENGTH), dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[0, LENGTH // 2 :] = 0

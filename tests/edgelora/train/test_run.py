@@ -131,7 +131,7 @@ class TestAFinishedRun:
     def test_holds_nothing_unfinished(self, finished: Finished) -> None:
         names = {p.name for p in finished.folder.iterdir()}
         adapter = {"adapter_config.json", "adapter_model.safetensors", "edgelora.json"}
-        wanted = adapter | {"run.json", "metrics.jsonl", "checkpoints"}
+        wanted = adapter | {"run.json", "metrics.jsonl", "checkpoints", "report.json", "report.html"}
         assert wanted <= names <= wanted | {"train.log"}
         assert sorted(p.name for p in (finished.folder / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
 
