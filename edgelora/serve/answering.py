@@ -19,7 +19,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from edgelora.engine.stream import Request as EngineRequest
-from edgelora.errors import EdgeloraError
+from edgelora.errors import EdgeloraError, EngineBusyError
 from edgelora.serve import bodies, replies
 from edgelora.serve.keys import Key
 from edgelora.serve.limits import Admission, LimitedError
@@ -275,10 +275,13 @@ def _note_failure(at_work: _Answer, error: BaseException) -> None:
 
 
 async def embed(server: Server, asked: bodies.AskedEmbeddings, key: Key | None) -> Response:
-    """Vectors of texts."""
+    """Vectors of texts: one request after the other, and no more wait than may."""
     adapter, label = server.resolve(asked.model, None, key)
+    if server.embedding > server.settings.max_waiting:
+        raise EngineBusyError(f"{server.embedding} requests for vectors wait")
     admission = server.limits.enter(key) if key else None
     used = 0
+    server.embedding += 1
     try:
         result = await server.engine.call("embed", inputs=asked.inputs, adapter=adapter)
         used = result["tokens"]
@@ -286,6 +289,7 @@ async def embed(server: Server, asked: bodies.AskedEmbeddings, key: Key | None) 
         server.metrics.failed(label, problem_of(error).code or "error")
         raise
     finally:
+        server.embedding -= 1
         if admission:
             admission.done(used)
     return JSONResponse(replies.embeddings(asked, result["vectors"], used))

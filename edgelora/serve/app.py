@@ -276,8 +276,8 @@ def _add_health(app: FastAPI, server: Server) -> None:
 
     @app.get("/status")
     async def status(request: Request) -> Response:
-        server.authenticate(request)
-        return JSONResponse(server.status(await server.engine_state()))
+        key = server.authenticate(request)
+        return JSONResponse(server.status(await server.engine_state(), key))
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:

@@ -58,6 +58,7 @@ class Server:
         )
         self.registry.engine = self.engine
         self.is_ending = False
+        self.embedding = 0  # requests for vectors that the engine has not answered
         self.started = int(time.time())
         self._tokens: deque[tuple[float, int]] = deque(maxlen=100_000)
 
@@ -190,8 +191,8 @@ class Server:
         """So many tokens were written just now."""
         self._tokens.append((time.monotonic(), tokens))
 
-    def status(self, state: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The load at a glance."""
+    def status(self, state: Mapping[str, Any] | None, key: Key | None) -> dict[str, Any]:
+        """The load at a glance; of the adapters only those that a key may know of."""
         now = time.monotonic()
         while self._tokens and self._tokens[0][0] < now - RATE_SECONDS:
             self._tokens.popleft()
@@ -201,7 +202,7 @@ class Server:
             "running": told["running"],
             "waiting": told["waiting"],
             "tokens_per_second": round(sum(tokens for _, tokens in self._tokens) / RATE_SECONDS, 1),
-            "adapters_in_memory": len(told["adapters_in_memory"]),
+            "adapters_in_memory": sum(_may(key, name) for name in told["adapters_in_memory"]),
             "restarts": self.engine.restarts,
         }
 

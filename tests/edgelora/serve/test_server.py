@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,21 @@ def test_a_full_queue_says_when_to_come_back(base: Path, shelf: Path, tmp_path: 
         refused = next(answer for answer in answers if answer.status_code == 429)
         assert int(refused.headers["Retry-After"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
+
+
+def test_who_wants_vectors_waits_in_no_endless_queue(base: Path, tmp_path: Path) -> None:
+    from tests.edgelora.engine.gguf_copies import write_copy
+
+    (tmp_path / "adapters").mkdir()
+    write_copy(base, tmp_path / "embedder.gguf", {}, metadata={"llama.pooling_type": 1})
+    body = {"model": "base", "input": ["the miller lives on a hill " * 40] * 8}
+    with serving(tmp_path / "embedder.gguf", tmp_path / "adapters", "--max-waiting", "1") as served:
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: served.post("/v1/embeddings", body), range(8)))
+        assert {answer.status_code for answer in answers} == {200, 429}
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert served.post("/v1/embeddings", body).status_code == 200
 
 
 def test_killed_the_engine_comes_back_and_streams_end_with_an_error(

@@ -82,6 +82,11 @@ def test_a_key_learns_nothing_of_others_adapters(tenants: Tenants) -> None:
     assert len(texts) == 1
     assert reds.get("/v1/models/blue").status_code == 404
     assert reds.get("/metrics").status_code == 403
+    assert tenants.as_("others").post("/v1/chat/completions", body("blue")).status_code == 200
+    assert {name: tenants.as_(name).state()["adapters_in_memory"] for name in ("reds", "boss")} == {
+        "reds": 1,
+        "boss": 2,
+    }
 
 
 def test_what_one_tenant_said_is_not_known_for_another(tenants: Tenants) -> None:
