@@ -26,7 +26,7 @@ from edgelora.serve.limits import Admission, LimitedError
 from edgelora.serve.problems import ApiError, of_error
 from edgelora.serve.process import EngineDiedError, EngineDownError, Piece, Reply
 from edgelora.serve.protocol import EngineBugError
-from edgelora.serve.registry import Entry
+from edgelora.serve.registry import UPLOAD, Entry
 from edgelora.serve.server import Server, body_parts
 
 log = logging.getLogger("edgelora.serve")
@@ -305,7 +305,7 @@ async def upload(server: Server, request: Request, name: str, if_generation: int
     if folder is None:
         raise ApiError(400, "This server was started without --adapter-dir")
     server.registry.check_generation(name, if_generation)
-    partial = folder / f".{name}.{uuid.uuid4().hex}.upload"
+    partial = folder / f".{name}.{uuid.uuid4().hex}{UPLOAD}"
     try:
         await _receive(request, partial, server.settings.max_upload)
         await server.registry.check(partial, server.settings.base if server.settings.require_verify else None)

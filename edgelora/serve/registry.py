@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import time
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Mapping
 from contextlib import suppress
@@ -30,6 +31,8 @@ from edgelora.whole_file import write_whole
 log = logging.getLogger("edgelora.serve")
 
 STATE_FILE = ".edgelora-serve.json"
+UPLOAD, ABANDONED_SECONDS = ".upload", 86_400
+"""How files end that come in, and when one counts as left behind by a server that was killed."""
 READY, REFUSED, QUARANTINED = "ready", "refused", "quarantined"
 Signature = tuple[int, int, int]
 """Of a file: inode, size and time of change in nanoseconds."""
@@ -97,6 +100,7 @@ class Registry:
         """Load everything that there is to be into an engine that has just started."""
         async with self._changing:
             self._held.clear()
+            self._sweep()
             for name, ref in {**self._given, **self._by_hand}.items():
                 if name not in self._unloaded and not self._is_out(name):
                     await self._load(ref, by_hand=name in self._by_hand)
@@ -287,6 +291,13 @@ class Registry:
             with suppress(SettingsError, EngineDiedError, EngineDownError):  # it is not there any more
                 await self.engine.call("unload", name=name)
         log.info("adapter %s is gone", name)
+
+    def _sweep(self) -> None:
+        """Free the disk of uploads that nobody goes on with; another server may be at a younger one."""
+        for left in self.folder.glob(f".*{UPLOAD}") if self.folder else ():
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                    left.unlink()
 
     def _read_state(self) -> dict[str, AdapterRef]:
         if self.folder is None:

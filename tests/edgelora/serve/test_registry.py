@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from edgelora.adapter_ref import AdapterRef
 from edgelora.errors import ModelFileError, SettingsError
 from edgelora.serve.problems import ApiError
 from edgelora.serve.process import EngineDiedError
-from edgelora.serve.registry import QUARANTINED, READY, STATE_FILE, Registry
+from edgelora.serve.registry import ABANDONED_SECONDS, QUARANTINED, READY, STATE_FILE, Registry
 
 
 class Played:
@@ -158,6 +160,16 @@ def test_generations_are_asked_for(tmp_path: Path) -> None:
         await made.unload("x", if_generation=1)
 
     run(work)
+
+
+def test_uploads_that_a_killed_server_left_behind_are_removed(tmp_path: Path) -> None:
+    old, young = (tmp_path / f".{name}.0123.upload" for name in ("old", "young"))
+    for path in (old, young):
+        path.write_text("half an adapter")
+    os.utime(old, (time.time() - 2 * ABANDONED_SECONDS,) * 2)
+    made, _ = registry(tmp_path)
+    run(made.restore)
+    assert list(tmp_path.iterdir()) == [young]
 
 
 @pytest.mark.parametrize("path", ["../a.gguf", "/a.gguf", "", ".", "a.txt", "x/../../a.gguf", "\0.gguf", "a" * 5000])
