@@ -131,7 +131,7 @@ def test_of_who_reads_slowly_the_system_tells_in_time() -> None:
         reader, writer = await asyncio.open_connection(*listening.getsockname(), limit=bite)
         writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         taken = 0
-        for _ in range(70):
+        for _ in range(40):
             taken += len(await reader.read(bite))
             await asyncio.sleep(pause)
         while more := await reader.read(1 << 20):
