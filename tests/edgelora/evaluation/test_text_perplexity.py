@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edgelora.adapter_ref import AdapterRef
+from edgelora.calibration_text import read_calibration
+from edgelora.engine.perplexity import perplexity
 from edgelora.errors import BaseMismatchError, DataFileError, SettingsError
 from edgelora.evaluation.text_perplexity import TextSettings, evaluate_text
 from edgelora.evaluation.thresholds import Threshold
@@ -50,6 +53,8 @@ def test_variants_are_compared_window_by_window(bases: dict[str, Path], adapters
         assert measured.interval.value == pytest.approx(each.value)
         assert math.exp(each.window_losses.sum() / each.n_tokens) == pytest.approx(each.value)
         assert len(measured.by_row) == 3
+    how: dict[str, Any] = {"chunk_size": 128, "chunks": 3, "threads": 1, "adapter": adapters["red"]}
+    assert found.perplexities["red"] == perplexity(bases["f32"], read_calibration(TEXT), adapter_scale=0.5, **how)
     compared = found.measured["red on q8_0"].comparison
     assert compared
     assert compared.reference == "red"
