@@ -40,6 +40,13 @@ from edgelora.cli.options import FILE, adapter_option, base_option, config_optio
     show_default=True,
     help="Seconds in which replies under way may end after SIGTERM.",
 )
+@click.option(
+    "--step-timeout",
+    type=click.FloatRange(min=1),
+    default=600.0,
+    show_default=True,
+    help="Seconds in one step after which the engine counts as hanging; more for a base that memory cannot hold.",
+)
 @click.option("--max-body", type=click.IntRange(min=1), default=8, show_default=True, help="Of a request, in MB.")
 @click.option("--max-upload", type=click.IntRange(min=1), default=2048, show_default=True, help="Of a file, in MB.")
 @click.option("--require-verify", is_flag=True, help="Uploads replay their certificate first.")
@@ -58,6 +65,7 @@ def command(
     max_waiting: int,
     timeout: float,
     grace: float,
+    step_timeout: float,
     max_body: int,
     max_upload: int,
     require_verify: bool,
@@ -86,6 +94,7 @@ def command(
         max_waiting=max_waiting,
         request_seconds=timeout,
         grace=grace,
+        step_seconds=step_timeout,
         max_body=max_body * 1_000_000,
         max_upload=max_upload * 1_000_000,
         require_verify=require_verify,
