@@ -49,8 +49,19 @@ def meaning(text: str) -> object:
     return value if isinstance(value, dict) else text.strip()
 
 
-def ask_torch(base: Path, adapter: Path, prompts: Sequence[str], *, max_new_tokens: int = 80) -> list[str]:
-    """Greedy answers of HF + PEFT, in float32, as the adapter was trained."""
+def ask_torch(
+    base: Path,
+    adapter: Path | None,
+    prompts: Sequence[str],
+    *,
+    chat_template: str | None = None,
+    max_new_tokens: int = 80,
+) -> list[str]:
+    """Greedy answers of HF, and PEFT where there is an adapter, in float32, as was trained.
+
+    Args:
+        chat_template: its source; None is the base's own.
+    """
     getLogger("bitsandbytes").setLevel("ERROR")  # PEFT imports it where it is there; it misses an optional package
     import torch
     from peft import PeftModel
@@ -61,16 +72,27 @@ def ask_torch(base: Path, adapter: Path, prompts: Sequence[str], *, max_new_toke
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT's, of transformers
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    model.eval()
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
-        for p in prompts
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            chat_template=chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for prompt in prompts
     ]
-    replies = []
+    replies = {}
+    shortest_first = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # little padding in a batch
     for start in range(0, len(texts), 50):
-        batch = tokenizer(texts[start : start + 50], return_tensors="pt", padding=True, add_special_tokens=False)
+        chosen = shortest_first[start : start + 50]
+        batch = tokenizer([texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False)
         with torch.inference_mode():
             output = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
-        replies += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return replies
+        made = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        replies |= dict(zip(chosen, made, strict=True))
+    return [replies[index] for index in range(len(texts))]
