@@ -51,6 +51,12 @@ YARN = (
     ("beta_fast", "rope.scaling.yarn_beta_fast"),
     ("beta_slow", "rope.scaling.yarn_beta_slow"),
 )
+# Where several classes have one architecture: the keys that only files of this one have.
+MARKS: Mapping[str, tuple[str, ...]] = {
+    "MixtralForCausalLM": ("expert_count",),
+    "Olmo3ForCausalLM": ("attention.sliding_window",),
+    "Ministral3ForCausalLM": ("attention.temperature_scale",),
+}
 
 
 def class_of(stored: Stored) -> str:
@@ -69,14 +75,6 @@ def class_of(stored: Stored) -> str:
             hint="Train on its Hugging Face folder.",
         )
     return (marked or usual)[0]
-
-
-# Where several classes have one architecture: the keys that only files of this one have.
-MARKS: Mapping[str, tuple[str, ...]] = {
-    "MixtralForCausalLM": ("expert_count",),
-    "Olmo3ForCausalLM": ("attention.sliding_window",),
-    "Ministral3ForCausalLM": ("attention.temperature_scale",),
-}
 
 
 def configuration(stored: Stored) -> dict[str, Any]:

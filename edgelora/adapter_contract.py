@@ -14,6 +14,7 @@ from typing import Any
 from edgelora.contract import GOLDEN_MESSAGES, Contract
 from edgelora.errors import BaseMismatchError, BaseNotFoundError, EdgeloraError
 from edgelora.messages import Message
+from edgelora.repaired_base import other_weights
 from edgelora.store import Store
 from edgelora.template import ChatTemplate, resolve
 
@@ -48,7 +49,7 @@ def find_base(folder: Path, given: Path | None, store: Store) -> Path:
     """
     if given:
         return given
-    named = _named_folder(folder)
+    named = named_base(folder)
     if named and _is_base_of(named, folder, store):
         return named
     try:
@@ -61,7 +62,8 @@ def find_base(folder: Path, given: Path | None, store: Store) -> Path:
         ) from None
 
 
-def _named_folder(folder: Path) -> Path | None:
+def named_base(folder: Path) -> Path | None:
+    """The base that an adapter's folder names: a folder or a GGUF file, where it lies on this machine."""
     from converters.hub import is_hub_id
     from converters.hub_cache import cached_snapshot, missing_from
     from converters.peft_config import read_peft_config
@@ -122,12 +124,15 @@ def against(contract: Contract, source: Path, base: Path, store: Store, terms: C
 
 def check_base(contract: Contract, source: Path, base: Path, fingerprint: str, *, force: bool) -> tuple[str, ...]:
     """Raises BaseMismatchError where a contract names another base; with `force` that is a notice."""
-    if contract.base_fingerprint in ("", fingerprint):
+    if contract.base_fingerprint not in ("", fingerprint):
+        problem = (
+            f"{source} was trained on {contract.base_name or 'another base'} (fingerprint "
+            f"{contract.base_fingerprint[:12]}); {base} is another (fingerprint {fingerprint[:12]})"
+        )
+    elif other := other_weights(contract, base):
+        problem = f"{source}: {other}"
+    else:
         return ()
-    problem = (
-        f"{source} was trained on {contract.base_name or 'another base'} (fingerprint "
-        f"{contract.base_fingerprint[:12]}); {base} is another (fingerprint {fingerprint[:12]})"
-    )
     if force:
         return (f"{problem}: used all the same (--force), and what it answers may be nonsense",)
     raise BaseMismatchError(problem, hint="Name the right base with --base, or use --force to convert it all the same.")

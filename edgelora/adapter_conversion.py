@@ -27,6 +27,7 @@ from edgelora.adapter_ref import AdapterRef
 from edgelora.adapter_settings import GENERAL, AdapterSettings
 from edgelora.contract import FILE_NAME, Contract
 from edgelora.errors import BaseNotFoundError, ModelFileError, SettingsError
+from edgelora.repair import RepairPlan, check_settings, plan_repair
 from edgelora.store import Store
 from edgelora.version import __version__
 
@@ -47,12 +48,14 @@ class AdapterRequest:
         base: a Hugging Face folder or a GGUF; None lets the store find it.
         chat_template: a built-in name or a Jinja file, instead of the adapter's own.
         force: replace the target where it exists, and convert for a base that the adapter was not made for.
+        imatrix: how strongly the base's columns are used, for its repair.
     """
 
     settings: AdapterSettings = field(default_factory=AdapterSettings)
     base: Path | None = None
     chat_template: str | None = None
     force: bool = False
+    imatrix: Path | None = None
 
     @property
     def terms(self) -> ContractTerms:
@@ -67,13 +70,24 @@ def convert_adapter_source(
     Raises:
         ConversionError, EdgeloraError: what is wrong; nothing is left behind.
     """
+    check_settings(request.settings)
     with _prepared(source, request, store) as (prepared, settled):
+        repair = _repair(source, request, settled.contract, store)
         before = [settled.contract.exactness] if source.is_file() else []
         exactness = _exactness(prepared, before)
         contract = settled.contract.with_changes(exactness=exactness)
         report = prepared.write(target, contract.to_metadata(), progress=progress, force=request.force)
     report = replace(report, method=str(exactness["method"]), kind=str(exactness["kind"]))
+    report = repair.apply(report, contract, progress) if repair else report
     return _registered(replace(report, notices=(*settled.notices, *report.notices)), store)
+
+
+def _repair(source: Path, request: AdapterRequest, contract: Contract, store: Store) -> RepairPlan | None:
+    settings = request.settings
+    if settings.repair_rank is not None and request.base is None and not source.is_dir():
+        raise SettingsError("--repair-rank: of which base? Name the GGUF file that is served with --base")
+    base = request.base or (find_base(source, None, store) if settings.repair_rank else source)
+    return plan_repair(settings, request.imatrix, source, base, contract, store)
 
 
 @contextmanager
@@ -151,6 +165,11 @@ def blend(
 
     base = request.base or _common_base(adapters, store)
     contracts = [contract_of(adapter.path) or Contract() for adapter in adapters]
+    if repairing := [str(each.path) for each, one in zip(adapters, contracts, strict=True) if one.repair]:
+        raise SettingsError(
+            f"{', '.join(repairing)}: repairs a base, which a blend would do more or less of",
+            hint="Blend the adapters as they were trained, and repair the result: convert BLEND --repair-rank N.",
+        )
     settled = _common_contract(adapters, contracts, base, store, request)
     parts = [Part(adapter.path, adapter.scale) for adapter in adapters]
     with prepare_blend(parts, base, request.settings.options(), way=way, force=request.force) as prepared:

@@ -25,6 +25,9 @@ class AdapterSettings:
         initial: the adapter before its training, where its initialisation moved a part of the base into it.
         certify: record what Hugging Face and PEFT compute, on these conversations or on `GENERAL` prompts of our own,
             for `edgelora verify`.
+        repair_rank: of ranks that repair a quantized base (`edgelora.repair`), for each tensor; None for no repair.
+        repair_reference: the base before it was quantized; None finds it.
+        repair_text: to measure on whether it helps.
     """
 
     dtype: str | None = None
@@ -33,6 +36,9 @@ class AdapterSettings:
     allow_bin: bool = False
     initial: Path | None = None
     certify: Path | None = None
+    repair_rank: int | None = None
+    repair_reference: Path | None = None
+    repair_text: Path | None = None
 
     def options(self) -> AdapterOptions:
         from converters.adapter import AdapterOptions

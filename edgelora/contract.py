@@ -13,6 +13,7 @@ In a GGUF adapter the contract is metadata; in a PEFT folder it is the file `edg
     edgelora.system             string   the system prompt it was trained with
     edgelora.training           string   JSON: method, rank, data hash, steps, loss ...
     edgelora.exactness          string   JSON: what the converter did to the weights
+    edgelora.repair             string   JSON: which quantization its last ranks repair (`converters.repair`)
     edgelora.certificate        string   what `edgelora verify` compares with (`edgelora.certificate`), at most 256 KiB
 
 Unknown versions are refused; an adapter without a contract (made by llama.cpp's script) is `None` here.
@@ -59,6 +60,7 @@ class Contract:
     system: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
     exactness: Mapping[str, Any] = field(default_factory=dict)
+    repair: Mapping[str, Any] = field(default_factory=dict)
     certificate: str = field(default="", repr=False)
 
     def to_metadata(self) -> dict[str, Value]:
@@ -209,6 +211,7 @@ _ENTRIES = (
     _Entry("system", "edgelora.system", str, _text),
     _Entry("training", "edgelora.training", _to_json, lambda v: _mapping(_from_json(v))),
     _Entry("exactness", "edgelora.exactness", _to_json, lambda v: _mapping(_from_json(v))),
+    _Entry("repair", "edgelora.repair", _to_json, lambda v: _mapping(_from_json(v))),
     _Entry("certificate", "edgelora.certificate", str, _certificate),
 )
 _JSON_DECODERS: dict[str, Callable[[Any], Any]] = {
@@ -216,6 +219,6 @@ _JSON_DECODERS: dict[str, Callable[[Any], Any]] = {
     "golden_tokens": _ids,
     "stop": _texts,
     **dict.fromkeys(("base_name", "base_fingerprint", "chat_template", "system"), _text),
-    **dict.fromkeys(("sampling", "training", "exactness"), _mapping),
+    **dict.fromkeys(("sampling", "training", "exactness", "repair"), _mapping),
     "certificate": _certificate,
 }

@@ -49,7 +49,7 @@ class ConvertOptions:
 
     @property
     def adapter_request(self) -> AdapterRequest:
-        return AdapterRequest(self.adapter, self.base, self.chat_template, self.force)
+        return AdapterRequest(self.adapter, self.base, self.chat_template, self.force, self.settings.imatrix)
 
     @property
     def base_settings(self) -> BaseSettings:
@@ -122,7 +122,8 @@ def _base_name(source: Path, settings: BaseSettings) -> str:
 def _convert_adapter(
     source: Path, out: Path | str | None, options: ConvertOptions, store: Store, progress: Progress | None
 ) -> AdapterReport:
-    if given := _given(options.base_settings):
+    usual = {"--imatrix"} if options.adapter.repair_rank else set()
+    if given := [name for name in _given(options.base_settings) if name not in usual]:
         verb = "goes" if len(given) == 1 else "go"
         raise SettingsError(f"{', '.join(given)} {verb} with a base, and {source} is an adapter")
     if options.threads:
@@ -149,7 +150,7 @@ def blend_adapters(
     """
     if given := _given(options.base_settings):
         raise SettingsError(f"--blend makes an adapter: {', '.join(given)} cannot go with it")
-    others = [name for name in options.adapter.given() if name in ("--initial", "--certify")]
+    others = [name for name in options.adapter.given() if name.startswith(("--initial", "--certify", "--repair"))]
     if others or options.threads:
         raise SettingsError(f"{', '.join([*others, *(['--threads'] if options.threads else [])])}: not with --blend")
     target = _target(out, "-".join(adapter.name for adapter in adapters) + ".gguf")

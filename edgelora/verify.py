@@ -24,6 +24,7 @@ from edgelora.engine.preflight import base_fingerprint, check_adapter, check_fin
 from edgelora.engine.replay import Replay, ReplaySettings
 from edgelora.engine.windows import interruptible
 from edgelora.errors import EdgeloraError, ModelFileError
+from edgelora.repaired_base import other_weights
 from edgelora.template import ChatTemplate
 from edgelora.verification import checks
 from edgelora.verification.comparison import Pairs
@@ -164,6 +165,8 @@ class _Verification:
             self._add_fit("fits", "fits the base, can be run", error.message)
             return "the adapter cannot be run"
         self._add_fit("fits", "fits the base, can be run", "")
+        if self._contract and (problem := other_weights(self._contract, self._base.path)):
+            self._add_fit("repair", "repairs these weights", problem)
         return ""
 
     def _add_fit(self, name: str, title: str, problem: str) -> None:
@@ -227,7 +230,7 @@ class _Verification:
         pairs = self._observed(replay, certificate)
         self.checks.append(checks.coverage_check(replay.coverage()))
         self.checks.append(self._weights(certificate))
-        self.checks += _measured(pairs, self._settings.thresholds)
+        self.checks += _measured(pairs, self._settings.thresholds, is_repaired=bool(self._repair))
 
     def _ids(self, replay: Replay, index: int) -> Sequence[int] | str:
         if self._template is None or self.certificate is None:
@@ -244,22 +247,28 @@ class _Verification:
             self._progress(number, len(certificate.probes))
         return pairs
 
+    @property
+    def _repair(self) -> dict[str, int]:
+        """Ranks that repair the base, by GGUF name."""
+        ranks = self._contract.repair.get("ranks") if self._contract else None
+        return {name: rank for name, rank in ranks.items() if type(rank) is int} if isinstance(ranks, dict) else {}
+
     def _weights(self, certificate: Certificate) -> Check:
         if not certificate.changes:
             why = "an adapter of this kind has no samples of its weights"
             return checks.certified("weights", "", "", "not checked", note=why)
         try:
-            found = compare_weights(certificate.changes, self._adapter, self._base.path)
+            found = compare_weights(certificate.changes, self._adapter, self._base.path, self._repair)
         except ConversionError as error:
             return checks.certified("weights", "", "", "not checked", note=error.message)
         exactness = self._contract.exactness if self._contract else {}
         return checks.weights_check(certificate, found, self._settings.thresholds, exactness)
 
 
-def _measured(pairs: Pairs, thresholds: Thresholds) -> list[Check]:
+def _measured(pairs: Pairs, thresholds: Thresholds, *, is_repaired: bool) -> list[Check]:
     broken = sum(seen.n_broken for _, seen in pairs)
     if not broken:
-        return list(checks.measured_checks(pairs, thresholds))
+        return list(checks.measured_checks(pairs, thresholds, is_repaired=is_repaired))
     value, note = f"{broken} positions", "logits that are not finite numbers"
     names = ("template", "tokens", "weights", "adapter_kl")
     failed = checks.certified("adapter_kl", value, "none", "FAIL", note=note, number=float(broken))

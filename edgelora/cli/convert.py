@@ -45,6 +45,7 @@ class QuantName(click.ParamType[str]):
 # Headings of the help, and which options are under each; those of no heading come first.
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Adapters": ("dtype", "rank", "max_error", "merge", "blend", "blend_way", "initial", "allow_bin", "certify"),
+    "Repair of a quantized base by an adapter": ("repair_rank", "repair_reference", "repair_text"),
     "Types of tensors": ("tensor_types", "output_type", "embedding_type", "pure", "untie", "allow_requantize"),
     "Importance of columns (IQ1 to IQ3 need it)": (
         "imatrix", "calibrate", "calibrate_adapter", "calibrate_chunks", "save_imatrix",
@@ -84,6 +85,11 @@ MAX_NOTICES = 20
 @click.option("--allow-bin", is_flag=True, help="Read adapter_model.bin, a pickle; nothing in it is executed.")
 @click.option("--certify", type=FILE, metavar="ROWS|general",
               help="Record for `verify` what PEFT computes on these rows (needs the train extra).")  # fmt: skip
+@click.option("--repair-rank", type=click.IntRange(min=1), metavar="N",
+              help="Add ranks that repair what quantization took from --base; kept where that helps.")  # fmt: skip
+@click.option("--repair-reference", type=FILE, metavar="FOLDER",
+              help="The base before it was quantized.  [default: found]")  # fmt: skip
+@click.option("--repair-text", type=FILE, metavar="TEXT", help="Tell by the perplexity on it whether it helps.")
 @click.option("--tensor-type", "tensor_types", multiple=True, metavar="EXPR=TYPE",
               help="For tensors whose name has EXPR in it, 'ffn_down=q6_k'; repeat for several.")  # fmt: skip
 @click.option("--output-tensor-type", "output_type", metavar="TYPE", help="Type of the output.")
@@ -138,6 +144,7 @@ def command(
       edgelora convert my-model-bf16.gguf --quant q4_k_m --tensor-type ffn_down=q6_k
       edgelora convert support/ -o support.gguf
       edgelora convert support/ --base my-model-q4_k_m.gguf
+      edgelora convert support/ --base my-model-q2_k.gguf --repair-rank 16 --repair-text held-out.jsonl
       edgelora convert my-model/ --merge dora/ --quant q4_k_m
       edgelora convert --blend support.gguf@0.7 --blend billing.gguf@0.3 -o both.gguf
     """

@@ -25,7 +25,14 @@ from edgelora.engine.mixer import Mixer
 from edgelora.engine.mixing_proof import prove
 from edgelora.engine.model import Model
 from edgelora.engine.native import Handle, forget_log, llama, reason
-from edgelora.engine.preflight import INVOCATION, check_adapter, check_fingerprint, check_finite, read_checked
+from edgelora.engine.preflight import (
+    INVOCATION,
+    check_adapter,
+    check_fingerprint,
+    check_finite,
+    check_repair,
+    read_checked,
+)
 from edgelora.engine.prompt import encode_prompt
 from edgelora.engine.trial import gives_numbers
 from edgelora.errors import EdgeloraError, ModelFileError, SettingsError
@@ -538,6 +545,7 @@ def _check_contract(
         return
     checks = (
         partial(check_fingerprint, contract, ref.path, model.header),
+        partial(check_repair, contract, ref.path, model.header),
         partial(check_golden, ref.path, contract, template, model),
     )
     for check in checks:

@@ -18,6 +18,7 @@ from converters.errors import ConversionError
 from converters.reader import GGUFHeader, TensorInfo, read_header
 from edgelora.contract import Contract
 from edgelora.errors import BaseMismatchError, ModelFileError
+from edgelora.repaired_base import other_weights
 
 MAX_PROBLEMS_SHOWN = 8
 UINT32, STRING, FLOAT32 = 4, 8, 6  # GGUF value types
@@ -89,6 +90,20 @@ def check_fingerprint(contract: Contract, adapter: Path, base: GGUFHeader) -> No
             f"{adapter} was made for {contract.base_name or 'another base'} (fingerprint "
             f"{contract.base_fingerprint[:12]}); {base.path} is {name} (fingerprint {found[:12]})",
             hint=_wanted_base(contract) + " To use it all the same, with answers that may be wrong: --force.",
+        )
+
+
+def check_repair(contract: Contract, adapter: Path, base: GGUFHeader) -> None:
+    """The base's weights are those that the adapter's ranks repair, where it repairs any.
+
+    Raises:
+        BaseMismatchError: they are others.
+    """
+    if problem := other_weights(contract, base.path):
+        raise BaseMismatchError(
+            f"{adapter}: {problem}",
+            hint="Convert it for this base: edgelora convert ADAPTER --base BASE.gguf --repair-rank N; or without a "
+            "repair, for all quantizations.",
         )
 
 

@@ -47,16 +47,19 @@ class WeightComparison:
         return max(self.errors.items(), key=lambda pair: pair[1], default=("", 0.0))
 
 
-def compare_weights(changes: Sequence[ChangeSample], adapter: AdapterRef, base: Path) -> WeightComparison:
+def compare_weights(
+    changes: Sequence[ChangeSample], adapter: AdapterRef, base: Path, repair: Mapping[str, int] | None = None
+) -> WeightComparison:
     """The changes that a GGUF adapter makes to a base, against those recorded.
 
     Args:
         adapter: one that passed `check_adapter` on this base.
+        repair: by GGUF name, how many of a tensor's last ranks were not trained, but repair the base.
 
     Raises:
         ConversionError: a base of a family whose order of rows is not known here.
     """
-    header = read_header(adapter.path)
+    header, repair = read_header(adapter.path), repair or {}
     pairs, errors, unplaced = pairs_of(header), {}, []
     explained: set[str] = set()
     with open_base(base) as opened:
@@ -66,9 +69,10 @@ def compare_weights(changes: Sequence[ChangeSample], adapter: AdapterRef, base: 
                 unplaced.append(change.tensor)
                 continue
             explained.update(slot.gguf for slot in slots)
-            found = _sample(change, slots, pairs, _scale(header, adapter.scale))
+            found = _sample(change, slots, pairs, _scale(header, adapter.scale), repair)
             errors[change.tensor] = _relative(found, change.values)
-    unexplained = tuple(name for name in pairs if name not in explained)
+    trained = [name for name, (a, _) in pairs.items() if a is None or a.shape[-2] > repair.get(name, 0)]
+    unexplained = tuple(name for name in trained if name not in explained)
     return WeightComparison(errors, tuple(unplaced), unexplained)
 
 
@@ -83,7 +87,11 @@ def _scale(header: GGUFHeader, scale: float) -> tuple[float, float]:
 
 
 def _sample(
-    change: ChangeSample, slots: Sequence[Slot], pairs: Mapping[str, Pair], scale: tuple[float, float]
+    change: ChangeSample,
+    slots: Sequence[Slot],
+    pairs: Mapping[str, Pair],
+    scale: tuple[float, float],
+    repair: Mapping[str, int],
 ) -> npt.NDArray[np.float64]:
     n_outputs, n_inputs = change.shape
     inputs = inputs_of(change.tensor, n_inputs)
@@ -92,7 +100,8 @@ def _sample(
         a, b = pairs.get(slot.gguf, (None, None))
         if a is not None and b is not None:
             ordered = inputs if slot.columns is None else inputs[:, slot.columns]
-            outputs[:, slot.source] = _outputs(_read(a), _read(b), ordered, slot.rows, scale)
+            own = a.shape[-2] - repair.get(slot.gguf, 0)
+            outputs[:, slot.source] = _outputs(_read(a)[..., :own, :], _read(b)[..., :own], ordered, slot.rows, scale)
     return sample(change.tensor, outputs)
 
 
