@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(CMAKE_$(BACKEND))" || { echo "BACKEND=$(BACKEND): expected cpu, cuda, metal or vulkan" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(filter $(BACKEND),$(DEFAULT_BACKEND)),,CMAKE_ARGS="$(CMAKE_$(BACKEND))") \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,serve,dev]' \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,qlora,serve,dev]' \
 		$(if $(filter $(BACKEND),$(DEFAULT_BACKEND)),,--no-cache-dir --no-binary llama-cpp-python)
 	@echo $(BACKEND) > $(VENV)/.backend
 	@touch $(STAMP)
