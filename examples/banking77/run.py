@@ -42,6 +42,7 @@ METHODS = ("lora", "full")
 VALIDATION = 10  # one in so many rows of the training split is not trained on: recipes were chosen on them
 MAX_DIFFERENCE = 0.5  # points of accuracy between torch and the GGUF files at F16
 MAX_TOKENS = 24  # the longest category has 21
+PARALLEL = 32  # replies at the same time: they are short, and the models small
 console = Console(markup=False, highlight=False)  # categories may hold brackets
 
 
@@ -179,7 +180,7 @@ def measure(run: Run, split: str) -> Result:
     first, *others = (run.gguf(quant) for quant in QUANTS)
     adapter = ["--adapter", run.adapter] if run.is_adapter else []
     against = [part for path in others for part in ("--against", path)]
-    options = ["--metric", "accuracy", "--max-tokens", MAX_TOKENS, "-o", folder]
+    options = ["--metric", "accuracy", "--max-tokens", MAX_TOKENS, "--parallel", PARALLEL, "-o", folder]
     edgelora("eval", rows, "--base", first, *adapter, *against, *options)
     variants = json.loads((folder / "results.json").read_text(encoding="utf-8"))["variants"]
     trained, bare = [], []
