@@ -348,6 +348,7 @@ def test_samples_are_those_of_the_merged_weights(tmp_path: Path, method: str) ->
     from transformers import AutoModelForCausalLM
 
     from edgelora.change_samples import inputs_of, sample
+    from edgelora.train.base import BaseFolder
     from edgelora.train.certificate import RecordSettings, record
 
     def load() -> Any:
@@ -361,7 +362,8 @@ def test_samples_are_those_of_the_merged_weights(tmp_path: Path, method: str) ->
                 parameter += 0.05 * torch.randn_like(parameter) if "magnitude" not in name else 0.01
     model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
     contract = contract_for_tests()
-    made = record(TINY_BASE, tmp_path / "peft", PROMPTS[:1], contract, RecordSettings(new_tokens=2))
+    base = BaseFolder(TINY_BASE, str(TINY_BASE))
+    made = record(base, tmp_path / "peft", PROMPTS[:1], contract, RecordSettings(new_tokens=2))
     merged, plain = model.merge_and_unload().state_dict(), load().state_dict()
     assert made.changes
     assert made.n_unsampled == 0
