@@ -60,5 +60,5 @@ def lines(plan: Plan) -> Iterator[str]:
         yield "  what to change, in this order:"
     for change in plan.changes:
         yield f"    {change.options:<44}{'-' + size(change.saves):>10}   {change.costs}"
-    if not plan.fits and plan.changes and plan.peak - sum(each.saves for each in plan.changes) > plan.free:
+    if not plan.fits and plan.changes and plan.memory.needed - sum(each.saves for each in plan.changes) > plan.free:
         yield "  even so it does not fit: take a smaller base, or a machine with more memory"

@@ -15,9 +15,9 @@ ADAM_STATES = 2  # means of gradients and of their squares, in the type of what 
 FULL_TUNING = (16, 20)
 """Bytes a parameter of mixed-precision training with Adam (arXiv:1910.02054, section 3.1): 2 + 2 of weights and
 gradients, 12 of a float32 copy and Adam's states; 4 more where gradients are also kept in float32."""
-HEAP_LOSS = 0.5
+HEAP_LOSS = 0.65
 """glibc does not fit an aligned block into the hole that an equal one left: of memory kept in blocks below
-`MAPPED_BLOCK`, so much again is lost (measured; `bench/plan.py`). CUDA's allocator rounds, and loses little."""
+`MAPPED_BLOCK`, so much again is lost (0.4 to 1.05 measured; `bench/plan.py`). CUDA's allocator loses little."""
 LIBRARIES_AT_WORK = 60 << 20
 """Bytes that torch, MKL and the tokenizer take once they compute, beside what they hold when they are imported."""
 CERTIFICATE_TOKENS, LOGIT_COPIES = 288, 3
@@ -54,6 +54,11 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         return max(self.training, self.loading, self.certificate)
+
+    @property
+    def needed(self) -> int:
+        """What must be free: files that are mapped while the base is loaded count as resident, and give way."""
+        return max(self.training, self.certificate)
 
     @property
     def full_tuning(self) -> tuple[int, int]:
@@ -131,12 +136,12 @@ def _certificate(model: Outline, recipe: Recipe, weights: int, place: Placement)
 
 def changes(base: Base, recipe: Recipe, found: Mapping[str, Any], length: int, room: int) -> Iterator[Change]:
     """What to change, one thing after the other, until the run fits into `room` bytes, or nothing is left to change."""
-    now = memory_plan(base, recipe, found, length, padded=True).peak
+    now = memory_plan(base, recipe, found, length, padded=True).needed
     for settings, costs in _steps_down(recipe, length):
         if now <= room:
             return
         smaller = Recipe.from_mapping({**recipe.to_dict(), **settings})
-        then = memory_plan(base, smaller, found, length, padded=True).peak
+        then = memory_plan(base, smaller, found, length, padded=True).needed
         if then < now:
             options = " ".join(
                 f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")

@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= ROOM * self.free
+        return self.memory.needed <= ROOM * self.free
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; sizes in bytes, times in seconds."""
@@ -131,11 +131,10 @@ def _plan(job: Job, said: Notes, *, measure: bool) -> Plan:
     memory = memory_plan(job.base, job.recipe, prepared.found, longest, padded=len({*found}) > 1)
     libraries, free = 0 if device == "cuda" else memory_now(device), free_memory(device)
     measured, room = None, int(ROOM * free)
-    if measure and memory.peak <= room:
+    if measure and memory.needed <= room:
         said.note("training a few steps on the longest rows")
         measured = measure_steps(job, prepared)
-    peak = max(memory.peak, measured.peak if measured else 0)
-    wanted = () if peak <= room else tuple(changes(job.base, job.recipe, prepared.found, longest, room))
+    wanted = () if memory.needed <= room else tuple(changes(job.base, job.recipe, prepared.found, longest, room))
     return Plan(
         base=job.base.name,
         method=job.recipe.method,
