@@ -69,7 +69,7 @@ def outline(base: Base, recipe: Recipe, place: Placement, found: Mapping[str, An
         if not recipe.row.trains_base:
             model = put_on(model, _plainly_begun(recipe.row.peft_config(recipe, **found)), recipe)
     fake = FakeTensorMode()
-    _move(model, fake, place.device)
+    _move(model, fake, "cpu")  # also for GPUs, whose own kernels look at values; see `step_memory`
     parameters, stored = list(model.parameters()), [*model.parameters(), *model.buffers()]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     packed = sum(getattr(module, "stands_for", 0) for module in model.modules())

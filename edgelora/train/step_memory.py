@@ -2,6 +2,7 @@
 
 Every operation of forward and backward is one of the run's own, so that checkpointing, dropout, DoRA's norms, a padded
 batch's mask and TRL's tiled loss need no formula each. The highest sum of what is alive at once is the step's peak.
+Steps on GPUs are done with a CPU's operations: only the loss then takes more than Triton's kernel for it does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ MAPPED_BLOCK = 32 << 20  # from here on, glibc maps each block by itself, and gi
 LOSS_TILE = 32768
 """Columns of the buffer that TRL's loss computes logits in (`trl.trainer.utils`), however small the vocabulary is: of
 the rest, a CPU's memory is never touched, and so never taken."""
-FUSED_ATTENTION = {"cpu": SDPBackend.FLASH_ATTENTION}
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[misc]
         self.now = self.peak = self.small = self.small_peak = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there_before}
         self._touched = min(1.0, vocabulary / LOSS_TILE) if device == "cpu" else 1.0
-        self._attention = FUSED_ATTENTION.get(device, SDPBackend.EFFICIENT_ATTENTION)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if op is torch.ops.aten._fused_sdp_choice.default:  # of fake tensors, torch would keep all scores
-            return self._attention.value
+            return SDPBackend.FLASH_ATTENTION.value
         made = op(*args, **(kwargs or {}))
         is_tile = op is torch.ops.aten.empty.memory_format and made.shape[-1:] == (LOSS_TILE,)
         for each in tree_leaves(made):
@@ -110,7 +109,7 @@ def step_memory(
     live = LiveBytes([*model.parameters(), *model.buffers()], outline.device, outline.vocabulary)
     with outline.fake, live, _autocast(outline):
         for _ in range(1 + accumulates):
-            output = model(**_batch(shape, outline.device), use_cache=False, fused_lm_head=True)
+            output = model(**_batch(shape), use_cache=False, fused_lm_head=True)
             loss = -output.log_probs.sum()
             del output
             loss.backward()
@@ -130,12 +129,12 @@ def _prepare(model: Any, *, checkpointing: bool) -> None:
         inner.activation_checkpointing_disable()
 
 
-def _batch(shape: BatchShape, device: str) -> dict[str, torch.Tensor]:
-    ids = torch.zeros((shape.rows, shape.length), dtype=torch.long, device=device)
+def _batch(shape: BatchShape) -> dict[str, torch.Tensor]:
+    ids = torch.zeros((shape.rows, shape.length), dtype=torch.long)
     batch = {"input_ids": ids, "labels": ids}
     if shape.padded:
         size = (shape.rows, 1, shape.length, shape.length)
-        batch["attention_mask"] = torch.ones(size, dtype=torch.bool, device=device)
+        batch["attention_mask"] = torch.ones(size, dtype=torch.bool)
     return batch
 
 
@@ -143,4 +142,4 @@ def _autocast(outline: Outline) -> Any:
     """As transformers' `bf16` does it on GPUs."""
     if outline.autocast is None:
         return nullcontext()
-    return torch.autocast(outline.device, dtype=outline.autocast)
+    return torch.autocast("cpu", dtype=outline.autocast)
