@@ -109,8 +109,8 @@ def _services() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def _start(text: str, folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        text, shell=True, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    return subprocess.Popen(  # exec: the shell becomes the service, and who waits for one waits for the other
+        f"exec {text}", shell=True, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
 
