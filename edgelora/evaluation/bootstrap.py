@@ -21,6 +21,8 @@ RESAMPLES = 2000
 COVERAGE = 0.95
 ENTRIES_AT_ONCE = 1 << 22
 """Row counts of resamples that are in memory at a time: 32 MiB of float64."""
+LEAST_ROWS = 2
+"""Of fewer, every draw is the same, and an interval would be a point: it is not known."""
 _identity: Callable[[Floats], Floats] = np.asarray
 
 
@@ -95,8 +97,8 @@ def resampled(sums: Sequence[RowSums], *, seed: int = 0, resamples: int = RESAMP
 
 
 def interval(sums: RowSums, values: Floats) -> Interval:
-    """Of a metric, from its `values` on resamples."""
-    return Interval(sums.value, *_bounds(values))
+    """Of a metric, from its `values` on resamples; without bounds (NaN) below `LEAST_ROWS`."""
+    return Interval(sums.value, *_bounds(values, int(sums.present.sum())))
 
 
 def pair(one: RowSums, other: RowSums) -> tuple[RowSums, RowSums]:
@@ -109,16 +111,17 @@ def difference(one: RowSums, other: RowSums, values: Floats, others: Floats) -> 
     """`one` less `other`, both of a `pair`, from what they are on the same resamples."""
     less = values - others
     p_more = float((less > 0).mean() + (less == 0).mean() / 2)
-    return Difference(Interval(one.value - other.value, *_bounds(less)), p_more, int(one.present.sum()))
+    n_rows = int(one.present.sum())
+    return Difference(Interval(one.value - other.value, *_bounds(less, n_rows)), p_more, n_rows)
 
 
 def _masked(sums: RowSums, rows: npt.NDArray[np.bool_]) -> RowSums:
     return RowSums(np.where(rows, sums.above, np.nan), np.where(rows, sums.below, np.nan), sums.transform)
 
 
-def _bounds(values: Floats) -> tuple[float, float]:
+def _bounds(values: Floats, n_rows: int) -> tuple[float, float]:
     finite = values[np.isfinite(values)]
-    if not finite.size:
+    if n_rows < LEAST_ROWS or not finite.size:
         return float("nan"), float("nan")
     low, high = np.quantile(finite, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     return float(low), float(high)

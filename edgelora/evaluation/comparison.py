@@ -106,7 +106,7 @@ def measure(
     for metric in metrics:
         by_variant = sums[metric.name]
         for variant in variants:
-            own, other = by_variant[variant.name], by_variant.get(variant.reference)
+            own, other = by_variant[variant.name], _other(metric, by_variant, variant)
             if not own.present.any():
                 continue
             is_pair = other is not None and (own.present & other.present).any() and metric.looks_at != "divergence"
@@ -117,6 +117,14 @@ def measure(
     for case in cases:
         measured[case.metric.name][case.variant.name] = _measured(case, flat, drawn)
     return measured
+
+
+def _other(metric: Metric, by_variant: Mapping[str, RowSums], variant: Variant) -> RowSums | None:
+    """What a variant is compared with; None for what has no reference."""
+    own, found = by_variant[variant.name], by_variant.get(variant.reference)
+    if found is None or metric.beside is None:
+        return found
+    return RowSums(np.where(own.present, metric.beside, np.nan), np.where(own.present, 1.0, np.nan), own.transform)
 
 
 def _measured(case: _Case, flat: Sequence[RowSums], drawn: Sequence[Floats]) -> Measured:

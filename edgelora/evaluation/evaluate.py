@@ -16,7 +16,7 @@ from edgelora.evaluation.answers import Answer, Answers, Needs, Progress
 from edgelora.evaluation.bootstrap import RESAMPLES
 from edgelora.evaluation.comparison import Measured, measure
 from edgelora.evaluation.json_fields import field_shares
-from edgelora.evaluation.judge import PAIR, Judge
+from edgelora.evaluation.judge import PAIR, TIED, Judge
 from edgelora.evaluation.labels import Confusion, Labels
 from edgelora.evaluation.metrics import DIVERGENCES, Metric, judged, make_metrics, own
 from edgelora.evaluation.own_function import OwnFunction
@@ -164,7 +164,7 @@ def _metrics(settings: EvalSettings, rows: Sequence[EvalRow], path: str, *, has_
     if settings.function:
         found.append(own(OwnFunction.load(settings.function), path))
     if settings.judge:
-        found.append(judged(settings.judge.metric, is_share=settings.judge.mode == PAIR))
+        found.append(judged(settings.judge.metric, tied=TIED if settings.judge.mode == PAIR else None))
     if has_others and any(metric.looks_at == "likelihood" for metric in found):
         found += DIVERGENCES
     names = [metric.name for metric in found]

@@ -2,7 +2,7 @@
 
 A reply is a label where it says it, but for case, spacing and punctuation around it; or where it has just one of them
 in it, as whole words ("The category is card_arrival."). Of labels inside one another ("card", "card_arrival") the
-longer one counts.
+longer one counts, and a number is no part of another one ("3" of "-3" or "3.5").
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 NO_LABEL = "(no label)"
+# A whole word; of a number, no part of one with a sign, a fraction or thousands.
+_BEFORE = r"(?<!\w)(?:(?!\d)|(?<!\d[.,])(?<!^-)(?<!\s-))"
+_AFTER = r"(?!\w)(?:(?<!\d)|(?![.,]\d))"
 _AROUND = " \t\r\n.,;:!?'\"`*()[]{}<>"
 
 
@@ -27,7 +30,8 @@ class Labels:
         self.names = sorted({_trimmed(reference) for reference in references})
         self._by_key = {_key(name): name for name in self.names}
         longest_first = sorted(filter(None, self._by_key), key=len, reverse=True)
-        self._inside = re.compile("|".join(rf"(?<!\w){re.escape(key)}(?!\w)" for key in longest_first) or r"(?!)")
+        any_label = "|".join(map(re.escape, longest_first))
+        self._inside = re.compile(rf"{_BEFORE}(?:{any_label}){_AFTER}" if any_label else r"(?!)")
 
     def of(self, text: str) -> str:
         """The label that a text says, `NO_LABEL` for none or several."""

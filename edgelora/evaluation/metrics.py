@@ -42,6 +42,8 @@ class Metric:
         is_lower_better: of perplexity and divergence.
         same: by how much the rows of two variants may differ, each its ratio of sums, and still count as the same.
         transform: of the ratio of all sums.
+        beside: what a row has where two variants are equally good, of a metric that compares each with its reference
+            by itself; None where the reference has a value of its own to compare with.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Metric:
     is_lower_better: bool = False
     same: float = 0.0
     transform: Callable[[Floats], Floats] = np.asarray
+    beside: float | None = None
 
     def sums(self, answers: Sequence[Answer], rows: Sequence[EvalRow]) -> RowSums:
         """Of all rows."""
@@ -186,11 +189,17 @@ DIVERGENCES = (
 """Of what runs on another quantization: how far its distributions are from the first one's."""
 
 
-def judged(name: str, *, is_share: bool) -> Metric:
-    """What a judge says."""
-    return Metric(
-        name, lambda answer, _: None if answer.verdict is None else (answer.verdict, 1.0), "judge", is_share=is_share
-    )
+def judged(name: str, *, tied: float | None = None) -> Metric:
+    """What a judge says.
+
+    Args:
+        tied: of one that compares replies, what it makes of equals.
+    """
+
+    def of(answer: Answer, _row: EvalRow) -> Sums:
+        return None if answer.verdict is None else (answer.verdict, 1.0)
+
+    return Metric(name, of, "judge", is_share=tied is not None, beside=tied)
 
 
 def own(function: OwnFunction, path: str) -> Metric:

@@ -42,7 +42,7 @@ class OwnFunction:
             raise DataFileError(f"{path}: no such file", hint=_HINT)
         try:
             names = runpy.run_path(path, run_name="edgelora_function")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataFileError(f"{path}: running it failed: {type(error).__name__}: {error}") from error
         if not callable(names.get(name)):
             known = ", ".join(sorted(key for key, value in names.items() if callable(value) and key[0] != "_"))
@@ -60,11 +60,11 @@ class OwnFunction:
         """
         try:
             found = self.function(reply, reference, row)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise EdgeloraError(f"--function {self.name} failed on {where}: {type(error).__name__}: {error}") from error
         try:
             number = float(found)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if isinstance(found, str) or not math.isfinite(number):
             raise EdgeloraError(f"--function {self.name} returned {found!r} for {where}, expected a finite number")

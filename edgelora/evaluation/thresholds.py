@@ -47,6 +47,10 @@ class Threshold:
         name = found["metric"].strip()
         return cls(name.replace("_", "-"), value, is_least, (found["variant"] or "").strip())
 
+    def bounds(self, metric: str) -> bool:
+        """Whether it is for this metric: `my_own` and `my-own` are one name, as they are on the command line."""
+        return metric.replace("_", "-").casefold() == self.metric.casefold()
+
     def __str__(self) -> str:
         who = f"{self.variant}:" if self.variant else ""
         return f"{'--min' if self.is_least else '--max'} {who}{self.metric}={self.value:g}"
@@ -62,7 +66,7 @@ def check_names(thresholds: Sequence[Threshold], metrics: Collection[str], varia
     SettingsError: metrics that are not measured, or unknown variants; all of them.
     """
     names = [variant.name for variant in variants]
-    problems = [f"{each}: {each.metric} is not measured" for each in thresholds if each.metric not in metrics]
+    problems = [f"{each}: {each.metric} is not measured" for each in thresholds if not any(map(each.bounds, metrics))]
     problems += [f"{each}: no {each.variant!r} is evaluated" for each in thresholds if each.variant not in ("", *names)]
     if problems:
         raise SettingsError(
@@ -83,9 +87,10 @@ def failures(
     said = []
     for each in thresholds:
         for variant in variants:
-            found = measured.get(each.metric, {}).get(variant.name)
             if not each.concerns(variant, variants):
                 continue
+            by_variant = next((found for name, found in measured.items() if each.bounds(name)), {})
+            found = by_variant.get(variant.name)
             if found is None:
                 said.append(f"{variant.name}: {each.metric} has no value, and {each} asks for one")
                 continue
@@ -94,5 +99,5 @@ def failures(
             if not (value >= each.value if each.is_least else value <= each.value):
                 shown, limit = found.metric.shown(value), found.metric.shown(each.value)
                 bound = "at least" if each.is_least else "at most"
-                said.append(f"{variant.name}: {each.metric} is {shown}, expected {bound} {limit}")
+                said.append(f"{variant.name}: {found.metric.name} is {shown}, expected {bound} {limit}")
     return said

@@ -12,7 +12,7 @@ import pytest
 from edgelora.evaluation import bootstrap
 from edgelora.evaluation.bootstrap import Difference, Interval, RowSums, interval, pair, resampled
 from edgelora.evaluation.comparison import BETTER, MISSING, SAME, WORSE, compare, measure
-from edgelora.evaluation.metrics import Metric
+from edgelora.evaluation.metrics import Metric, judged
 from edgelora.evaluation.variants import BARE, Variant, variants_of
 
 ROUGHLY = 0.12
@@ -101,6 +101,24 @@ def test_better_and_worse_follow_the_metrics_direction() -> None:
     assert (found.verdict, found.by_row) == (BETTER, (BETTER,) * 40)
     assert found.difference.interval.value == pytest.approx(math.exp(0.5) - math.exp(2))
     assert compare(LOSS, unlikely, likely, "base").verdict == WORSE
+
+
+def test_one_row_says_nothing_about_others() -> None:
+    found = compare(SHARE, means(1, math.nan), means(0, 0), "base")
+    assert (found.verdict, found.by_row, found.difference.interval.value) == (SAME, (BETTER, MISSING), 1.0)
+    assert math.isnan(found.difference.interval.low)
+    assert math.isnan(intervals([means(1)])[0].high)
+    assert compare(SHARE, means(1, 1), means(0, 0), "base").verdict == BETTER
+
+
+def test_a_metric_that_compares_is_compared_with_a_tie(tmp_path: Path) -> None:
+    """What "red on q2" wins over "red" says nothing about what "red" wins over the base."""
+    variants = variants_of(tmp_path / "model-f16.gguf", ["red"], [tmp_path / "q2.gguf"])
+    values = [means(*[points] * 9) for points in (0.5, 1.0, 0.0, 0.5)]
+    wins = {variant.name: value for variant, value in zip(variants, values, strict=True)}
+    found = measure([judged("judge-wins", tied=0.5)], variants, {"judge-wins": wins})["judge-wins"]
+    verdicts = {name: each.comparison.verdict for name, each in found.items() if each.comparison}
+    assert verdicts == {"red": BETTER, "base on q2": WORSE, "red on q2": SAME}
 
 
 def test_rows_are_the_same_within_the_metrics_tolerance() -> None:

@@ -198,6 +198,14 @@ def test_thresholds_fail_what_is_beyond_them(base: Path, references: list[Adapte
         failures(Threshold("f1", 0.5, True), Threshold("perplexity", 1.0, True, "green"))
 
 
+def test_a_threshold_of_ones_own_metric_names_the_function(base: Path, rows_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text("def is_short(reply, reference, row):\n    return 0\n")
+    threshold = Threshold.parse("is_short=0.5", is_least=True)
+    settings = replace(SETTINGS, metrics=(), function=f"{path}:is_short", thresholds=(threshold,))
+    assert evaluate(rows_file, base, settings=settings).failures == ["base: is_short is 0, expected at least 0.5"]
+
+
 def test_thresholds_are_parsed() -> None:
     assert Threshold.parse("accuracy=0.9", is_least=True) == Threshold("accuracy", 0.9, True)
     assert Threshold.parse("support:json_fields=80%", is_least=True) == Threshold("json-fields", 0.8, True, "support")

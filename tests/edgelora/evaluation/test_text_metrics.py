@@ -118,6 +118,13 @@ def test_labels_are_found_in_replies() -> None:
     assert [labels.of(text) for text in ("cardboard", "card or top up", "", "discard")] == [NO_LABEL] * 4
 
 
+def test_a_number_is_no_label_inside_another() -> None:
+    labels = Labels(["1", "3", "-2"])
+    said = ["3.", "It is 3", "3.5 stars", "about 1,300", "-3", "minus: -1", "-2", "A score of -2!"]
+    assert [labels.of(text) for text in said] == ["3", "3", *[NO_LABEL] * 4, "-2", "-2"]
+    assert [Labels(["card", "cash"]).of(text) for text in ("1.card", "Answer: -cash")] == ["card", "cash"]
+
+
 def test_confusions_are_counted() -> None:
     labels = Labels(["a", "b", "c"])
     table = Confusion.of(labels, [("a", "a"), ("a", "b"), ("b", "b"), ("c", "?"), ("a", "b")])
@@ -145,12 +152,16 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         "def broken(reply, reference, row):\n    return row['missing']\n"
         "def text(reply, reference, row):\n    return '1'\n"
         "def endless(reply, reference, row):\n    return math.inf\n"
+        "def huge(reply, reference, row):\n    return 10**400\n"
+        "def leaving(reply, reference, row):\n    raise SystemExit(0)\n"
     )
     polite = OwnFunction.load(f"{path}:polite")
     assert [polite.score("please", "", {"n": n}, "x:1") for n in (1, 2)] == [0.0, 1.0]
     with pytest.raises(EdgeloraError, match=r"broken failed on rows.jsonl:7: KeyError: 'missing'"):
         OwnFunction.load(f"{path}:broken").score("", "", {}, "rows.jsonl:7")
-    for name in ("text", "endless"):
+    with pytest.raises(EdgeloraError, match="leaving failed on x:1: SystemExit"):
+        OwnFunction.load(f"{path}:leaving").score("", "", {}, "x:1")
+    for name in ("text", "endless", "huge"):
         with pytest.raises(EdgeloraError, match=f"{name} returned .* expected a finite number"):
             OwnFunction.load(f"{path}:{name}").score("", "", {}, "x:1")
 
@@ -167,4 +178,7 @@ def test_functions_that_cannot_be_had_are_told(tmp_path: Path) -> None:
         OwnFunction.load(f"{tmp_path}/none.py:one")
     path.write_text("1 / 0\n")
     with pytest.raises(DataFileError, match="ZeroDivisionError"):
+        OwnFunction.load(f"{path}:one")
+    path.write_text("raise SystemExit(0)\n")
+    with pytest.raises(DataFileError, match="running it failed: SystemExit"):  # and no exit code that says all is well
         OwnFunction.load(f"{path}:one")
