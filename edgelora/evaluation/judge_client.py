@@ -6,9 +6,11 @@ import http.client
 import json
 import os
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +20,9 @@ from edgelora.messages import Message
 
 TRIES = 5
 TIMEOUT_SECONDS = 120.0
+"""Of a try: from the connection to the last byte of the answer."""
+STOP_SECONDS = 0.2
+"""How often a try looks whether anybody waits for it still."""
 MAX_WAIT_SECONDS = 60.0
 MAX_ANSWER_BYTES = 4 << 20
 MAX_TOKENS = 512
@@ -41,6 +46,15 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 @dataclass(frozen=True)
+class _Answer:
+    """What came back; `retry_after` is the header of that name."""
+
+    status: int
+    body: bytes
+    retry_after: str | None = None
+
+
+@dataclass(frozen=True)
 class JudgeClient:
     """One model.
 
@@ -48,6 +62,7 @@ class JudgeClient:
         url: of the API, as OpenAI's clients take it: `http://localhost:8000/v1`.
         key_variable: name of the environment variable that holds the key; empty for none.
         first_wait: seconds before the second try; each later one waits twice as long.
+        timeout: seconds that a try may take.
         stop: once it is set, nothing is waited for any more.
 
     Raises:
@@ -58,6 +73,7 @@ class JudgeClient:
     model: str
     key_variable: str = ""
     first_wait: float = 1.0
+    timeout: float = TIMEOUT_SECONDS
     stop: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -84,16 +100,17 @@ class JudgeClient:
             if number and self.stop.wait(min(MAX_WAIT_SECONDS, self.first_wait * 2 ** (number - 1))):
                 break
             try:
-                return _content(self._post(body))
-            except urllib.error.HTTPError as error:
-                with error:
-                    problem = f"{error.code} {_shown(error.read(MAX_ANSWER_BYTES))}"
-                if error.code not in TRY_AGAIN and error.code < 500:
-                    kind = QuestionRefusedError if error.code in OF_THE_QUESTION else EdgeloraError
-                    raise kind(f"the judge at {self.url} refuses: {problem}") from None
-                self._obey(error.headers.get("Retry-After"))
+                answer = self._in_time(body)
+                if answer.status < 300:
+                    return _content(answer.body)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 problem = str(getattr(error, "reason", error))
+                continue
+            problem = f"{answer.status} {_shown(answer.body)}"
+            if answer.status not in TRY_AGAIN and answer.status < 500:
+                kind = QuestionRefusedError if answer.status in OF_THE_QUESTION else EdgeloraError
+                raise kind(f"the judge at {self.url} refuses: {problem}")
+            self._obey(answer.retry_after)
         raise EdgeloraError(
             f"the judge at {self.url} gave no answer in {TRIES} tries: {problem}",
             hint="Run the same command again: it goes on where this one ended (with -o).",
@@ -104,16 +121,42 @@ class JudgeClient:
         if seconds and seconds.isascii() and seconds.isdigit():
             self.stop.wait(min(MAX_WAIT_SECONDS, float(seconds)))
 
-    def _post(self, body: Mapping[str, Any]) -> bytes:
+    def _in_time(self, body: Mapping[str, Any]) -> _Answer:
+        """What came back within `timeout`, however slowly it drips.
+
+        A socket's own timeout is for each of its reads. So a try has a thread, which is left to itself when its time is
+        over, or when nobody waits any more; it keeps no process from ending.
+        """
+        answer: Future[_Answer] = Future()
+
+        def post() -> None:
+            try:
+                answer.set_result(self._post(body))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=post, name="edgelora-judge-try", daemon=True).start()
+        end = time.monotonic() + self.timeout
+        while not answer.done() and not self.stop.is_set() and (left := end - time.monotonic()) > 0:
+            wait([answer], min(STOP_SECONDS, left))
+        if not answer.done():
+            raise TimeoutError("stopped" if self.stop.is_set() else f"no whole answer within {self.timeout:g} s")
+        return answer.result()
+
+    def _post(self, body: Mapping[str, Any]) -> _Answer:
         address = self.url.rstrip("/")
         address = address if address.endswith(_PATH) else address + _PATH
         headers = {"Content-Type": "application/json"}
         if self.key_variable:
             headers["Authorization"] = f"Bearer {os.environ[self.key_variable].strip()}"
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        with urllib.request.build_opener(_NoRedirects).open(request, timeout=TIMEOUT_SECONDS) as response:
-            answer: bytes = response.read(MAX_ANSWER_BYTES + 1)
-        if len(answer) > MAX_ANSWER_BYTES:
+        try:
+            with urllib.request.build_opener(_NoRedirects).open(request, timeout=self.timeout) as response:
+                answer = _Answer(response.status, response.read(MAX_ANSWER_BYTES + 1))
+        except urllib.error.HTTPError as error:
+            with error:
+                return _Answer(error.code, error.read(MAX_ANSWER_BYTES), error.headers.get("Retry-After"))
+        if len(answer.body) > MAX_ANSWER_BYTES:
             raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
         return answer
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -224,6 +226,71 @@ def test_a_question_that_is_refused_costs_its_own_verdict(endpoint: Endpoint) ->
     endpoint.queue.append((401, {}, "who are you"))
     with pytest.raises(EdgeloraError, match="refuses: 401"):
         ask()
+
+
+class Dripping(ThreadingHTTPServer):
+    """Sends a byte of its answer, and then another, as long as somebody listens."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        super().__init__(("127.0.0.1", 0), _DrippingHandler)
+
+
+class _DrippingHandler(BaseHTTPRequestHandler):
+    server: Dripping
+
+    def do_POST(self) -> None:
+        self.server.asked.set()
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(200):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.02)
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def dripping() -> Iterator[Dripping]:
+    server = Dripping()
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_an_answer_that_drips_ends_in_time(dripping: Dripping) -> None:
+    """Each of its reads is quick, and the whole takes 4 s a try."""
+    client = JudgeClient(f"http://127.0.0.1:{dripping.server_address[1]}", "big", first_wait=0.001, timeout=0.1)
+    with pytest.raises(EdgeloraError, match=r"no whole answer within 0.1 s"):
+        client.ask([user_message("?")])
+
+
+def test_a_judge_that_hangs_holds_nobody_who_stopped(dripping: Dripping) -> None:
+    client = JudgeClient(f"http://127.0.0.1:{dripping.server_address[1]}", "big")
+    caught: list[EdgeloraError] = []
+
+    def ask() -> None:
+        try:
+            client.ask([user_message("?")])
+        except EdgeloraError as error:
+            caught.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert dripping.asked.wait(30)
+    client.stop.set()
+    asking.join(30)
+    (error,) = caught
+    assert "stopped" in error.message  # and not the end of the answer, which is no JSON
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
