@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from edgelora.adapter_ref import AdapterRef
 from edgelora.cli.options import (
@@ -41,7 +42,10 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Perplexity on a plain text": ("text", "chunk_size", "chunks"),
     "Engine": ("ctx_size", "threads", "gpu_layers", "kv_type", "chat_template", "force"),
 }
-_COLOURS = {"better": "green", "worse": "red"}
+# What only one of the two ways to evaluate reads.
+OF_ROWS = (*SECTIONS["Rows"], "metrics", "function", *SECTIONS["A judge"], "out", "ctx_size", "kv_type", "temperature",
+           "max_tokens", "schema", "stop", "parallel")  # fmt: skip
+OF_TEXT = ("chunk_size", "chunks")
 
 
 @click.command("eval", cls=sectioned(SECTIONS))
@@ -120,10 +124,13 @@ def command(
     if (data is None) == (text is None):
         raise click.UsageError("name a DATA file, or a text with --perplexity" if data is None else
                                "DATA and --perplexity: one at a time")  # fmt: skip
+    if unread := typed(OF_TEXT if text is None else OF_ROWS):
+        raise click.UsageError(f"{unread}: for rows, and --perplexity reads a text" if text is not None else
+                               f"{unread}: for a text, and DATA has rows: give --perplexity TEXT")  # fmt: skip
     thresholds = tuple(Threshold.parse(each, is_least=True) for each in minimum)
     thresholds += tuple(Threshold.parse(each, is_least=False) for each in maximum)
     if text is not None:
-        failures = _text(text, base, adapters, against, thresholds, as_json=as_json, out=out, **options)
+        failures = _text(text, base, adapters, against, thresholds, as_json=as_json, **options)
     else:
         assert data is not None
         failures = _rows(data, base, adapters, against, thresholds, as_json=as_json, out=out, **options)
@@ -131,6 +138,16 @@ def command(
         click.secho(visible(failure), err=True, fg="red")
     if failures:
         click.get_current_context().exit(1)
+
+
+def typed(names: Sequence[str]) -> str:
+    """Those of the options that are on the command line, as they are spelt there."""
+    context = click.get_current_context()
+    return ", ".join(
+        option.opts[-1]
+        for option in context.command.params
+        if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    )
 
 
 def _rows(
@@ -199,8 +216,8 @@ def _judge(options: Mapping[str, Any]) -> Judge | None:
     from edgelora.evaluation.judge_client import JudgeClient
 
     if not options["judge"]:
-        if given := [name for name in ("judge_model", "judge_key_env") if options[name]]:
-            raise click.UsageError(f"--{given[0].replace('_', '-')} goes with --judge")
+        if given := typed(SECTIONS["A judge"]):
+            raise click.UsageError(f"{given} goes with --judge")
         return None
     client = JudgeClient(options["judge"], options["judge_model"], options["judge_key_env"])
     return Judge(client, options["judge_mode"])
@@ -251,16 +268,10 @@ def _text(
     thresholds: tuple[Threshold, ...],
     *,
     as_json: bool,
-    out: Path | None,
     **options: Any,
 ) -> Sequence[str]:
     from edgelora.evaluation.text_perplexity import TextSettings, evaluate_text
 
-    unused = ("metrics", "function", "judge", "prompt", "reference", "system", "limit", "sample", "ctx_size", "kv_type",
-              "temperature", "max_tokens", "schema", "stop", "parallel")  # fmt: skip
-    if given := [name for name in unused if options[name] not in (None, ())] + (["out"] if out else []):
-        names = ", ".join("--" + name.replace("_", "-").removesuffix("s") for name in given)
-        raise click.UsageError(f"{names}: for rows, and --perplexity reads a text")
     settings = TextSettings(
         chunk_size=options["chunk_size"],
         chunks=options["chunks"],

@@ -49,7 +49,9 @@ def test_a_table_a_folder_and_json(tiny_q8: Path, adapter: Path, tmp_path: Path)
         (["--metric", "bleu"], 2, "unknown metric 'bleu'"),
         (["--judge", "http://127.0.0.1:9/v1"], 2, "needs the name of a model"),
         (["--judge-model", "big"], 2, "--judge-model goes with --judge"),
+        (["--judge-mode", "pairwise"], 2, "--judge-mode goes with --judge"),
         (["--perplexity", "x.txt"], 2, "one at a time"),
+        (["--chunks", "3"], 2, "--chunks: for a text, and DATA has rows"),
         (["--adapter", "missing.gguf"], 3, "missing.gguf"),
         (["--function", "none.py:one"], 4, "none.py: no such file"),
     ],
@@ -102,7 +104,8 @@ def test_perplexity_of_a_text(tiny_q8: Path, adapter: Path, tmp_path: Path) -> N
     assert told[1]["measured"]["compared"]["reference"] == "base"
     assert told[1]["perplexity"] != told[0]["perplexity"]
     assert run(*common, "--max", "perplexity=1").exit_code == 1
-    assert "--limit: for rows" in run(*common, "--limit", 3).stderr
+    refused = run(*common, "--max-tokens", 3, "--judge-model", "big", "-o", tmp_path / "out")
+    assert "--out, --judge-model, --max-tokens: for rows" in refused.stderr
 
 
 def test_a_killed_run_goes_on(tiny_q8: Path, adapter: Path, tmp_path: Path) -> None:
