@@ -7,6 +7,7 @@
 
 The first three are TRL's (https://huggingface.co/docs/trl/dataset_formats#preference), the last is that of OpenAI's
 fine-tuning (https://platform.openai.com/docs/guides/direct-preference-optimization). A MESSAGE is `{role, content}`.
+In tables (CSV, Parquet), lists of messages may be JSON text.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgelora.dataset.chat import messages_from_cell
 from edgelora.dataset.reading import Given, read_all
+from edgelora.dataset.turns import HALF_CHARACTER, has_half_character
 from edgelora.messages import Message, check_messages, prepared, user_message
 from edgelora.rows import Row
 
@@ -67,6 +70,7 @@ def preference_of(row: Row, source: str) -> Preference | str:
 
 
 def _pair(names: tuple[str, str, str], prompt: Any, chosen: Any, rejected: Any, source: str) -> Preference | str:
+    prompt, chosen, rejected = (messages_from_cell(value) for value in (prompt, chosen, rejected))
     if isinstance(prompt, str):
         prompt = [user_message(prompt)]
     if prompt is None and (isinstance(chosen, str) or isinstance(rejected, str)):
@@ -88,6 +92,8 @@ def _pair(names: tuple[str, str, str], prompt: Any, chosen: Any, rejected: Any, 
             return f"`{name}` is empty"
     if not before or before[-1]["role"] == "assistant":
         return "no prompt that ends with the user's turn before the replies"
+    if has_half_character(before, replies):
+        return HALF_CHARACTER
     return Preference(tuple(prepared(before)), tuple(prepared(replies[0])), tuple(prepared(replies[1])), source)
 
 

@@ -20,7 +20,8 @@ from edgelora.messages import Conversation, user_message
 def read_alpaca(data: Mapping[str, Any], source: str) -> Conversation | str:
     if "output" not in data:
         return "`instruction` without `output`"
-    texts = {name: data.get(name) or "" for name in ("instruction", "input", "output", "system")}
+    given = {name: data.get(name) for name in ("instruction", "input", "output", "system")}
+    texts = {name: "" if value is None else value for name, value in given.items()}
     for name, value in texts.items():
         if not isinstance(value, str):
             return f"`{name}` is a JSON {json_type(value)}, expected a string"

@@ -62,6 +62,13 @@ def from_cell(value: Any) -> Any:
     return value
 
 
+def messages_from_cell(value: Any) -> Any:
+    """Messages that a table's cell holds as JSON text; any other text, also a JSON list of something else, as it is."""
+    found = from_cell(value)
+    is_messages = isinstance(found, list) and found and all(isinstance(item, dict) and "role" in item for item in found)
+    return found if is_messages else value
+
+
 def _says_something(message: Mapping[str, Any]) -> bool:
     return bool(message.get("tool_calls") or (message.get("content") or "").strip())
 

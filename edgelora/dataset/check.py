@@ -12,7 +12,7 @@ from edgelora.dataset.lengths import Bucket, Spread, histogram, spread
 from edgelora.dataset.reading import RowReader
 from edgelora.dataset.repeats import Indices, first_of, shared
 from edgelora.dataset.scan import Measure, Scan, read_example
-from edgelora.dataset.source import DataSource
+from edgelora.dataset.source import DataSource, nothing_left
 from edgelora.errors import DataFileError
 from edgelora.messages import Conversation
 from edgelora.rows import MAX_PROBLEMS_SHOWN
@@ -186,6 +186,8 @@ def _findings(scan: Scan, side: str) -> Iterator[Finding]:
     for file in scan.files:
         if not file.rows and not file.bad_rows:
             yield Finding("error", 0, f"no rows in {file.source.name}")
+        if nothing := nothing_left(file.source.name, file.rows, file.source.weight):
+            yield Finding("error", 0, nothing)
     for text, noticed in scan.odd.items():
         yield Finding("warning", noticed.count, f"{side}rows {text}", tuple(noticed.places[:EXAMPLES]))
     repeats = scan.hashes.repeats()

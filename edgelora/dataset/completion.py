@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.dataset.chat import conversation_from, from_cell
+from edgelora.dataset.chat import conversation_from, from_cell, messages_from_cell
 from edgelora.json_type import json_type
 from edgelora.messages import Conversation, Message, user_message
 
@@ -21,7 +21,7 @@ def read_completion(data: Mapping[str, Any], source: str) -> Conversation | str:
     asked, answered = next((pair for pair in PAIRS if all(name in data for name in pair)), PAIRS[0])
     if missing := [f"`{name}`" for name in (asked, answered) if name not in data]:
         return f"no {' and no '.join(missing)}; found {', '.join(f'`{name}`' for name in data)}"
-    prompt, completion = from_cell(data[asked]), from_cell(data[answered])
+    prompt, completion = messages_from_cell(data[asked]), messages_from_cell(data[answered])
     if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational prompt/completion
         return conversation_from(prompt + completion, source, tools=from_cell(data.get("tools")), data=data)
     if data.get("tools"):

@@ -11,6 +11,7 @@ from edgelora.dataset.chat import read_chat
 from edgelora.dataset.completion import read_completion
 from edgelora.dataset.plain_text import read_plain_text
 from edgelora.dataset.sharegpt import read_sharegpt
+from edgelora.dataset.turns import HALF_CHARACTER, has_half_character
 from edgelora.messages import Conversation
 from edgelora.rows import Row
 
@@ -95,4 +96,7 @@ def conversation_of(row: Row, source: str) -> Conversation | str:
     if found is None:
         fields = ", ".join(f"`{name}`" for name in row.data) or "no fields"
         return f"expected {', or '.join(format_.shape for format_ in FORMATS[1:])}; found {fields}"
-    return found.read(row.data, source)
+    conversation = found.read(row.data, source)
+    if isinstance(conversation, Conversation) and has_half_character(conversation.messages, conversation.tools):
+        return HALF_CHARACTER
+    return conversation

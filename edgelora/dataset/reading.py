@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgelora.dataset.formats import HINT, Format, conversation_of, format_of
-from edgelora.dataset.source import DataSource, weighted
+from edgelora.dataset.source import DataSource, nothing_left, weighted
 from edgelora.errors import DataFileError
 from edgelora.messages import Conversation
 from edgelora.rows import Row, listed_problems
@@ -70,6 +70,8 @@ def read_all(
                 found.append(item)
         if not found and len(problems) == n_problems:
             problems.append(f"{source.name}: no rows")
+        if nothing := nothing_left(source.name, len(found), source.weight):
+            problems.append(nothing)
         items += weighted(found, source.weight, f"{seed}/{number}")
     if problems:
         raise DataFileError(listed_problems(problems), hint=hint)

@@ -57,7 +57,7 @@ def _message(turn: Any, index: int) -> dict[str, Any] | str:
         return turn  # OpenAI's, checked as those are
     if turn["from"] in OF_TOOLS:
         return f"turn {index} is from {turn['from']!r}: write a conversation with tools as `messages`"
-    if turn["from"] not in SPEAKERS:
+    if not isinstance(turn["from"], str) or turn["from"] not in SPEAKERS:
         return f"turn {index} is from {turn['from']!r}, expected one of {', '.join(SPEAKERS)}"
     weight = {"weight": turn["weight"]} if turn.get("weight") is not None else {}
     return {"role": SPEAKERS[turn["from"]], "content": turn.get("value"), **weight}

@@ -119,11 +119,24 @@ def data_sha256(sources: Sequence[DataSource]) -> str:
     return hashlib.sha256(json.dumps([[s.sha256(), s.weight] for s in sources]).encode()).hexdigest()
 
 
+def n_weighted(count: int, weight: float) -> int:
+    """How many rows of `count` an epoch has."""
+    copies = math.floor(weight)
+    return copies * count + round((weight - copies) * count)
+
+
+def nothing_left(name: str, count: int, weight: float) -> str:
+    """What is wrong with a weight that leaves no row of `count`; empty where some are left, or there were none."""
+    if not count or n_weighted(count, weight):
+        return ""
+    return f"{name}: a weight of {weight:g} leaves none of its {count:,} rows; @{1 / count:.3g} leaves one"
+
+
 def weighted(items: Sequence[Item], weight: float, seed: str) -> list[Item]:
     """`items` as often as `weight` says: all of them `floor(weight)` times, and of the rest of the weight a share of
     them, rounded, drawn without replacement by `seed`, in their own order."""
     copies = math.floor(weight)
-    share = round((weight - copies) * len(items))
+    share = n_weighted(len(items), weight) - copies * len(items)
     drawn = sorted(random.Random(seed).sample(range(len(items)), share))
     return [*items] * copies + [items[index] for index in drawn]
 

@@ -1,15 +1,27 @@
-"""What is odd about the turns of a conversation, and yet no reason to refuse it."""
+"""What is odd about the turns of a conversation: what no tokenizer reads, and what is no reason to refuse it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from edgelora.messages import Message
 
+HALF_CHARACTER = 'half of a character (JSON can write it: "\\ud83d"), which no tokenizer reads'
+
 EMPTY = "with an empty turn"
 ASSISTANT_FIRST = "that begin with the assistant"
 UNANSWERED_CALL = "with a call of a tool that no tool answers"
+
+
+def has_half_character(*parts: object) -> bool:
+    """Whether texts somewhere in `parts` hold one half of a surrogate pair without the other."""
+    try:
+        json.dumps(parts, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def oddities(messages: Sequence[Message]) -> Iterator[str]:

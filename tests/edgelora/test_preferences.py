@@ -44,6 +44,7 @@ def test_a_conversation_before() -> None:
         ({"prompt": "q", "chosen": "yes", "rejected": "yes"}, "are the same"),
         ({"prompt": "q", "chosen": "yes", "rejected": " "}, "`rejected` is empty"),
         ({"prompt": "q", "chosen": 3, "rejected": "no"}, "`chosen` is not a text"),
+        ({"prompt": "q", "chosen": "yes", "rejected": "no \udc00"}, "half of a character"),
         ({"prompt": [ASKED, YES], "chosen": "yes", "rejected": "no"}, "no prompt that ends with the user's turn"),
         ({"prompt": "q", "chosen": [YES], "rejected": [ASKED]}, "`rejected` goes on with no reply"),
         ({"prompt": "q", "chosen": [{"role": "bot"}], "rejected": "no"}, "`chosen`: message 1 has role 'bot'"),
@@ -56,6 +57,15 @@ def test_what_is_no_pair(data: dict[str, Any], told: str) -> None:
     found = preference_of(Row(1, data), "x:1")
     assert isinstance(found, str)
     assert told in found
+
+
+def test_a_tables_cells_hold_messages_as_json() -> None:
+    messages = {"prompt": [ASKED], "chosen": [YES], "rejected": [{"role": "assistant", "content": "no"}]}
+    cells = {name: json.dumps(value) for name, value in messages.items()}
+    assert preference_of(Row(1, cells), "x:1") == preference_of(Row(1, messages), "x:1")
+    found = preference_of(Row(1, {"prompt": "[3, 1]", "chosen": "[1, 3]", "rejected": "[]"}), "x:1")
+    assert not isinstance(found, str)
+    assert found.chosen[0]["content"] == "[1, 3]"
 
 
 def test_all_bad_rows_of_a_file_at_once(tmp_path: Path) -> None:

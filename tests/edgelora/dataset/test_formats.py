@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from edgelora.dataset import FORMATS, DataSource, conversation_of, format_of, read_conversations
+from edgelora.dataset.check import check_data
 from edgelora.dataset.source import data_sha256, weighted
 from edgelora.errors import DataFileError, SettingsError
 from edgelora.messages import Conversation
@@ -86,15 +87,18 @@ def test_conversational_prompt_and_completion(tmp_path: Path) -> None:
         ({"instruction": "x"}, "`instruction` without `output`"),
         ({"instruction": "x", "output": " "}, "`output` is empty"),
         ({"instruction": 1, "output": "x"}, "`instruction` is a JSON number"),
+        ({"instruction": "x", "output": 0}, "`output` is a JSON number"),
         ({"instruction": "x", "output": "y", "history": ["z"]}, "`history` is no list"),
         ({"conversations": "x"}, "`conversations` is a JSON string"),
         ({"conversations": []}, "`conversations` is empty"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "turn 1 is from 'narrator', expected one of system"),
         ({"conversations": [{"from": "observation", "value": "x"}]}, "write a conversation with tools as `messages`"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "turn 1 is from ['human'], expected one of system"),
         ({"conversations": [{"from": "human"}]}, "message 1 has `content` of type null"),
         ({"prompt": "x", "chosen": "y", "rejected": "z"}, "a preference pair"),
         ({"prompt": 3, "completion": "x"}, "`prompt` is a JSON number, expected a string"),
         ({"prompt": "x", "completion": "  "}, "`completion` is empty"),
+        ({"prompt": "x", "completion": "broken \ud83d"}, "half of a character"),
         ({"messages": []}, "`messages` is empty"),
         ({"messages": "hi"}, "`messages` is a JSON string"),
         ({"messages": ["hi"]}, "message 1 is a JSON string"),
@@ -199,6 +203,23 @@ def test_a_weight_draws_without_replacement_and_repeats_beyond_one() -> None:
     seen = Counter(weighted(rows, 2.3, "1/0"))
     assert Counter(seen.values()) == {2: 70, 3: 30}
     assert weighted(rows, 1, "1/0") == rows
+
+
+def test_a_weight_that_leaves_nothing_is_told(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "completion": "c"} for n in range(4)]
+    few, more = write(tmp_path / "few.jsonl", *rows), write(tmp_path / "more.jsonl", *rows)
+    sources = [DataSource(str(few), 0.1), DataSource(str(more))]
+    with pytest.raises(DataFileError, match=r"few.jsonl: a weight of 0.1 leaves none of its 4 rows; @0.25 leaves one$"):
+        read_conversations(sources)
+    assert [finding.text.partition(": ")[2] for finding in check_data(sources).of("error")] == [
+        "a weight of 0.1 leaves none of its 4 rows; @0.25 leaves one"
+    ]
+    assert len(read_conversations(DataSource(str(few), 0.25))) == 1
+
+
+def test_texts_that_are_json_lists_are_texts(tmp_path: Path) -> None:
+    (found,) = read_conversations(write(tmp_path / "d.jsonl", {"prompt": "[3, 1]", "completion": "[1, 3]"}))
+    assert [message["content"] for message in found.messages] == ["[3, 1]", "[1, 3]"]
 
 
 def test_several_files_each_in_its_share_and_format(tmp_path: Path) -> None:
