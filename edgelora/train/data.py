@@ -41,7 +41,7 @@ class TokenRows:
 
     Attributes:
         cut: rows that lost tokens at `max_length`; of a plain text that is longer, each piece is a row.
-        dropped: rows left out because no trained token was left.
+        dropped: rows left out because no trained token was left, or nothing before it to foretell it from.
         split: conversations trained one reply at a time, or on another text than the template gives for the whole.
         quoting: conversations whose messages hold the text of special tokens.
         apart: `FILE:LINE` of conversations in which a token would reach from a prompt into its reply.
@@ -128,7 +128,7 @@ def tokenize_conversations(
         for row in tokenized.rows
         for piece in fitted(replace(row, source=owner.source), max_length, plain=owner.plain)
     ]
-    kept = [row for row, _ in rows if any(label != IGNORED for label in row.labels)]
+    kept = [row for row, _ in rows if n_trained(row)]
     if not kept:
         raise DataFileError(
             f"{conversations[0].source.rpartition(':')[0]}: cut at {max_length} tokens, no row holds a reply",
@@ -234,13 +234,21 @@ def _labels(passage: Passage, ids: Sequence[int], offsets: Sequence[tuple[int, i
     ]
 
 
+def n_trained(row: TokenRow) -> int:
+    """How many tokens of a row are trained: nothing foretells the first, whatever its label."""
+    return sum(label != IGNORED for label in row.labels[1:])
+
+
 def fitted(row: TokenRow, max_length: int, *, plain: bool) -> Iterator[tuple[TokenRow, bool]]:
-    """A row as rows of at most `max_length` tokens, each with whether tokens were lost."""
-    ends = range(max_length, len(row.input_ids) + max_length, max_length) if plain else (max_length,)
-    for end in ends:
-        begin = end - max_length
-        piece = replace(row, input_ids=row.input_ids[begin:end], labels=row.labels[begin:end])
-        yield piece, not plain and len(row.input_ids) > max_length
+    """A row as rows of at most `max_length` tokens, each with whether tokens were lost.
+
+    A piece of a plain text begins with the last token of the piece before, which foretells its first new one.
+    """
+    n_tokens = len(row.input_ids)
+    for begin in range(0, max(n_tokens - 1, 1), max_length - 1) if plain else (0,):
+        end = begin + max_length
+        labels = [IGNORED, *row.labels[begin + 1 : end]] if begin else row.labels[:end]
+        yield replace(row, input_ids=row.input_ids[begin:end], labels=labels), not plain and n_tokens > max_length
 
 
 def compare_with_transformers(

@@ -21,6 +21,7 @@ from edgelora.train.data import (
     conversation_passages,
     finder_for,
     fitted,
+    n_trained,
     quotes_special_tokens,
     require_offsets,
     tokenize_passages,
@@ -101,7 +102,7 @@ class TokenCheck:
         self, conversation: Conversation, passages: Sequence[Passage], rows: Sequence[TokenRow]
     ) -> Measured | str:
         pieces = [list(fitted(row, self._max_length, plain=conversation.plain)) for row in rows]
-        trained = [sum(label != IGNORED for label in piece.labels) for group in pieces for piece, _ in group]
+        trained = [n_trained(piece) for group in pieces for piece, _ in group]
         if not conversation.plain and len(rows) == 1 and len(self._added) < ROWS_TAKEN_APART:
             self._take_apart(conversation, rows[0])
         unknown = self._tokenizer.unk_token_id

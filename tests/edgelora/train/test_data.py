@@ -13,7 +13,7 @@ from edgelora.messages import Conversation, Message
 from edgelora.rows import Row
 from edgelora.template import BUILTIN, ChatTemplate
 from edgelora.train.base import find_base
-from edgelora.train.data import IGNORED, TokenRow, chat_template_ids, finder_for, tokenize_conversations
+from edgelora.train.data import IGNORED, TokenRow, chat_template_ids, finder_for, n_trained, tokenize_conversations
 from tests.conftest import SHARED
 
 from .conftest import chat
@@ -105,13 +105,24 @@ def test_plain_text_is_trained_whole_without_a_template(tokenizer: Any) -> None:
     assert tokenizer.decode(whole.input_ids) == f"<|begin|>{text}<|im_end|>"
     assert whole.labels == [IGNORED, *whole.input_ids[1:]]
     pieces = tokenize_conversations([found], tokenizer, finder, 32)
-    assert [token for row in pieces.rows for token in row.input_ids] == whole.input_ids
-    assert [label for row in pieces.rows for label in row.labels] == whole.labels
+    first, *later = pieces.rows
+    # Each begins with the last token of the one before: otherwise nothing would foretell its first.
+    assert first.input_ids + [token for row in later for token in row.input_ids[1:]] == whole.input_ids
+    assert first.labels + [label for row in later for label in row.labels[1:]] == whole.labels
+    assert all(row.labels[0] == IGNORED for row in later)
     assert [len(row.input_ids) for row in pieces.rows[:-1]] == [32] * (len(pieces.rows) - 1)
     assert {row.source for row in pieces.rows} == {"data.jsonl:1"}
     assert pieces.cut == 0
-    exact = tokenize_conversations([found], tokenizer, finder, len(whole.input_ids))
+    n_tokens = len(whole.input_ids)
+    exact = tokenize_conversations([found], tokenizer, finder, n_tokens)
     assert len(exact.rows) == 1
+    two = tokenize_conversations([found], tokenizer, finder, n_tokens - 1)
+    assert [len(row.input_ids) for row in two.rows] == [n_tokens - 1, 2]  # of one token, the loss would be 0 / 0
+
+
+def test_the_first_token_of_a_row_is_not_trained_whatever_its_label() -> None:
+    assert [n_trained(TokenRow([5] * n, [5] * n)) for n in (1, 2)] == [0, 1]
+    assert n_trained(TokenRow([5, 6, 7], [IGNORED, IGNORED, 7])) == 1
 
 
 def test_special_tokens_in_messages_are_counted(tokenizer: Any) -> None:
