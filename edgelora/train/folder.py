@@ -131,8 +131,7 @@ class RunFolder:
         Raises:
             SettingsError: a finished adapter, a run with checkpoints, or files of something else.
         """
-        if self.path.is_file():
-            raise SettingsError(f"{self.path}: a file, expected a folder", hint="Give another folder with -o.")
+        self.refuse_file()
         if not self.path.is_dir() or all(file.name == LOCK for file in self.path.iterdir()):
             return
         if self.finished:
@@ -145,13 +144,19 @@ class RunFolder:
                 hint="Go on with it by adding --resume, or remove the folder to begin again.",
             )
 
+    def refuse_file(self) -> None:
+        """Raises SettingsError where the folder's name is that of a file."""
+        if self.path.is_file():
+            raise SettingsError(f"{self.path}: a file, expected a folder", hint="Give another folder with -o.")
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training in this folder.
 
         Raises:
-            SettingsError: another does.
+            SettingsError: another does, or it is a file.
         """
+        self.refuse_file()
         lock = FileLock(self.path / LOCK)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -305,7 +310,7 @@ def _complete_files(folder: Path) -> None:
     """On disk, and with the permissions of any new file: safetensors makes its own for the owner alone."""
     umask = os.umask(0)
     os.umask(umask)
-    for file in folder.iterdir():
+    for file in filter(Path.is_file, folder.rglob("*")):  # DeepSpeed and FSDP have folders in a checkpoint
         file.chmod(0o666 & ~umask)
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())

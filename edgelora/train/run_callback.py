@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -76,7 +77,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         loss = metrics.get("eval_loss")
         if loss is None or not self.recipe.ends_with_best:
             return
-        if state.best_metric is None or loss < state.best_metric:
+        if math.isfinite(loss) and (state.best_metric is None or loss < state.best_metric):
             state.best_metric, state.best_global_step = loss, state.global_step
             control.should_save = True
         elif stopped_early(vars(state), self.recipe.early_stopping_patience):

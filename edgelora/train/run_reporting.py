@@ -38,13 +38,13 @@ def facts_of(job: Job, prepared: Prepared, place: Placement) -> RunFacts:
 
 
 def _plan(job: Job, prepared: Prepared, place: Placement, found: Sequence[int]) -> dict[str, Any]:
-    """Bytes by part; empty for a model that cannot be reckoned with: how it computes depends on its values."""
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-
+    """Bytes by part; empty for a model that cannot be reckoned with, which is no reason not to train it."""
     libraries = 0 if place.device == "cuda" else memory_now(place.device)
     try:
         memory = memory_plan(job.base, job.recipe, prepared.found, max(found), padded=len({*found}) > 1)
-    except (DataDependentOutputException, DynamicOutputShapeException):
+    except EdgeloraError:
+        raise  # which the run would come to as well
+    except Exception:  # of whatever code a model has, on tensors without values
         return {}
     return {**asdict(memory), "training": memory.training, "libraries": libraries}
 

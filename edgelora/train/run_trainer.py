@@ -39,6 +39,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self.step_loss = 0.0
         self._lora_plus_ratio = lora_plus_ratio
         self._rows: list[int] = []
+        self._rows_of_step: list[int] = []
         self._checkpoint_goes_to: Path | None = None
         super().__init__(**options)
 
@@ -76,16 +77,29 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         loss = super().training_step(*args, **options)
         value = float(loss)
         if not math.isfinite(value):
-            raise EdgeloraError(
-                f"the loss became {value} at step {self.state.global_step + 1} of {self.state.max_steps}, "
-                f"on {self._batch_sources()}",
-                hint="Lower --learning-rate (a tenth is a start), or look for what is odd in these rows.",
-            )
+            raise self._no_number("loss", value, self._rows)
         self.step_loss += value
+        self._rows_of_step += self._rows
         return loss
 
-    def _batch_sources(self) -> str:
-        names = list(dict.fromkeys(self.sources[row] for row in self._rows))
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """A gradient that is no number would spoil the weights, and be seen in the loss of the next rows only."""
+        norm = super()._clip_grad_norm(model)
+        rows, self._rows_of_step = self._rows_of_step, []
+        is_scaled = self.accelerator.scaler is not None  # in float16, where a step that overflows is left out
+        if norm is not None and not is_scaled and not math.isfinite(value := float(norm)):
+            raise self._no_number("norm of the gradient", value, rows)
+        return norm
+
+    def _no_number(self, what: str, value: float, rows: Sequence[int]) -> EdgeloraError:
+        return EdgeloraError(
+            f"the {what} became {value} at step {self.state.global_step + 1} of {self.state.max_steps}, "
+            f"on {self._named(rows)}",
+            hint="Lower --learning-rate (a tenth is a start), or look for what is odd in these rows.",
+        )
+
+    def _named(self, rows: Sequence[int]) -> str:
+        names = list(dict.fromkeys(self.sources[row] for row in rows))
         return ", ".join(names[:ROWS_NAMED]) + (f" and {len(names) - ROWS_NAMED} more" if names[ROWS_NAMED:] else "")
 
     def evaluate(self, *args: Any, **options: Any) -> Any:

@@ -13,6 +13,7 @@ from edgelora.contract import Contract
 from edgelora.errors import SettingsError
 from edgelora.train import Recipe, train
 from edgelora.train.folder import RunFolder
+from edgelora.train.progress import SilentProgress
 
 from .conftest import chat, read_metrics, write_rows
 from .test_method_runs import result, stop_after
@@ -88,6 +89,18 @@ def test_a_run_that_gets_no_better_stops_and_resuming_changes_nothing(
     again = train(data, str(base), tmp_path / "broken", recipe, eval_data=held_out, resume=True)
     assert (again.steps, again.best_step) == (report.steps, report.best_step)
     assert largest_difference(result(tmp_path / "early"), result(tmp_path / "broken")) < SAME_RUN
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    from transformers import TrainerControl, TrainerState
+
+    from edgelora.train.run_callback import RunCallback
+
+    callback, state = RunCallback(RunFolder(tmp_path), RECIPE, SilentProgress()), TrainerState()
+    for step, loss in enumerate((float("nan"), 3.0, float("nan"), 2.0, 2.5), start=1):
+        state.global_step = step
+        callback.on_evaluate(None, state, TrainerControl(), {"eval_loss": loss})
+    assert (state.best_global_step, state.best_metric) == (4, 2.0)
 
 
 def test_there_is_no_best_without_evaluation_data(base: Path, data: Path, tmp_path: Path) -> None:

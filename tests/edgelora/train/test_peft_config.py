@@ -17,6 +17,8 @@ from converters.outlook import outlook
 from edgelora.contract import Contract
 from edgelora.errors import EdgeloraError, MissingExtraError, SettingsError
 from edgelora.train import Recipe, train
+from edgelora.train.folder import RunFolder
+from edgelora.train.run_facts import RunFacts
 
 from .conftest import Watcher, make_base
 from .test_method_runs import SHORT
@@ -144,3 +146,37 @@ def test_a_loss_that_is_no_number_names_the_step_and_its_rows(data: Path, tmp_pa
     settings = Recipe(**{**SHORT, "rank": 4, "batch_size": 2})
     with pytest.raises(EdgeloraError, match=r"became nan at step 1 of 4, on .*train\.jsonl:\d+, .*train\.jsonl:\d+$"):
         train(data, str(broken), tmp_path / "out", settings)
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of these rows is a number; that of the next ones would not be, whatever they are."""
+    from edgelora.train.run_trainer import RunTrainer
+
+    n_batches, training_step = 0, RunTrainer.training_step
+
+    def spoilt(trainer: Any, *args: Any, **options: Any) -> Any:
+        nonlocal n_batches
+        n_batches += 1
+        loss = training_step(trainer, *args, **options)
+        if n_batches == 3:
+            next(p for p in trainer.model.parameters() if p.grad is not None).grad[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(RunTrainer, "training_step", spoilt)
+    settings = Recipe(**{**SHORT, "rank": 4, "batch_size": 1, "gradient_accumulation": 2, "save_steps": 1})
+    with pytest.raises(EdgeloraError, match=r"norm of the gradient became nan at step 2 of 4, on (\S+:\d+, )\S+:\d+$"):
+        train(data, str(base), tmp_path / "out", settings)
+    assert RunFolder(tmp_path / "out").checkpoint_steps() == [1]
+
+
+def test_a_model_that_cannot_be_reckoned_with_is_trained_all_the_same(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unheard_of(*_arguments: Any, **_options: Any) -> Any:
+        raise NotImplementedError("aten::_unheard_of on tensors without values")
+
+    monkeypatch.setattr("edgelora.train.run_reporting.memory_plan", unheard_of)
+    train(data, str(base), tmp_path / "out", Recipe(**{**SHORT, "rank": 4, "max_steps": 1}))
+    assert RunFacts.load(tmp_path / "out").plan == {}

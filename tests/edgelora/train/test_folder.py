@@ -1,0 +1,28 @@
+"""The folder of a run: what a checkpoint may hold, and what a folder may not be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgelora.errors import SettingsError
+from edgelora.train.folder import RunFolder
+
+
+def test_a_checkpoint_may_hold_folders(tmp_path: Path) -> None:
+    """DeepSpeed keeps the states of its processes in one (`global_step3/`), FSDP too."""
+    partial = tmp_path / "checkpoints" / ".partial-3" / "checkpoint-3"
+    (partial / "global_step3").mkdir(parents=True)
+    (partial / "global_step3" / "rank_0.pt").write_bytes(b"states")
+    run = RunFolder(tmp_path)
+    run.keep_checkpoint(partial, 3)
+    assert (run.checkpoint(3) / "global_step3" / "rank_0.pt").read_bytes() == b"states"
+
+
+def test_a_file_is_no_folder_to_go_on_in(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("mine")
+    with pytest.raises(SettingsError, match="a file, expected a folder"), RunFolder(path).locked():
+        pass
+    assert path.read_text() == "mine"
