@@ -24,6 +24,8 @@ from edgelora.evaluation.variants import Variant
 from edgelora.evaluation.work_file import WorkFile, digest
 from edgelora.rows import MAX_PROBLEMS_SHOWN
 
+TOO_LONG = "Leave such rows out, or ask for a larger window: --ctx-size."
+"""Of a row that does not fit; the engine's own advice has options of other commands."""
 ROW_ERRORS = (ContextOverflowError, SettingsError, ModelFileError)
 Progress = Callable[[int, int, str], None]
 """Called with answers done, answers in all, and what is being done."""
@@ -224,12 +226,13 @@ class Answers:
 def _unanswered(problems: Mapping[int, EdgeloraError], n_rows: int) -> EdgeloraError:
     """What is wrong with rows, by line; or with all of them at once."""
     first = next(iter(problems.values()))
+    hint = TOO_LONG if isinstance(first, ContextOverflowError) else first.hint or "Leave them out."
     if len(problems) == n_rows and all(error.message == first.message for error in problems.values()):
-        return first
+        return type(first)(first.message, hint=hint)
     said = [f"line {line}: {error.message}" for line, error in problems.items()]
     rest = len(said) - MAX_PROBLEMS_SHOWN
     more = [f"... and {rest} more rows"] if rest > 0 else []
     return DataFileError(
         "\n".join([f"{len(said)} rows cannot be answered:", *said[:MAX_PROBLEMS_SHOWN], *more]),
-        hint=first.hint or "Leave them out.",
+        hint=hint,
     )

@@ -208,7 +208,9 @@ def _work_file(folder: Path | None) -> Iterator[WorkFile]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataFileError(f"{folder}: cannot be made ({error.strerror})") from None
+            raise DataFileError(
+                f"{folder}: cannot be made ({error.strerror})", hint="Name another folder with -o."
+            ) from None
     with WorkFile(folder / WORK_FILE if folder else None) as work:
         yield work
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from edgelora.errors import DataFileError, EdgeloraError, SettingsError
 
+_MEND = "Mend the function, and run the same command again: with -o, what models have answered is kept."
 _HINT = "Write --function FILE.py:NAME, where NAME is `def NAME(reply, reference, row)`."
 
 
@@ -61,11 +62,15 @@ class OwnFunction:
         try:
             found = self.function(reply, reference, row)
         except (Exception, SystemExit) as error:
-            raise EdgeloraError(f"--function {self.name} failed on {where}: {type(error).__name__}: {error}") from error
+            said = f"{type(error).__name__}: {error}"
+            raise EdgeloraError(f"--function {self.name} failed on {where}: {said}", hint=_MEND) from error
         try:
             number = float(found)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if isinstance(found, str) or not math.isfinite(number):
-            raise EdgeloraError(f"--function {self.name} returned {found!r} for {where}, expected a finite number")
+            shown = repr(found) if isinstance(found, str | float) else f"a {type(found).__name__}"
+            raise EdgeloraError(
+                f"--function {self.name} returned {shown} for {where}, expected a finite number", hint=_MEND
+            )
         return number

@@ -252,9 +252,18 @@ def test_rows_that_do_not_fit_are_told_by_line(base: Path, rows_file: Path, tmp_
     path = tmp_path / "long.jsonl"
     long = json.dumps({"prompt": "word " * 400, "completion": "x"})
     path.write_text(rows_file.read_text() + long + "\n")
-    with pytest.raises(DataFileError, match=r"(?s)1 rows cannot be answered:\nline 6: .* tokens long"):
+    with pytest.raises(DataFileError, match=r"(?s)1 rows cannot be answered:\nline 6: .* tokens long") as caught:
         evaluate(path, base, settings=replace(SETTINGS, folder=tmp_path / "out"))
+    assert "--ctx-size" in caught.value.hint
+    assert "--on-overflow" not in caught.value.hint  # which is no option here
     assert evaluate(rows_file, base, settings=replace(SETTINGS, folder=tmp_path / "out")).n_before == 2 * N_ROWS
+
+
+def test_where_results_cannot_go_is_told_with_what_to_do(base: Path, rows_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(DataFileError, match=r"out: cannot be made \(File exists\)") as caught:
+        evaluate(rows_file, base, settings=replace(SETTINGS, folder=tmp_path / "out"))
+    assert "-o" in caught.value.hint
 
 
 def test_an_adapter_of_another_base_is_refused(base: Path, adapters: dict[str, Path], rows_file: Path) -> None:
