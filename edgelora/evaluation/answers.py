@@ -22,7 +22,7 @@ from edgelora.evaluation.rows import EvalRow
 from edgelora.evaluation.settings import EngineSettings
 from edgelora.evaluation.variants import Variant
 from edgelora.evaluation.work_file import WorkFile, digest
-from edgelora.rows import MAX_PROBLEMS_SHOWN
+from edgelora.rows import listed_problems
 
 TOO_LONG = "Leave such rows out, or ask for a larger window: --ctx-size."
 """Of a row that does not fit; the engine's own advice has options of other commands."""
@@ -230,9 +230,4 @@ def _unanswered(problems: Mapping[int, EdgeloraError], n_rows: int) -> EdgeloraE
     if len(problems) == n_rows and all(error.message == first.message for error in problems.values()):
         return type(first)(first.message, hint=hint)
     said = [f"line {line}: {error.message}" for line, error in problems.items()]
-    rest = len(said) - MAX_PROBLEMS_SHOWN
-    more = [f"... and {rest} more rows"] if rest > 0 else []
-    return DataFileError(
-        "\n".join([f"{len(said)} rows cannot be answered:", *said[:MAX_PROBLEMS_SHOWN], *more]),
-        hint=hint,
-    )
+    return DataFileError(f"{len(said)} rows cannot be answered:\n{listed_problems(said, 'rows')}", hint=hint)

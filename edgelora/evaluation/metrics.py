@@ -20,7 +20,7 @@ from edgelora.evaluation.own_function import OwnFunction
 from edgelora.evaluation.pattern import Pattern
 from edgelora.evaluation.rows import EvalRow
 from edgelora.evaluation.text_overlap import contains, exact_match, rouge_l, token_f1
-from edgelora.rows import MAX_PROBLEMS_SHOWN
+from edgelora.rows import listed_problems
 
 MAX_LABEL_WORDS, ROWS_PER_LABEL = 4, 3
 """Rows are of a classification where no reference has more words, and each has so many rows on average."""
@@ -95,13 +95,15 @@ def on_reply(name: str, score: Callable[[str, str], float]) -> Callable[[str, Se
     return make
 
 
-def _perplexity(_text: str, _rows: Sequence[EvalRow]) -> Metric:
-    def of(answer: Answer, _row: EvalRow) -> Sums:
-        return None if answer.loss is None else (answer.loss, float(answer.n_tokens))
-
-    return Metric(
-        "perplexity", of, "likelihood", is_share=False, is_lower_better=True, same=SAME_LOSS, transform=np.exp
-    )
+PERPLEXITY = Metric(
+    "perplexity",
+    lambda answer, _: None if answer.loss is None else (answer.loss, float(answer.n_tokens)),
+    "likelihood",
+    is_share=False,
+    is_lower_better=True,
+    same=SAME_LOSS,
+    transform=np.exp,
+)
 
 
 def _accuracy(_text: str, rows: Sequence[EvalRow]) -> Metric:
@@ -141,15 +143,13 @@ def _check_references(rows: Sequence[EvalRow], read: Callable[[str], Any], probl
         except kind:
             problems.append(f"line {row.line}: the reference {problem}")
     if problems:
-        rest = len(problems) - MAX_PROBLEMS_SHOWN
-        more = [f"... and {rest} more rows"] if rest > 0 else []
-        raise DataFileError("\n".join([*problems[:MAX_PROBLEMS_SHOWN], *more]), hint="Choose metrics with --metric.")
+        raise DataFileError(listed_problems(problems, "rows"), hint="Choose metrics with --metric.")
 
 
 METRICS: Mapping[str, MetricKind] = {
     kind.name: kind
     for kind in (
-        MetricKind("perplexity", "of the references, under the chat template (lower is better)", _perplexity),
+        MetricKind("perplexity", "of the references, under the chat template (lower is better)", lambda *_: PERPLEXITY),
         MetricKind(
             "exact-match",
             "the reply is the reference, but for white space around",

@@ -16,7 +16,7 @@ from edgelora.batch_template import PromptTemplate
 from edgelora.dataset import conversation_of
 from edgelora.errors import DataFileError, SettingsError
 from edgelora.messages import Conversation, Message, user_message
-from edgelora.rows import MAX_PROBLEMS_SHOWN, Row, read_rows
+from edgelora.rows import Row, listed_problems, read_rows
 
 _HINT = (
     "A row has `messages` that end with the assistant's, or `prompt` and `completion`; other columns are named by "
@@ -86,9 +86,7 @@ def read_eval_rows(path: Path | str, settings: RowSettings) -> list[EvalRow]:
         else:
             found.append(made)
     if problems:
-        rest = len(problems) - MAX_PROBLEMS_SHOWN
-        more = [f"... and {rest} more bad rows"] if rest > 0 else []
-        raise DataFileError("\n".join([*problems[:MAX_PROBLEMS_SHOWN], *more]), hint=_HINT)
+        raise DataFileError(listed_problems(problems), hint=_HINT)
     if not found:
         raise DataFileError(f"{path}: no rows", hint=_HINT)
     if settings.sample is not None and settings.sample < len(found):

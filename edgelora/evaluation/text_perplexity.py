@@ -18,21 +18,11 @@ from edgelora.engine.perplexity import Perplexity, perplexity
 from edgelora.errors import BaseMismatchError
 from edgelora.evaluation.bootstrap import RESAMPLES, RowSums
 from edgelora.evaluation.comparison import Measured, measure
-from edgelora.evaluation.metrics import SAME_LOSS, Metric
+from edgelora.evaluation.metrics import PERPLEXITY
 from edgelora.evaluation.thresholds import Threshold, check_names, failures
 from edgelora.evaluation.variants import BARE, Variant, variants_of
 from edgelora.resolution import resolve_files
 from edgelora.template import ChatTemplate, resolve
-
-METRIC = Metric(
-    "perplexity",
-    lambda answer, row: None,
-    "likelihood",
-    is_share=False,
-    is_lower_better=True,
-    same=SAME_LOSS,
-    transform=np.exp,
-)
 
 
 @dataclass(frozen=True)
@@ -116,7 +106,7 @@ def evaluate_text(
     resolved = [resolve_files(adapters, path, force=settings.force) for path in [base, *against]]
     first, *others = [files.base for files in resolved]
     variants = variants_of(first, [adapter.name for adapter in adapters], others)
-    check_names(settings.thresholds, [METRIC.name], variants)
+    check_names(settings.thresholds, [PERPLEXITY.name], variants)
     references = {(files.base, adapter.name): adapter for files in resolved for adapter in files.adapters}
     found = {}
     for variant in variants:
@@ -138,9 +128,11 @@ def evaluate_text(
         name: RowSums(each.window_losses, np.full(each.n_chunks, each.n_tokens / each.n_chunks), np.exp)
         for name, each in found.items()
     }
-    measured = measure([METRIC], variants, {METRIC.name: sums}, seed=settings.seed, resamples=settings.resamples)
+    measured = measure(
+        [PERPLEXITY], variants, {PERPLEXITY.name: sums}, seed=settings.seed, resamples=settings.resamples
+    )
     broken = failures(settings.thresholds, variants, measured)
-    return TextEvaluation(str(text), variants, found, measured[METRIC.name], broken)
+    return TextEvaluation(str(text), variants, found, measured[PERPLEXITY.name], broken)
 
 
 def _check_tokens(found: dict[str, Perplexity]) -> None:
