@@ -118,9 +118,11 @@ class GGUFBase:
         """transformers' configuration, proven equal to the file's metadata."""
         from transformers import AutoConfig
 
+        from edgelora.train.base import BaseFolder
+
         stored = stored_of(file)
         if self.config_folder is not None:
-            config = AutoConfig.from_pretrained(self.config_folder, local_files_only=True)
+            config = BaseFolder(self.config_folder, self.reference).load_config()
         else:
             config = AutoConfig.for_model(**self._given(stored))
         said = {**config.to_dict(), "architectures": config.architectures, "model_type": config.model_type}

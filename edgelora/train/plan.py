@@ -151,11 +151,11 @@ def _plan(job: Job, said: Notes, *, measure: bool) -> Plan:
     )
 
 
-def steps_of(recipe: Recipe, rows: int) -> int:
+def steps_of(recipe: Recipe, rows: int, processes: int = 1) -> int:
     """Optimizer steps of a run on so many rows, as transformers' trainer counts them."""
     if recipe.max_steps:
         return recipe.max_steps
-    batches = math.ceil(rows / recipe.batch_size)
+    batches = math.ceil(rows / (recipe.batch_size * processes))
     return math.ceil(recipe.epochs * math.ceil(batches / recipe.gradient_accumulation))
 
 
@@ -168,6 +168,6 @@ def _seconds(recipe: Recipe, prepared: Prepared, measured: MeasuredSteps) -> flo
     passes = steps * recipe.batch_size * recipe.gradient_accumulation / len(found)
     tokens = passes * padded_tokens(found, recipe.batch_size, recipe.seed)
     if prepared.eval_rows is not None:
-        evaluations = steps // (recipe.eval_steps or recipe.save_steps)
+        evaluations = math.ceil(steps / (recipe.eval_steps or recipe.save_steps))  # the last step has one too
         tokens += evaluations * FORWARD * padded_tokens(lengths(prepared.eval_rows), recipe.batch_size, recipe.seed)
     return tokens * sequences / measured.tokens_per_second

@@ -10,6 +10,7 @@ from typing import Any
 from edgelora.certificate import decode
 from edgelora.contract import Contract
 from edgelora.errors import EdgeloraError
+from edgelora.train import ranks
 from edgelora.train.base import Placement
 from edgelora.train.data import IGNORED
 from edgelora.train.job import Job, Notes, Prepared
@@ -32,7 +33,7 @@ def facts_of(job: Job, prepared: Prepared, place: Placement) -> RunFacts:
         tokens=sum(found),
         trained_tokens=sum(label != IGNORED for row in sequences for label in row.labels),
         lengths=length_bins(found),
-        steps=steps_of(job.recipe, len(found)),
+        steps=steps_of(job.recipe, len(found), ranks.world_size()),
         plan=_plan(job, prepared, place, found),
     )
 

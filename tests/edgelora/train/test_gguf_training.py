@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from edgelora.conversion import convert
 from edgelora.errors import ModelFileError, SettingsError
 from edgelora.store import Store
 from edgelora.train import Recipe, TrainStatus, train
+from edgelora.train.gguf_base import GGUFBase
 from edgelora.verify import verify
 from tests.edgelora.train.conftest import Watcher, make_base
 from tests.equivalence.gguf_models import write_gguf
@@ -158,3 +160,9 @@ def test_the_configuration_of_another_model_is_refused(gguf: Path, data: Path, r
     (other / "config.json").write_text(json.dumps({**config, "num_attention_heads": 2}))
     with pytest.raises(ModelFileError, match=r"head_count is 4, and this configuration gives 2"):
         train(data, str(gguf), tmp_path / "out", replace(recipe, base_config=str(other), chat_template="chatml"))
+
+
+def test_a_folder_without_a_configuration_is_told(gguf: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copy(base / "tokenizer.json", tmp_path)
+    with pytest.raises(ModelFileError, match="configuration cannot be read"):
+        GGUFBase(gguf, tmp_path).load_config()

@@ -160,6 +160,7 @@ class TestAPlan:
 def test_steps_are_counted_as_the_trainer_counts_them() -> None:
     recipe = Recipe(batch_size=2, gradient_accumulation=2, epochs=1)
     assert [steps_of(recipe, rows) for rows in (1, 4, 5, 8, 9)] == [1, 1, 2, 2, 3]
+    assert [steps_of(recipe, rows, processes=2) for rows in (1, 4, 9, 17)] == [1, 1, 2, 3]
     assert steps_of(replace(recipe, max_steps=7), 100) == 7
 
 
