@@ -51,14 +51,16 @@ class RowSums:
 
 @dataclass(frozen=True)
 class Interval:
-    """A number and where it lies with 95 % confidence."""
+    """A number and where it lies with 95 % confidence; NaN for what is not known."""
 
     value: float
     low: float
     high: float
 
-    def to_dict(self) -> dict[str, float]:
-        return {"value": self.value, "low": self.low, "high": self.high}
+    def to_dict(self) -> dict[str, float | None]:
+        """As JSON, which has no NaN and no infinities: null."""
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        return {name: number if np.isfinite(number) else None for name, number in numbers.items()}
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,7 @@ def to_dict(found: Evaluation) -> dict[str, Any]:
 
 
 def _variant(found: Evaluation, variant: Variant) -> dict[str, Any]:
-    metrics = {
-        name: _plain(each[variant.name].to_dict()) for name, each in found.measured.items() if variant.name in each
-    }
+    metrics = {name: each[variant.name].to_dict() for name, each in found.measured.items() if variant.name in each}
     confusion = found.confusions.get(variant.name)
     return {
         "name": variant.name,
@@ -54,13 +52,6 @@ def _variant(found: Evaluation, variant: Variant) -> dict[str, Any]:
         **({"labels": _labels(confusion)} if confusion else {}),
         **({"fields": found.fields[variant.name]} if found.fields else {}),
     }
-
-
-def _plain(value: Any) -> Any:
-    """NaN and infinities, which are no JSON, as null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
 
 
 def _labels(confusion: Confusion) -> dict[str, Any]:
@@ -88,7 +79,7 @@ def _row_of(found: Evaluation, variant: Variant, place: int) -> dict[str, Any]:
     answer, values, verdicts = found.answers[variant.name][place], {}, {}
     for name, each in found.measured.items():
         if variant.name in each:
-            values[name] = _plain(each[variant.name].by_row[place])
+            values[name] = each[variant.name].by_row[place]
             if compared := each[variant.name].comparison:
                 verdicts[name] = compared.by_row[place]
     said = {} if answer.reply is None else {"reply": answer.reply, "finish_reason": answer.finish_reason}

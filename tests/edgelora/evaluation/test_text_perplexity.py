@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,12 @@ def test_variants_are_compared_window_by_window(bases: dict[str, Path], adapters
     assert compared.reference == "red"
     assert windows[-1] == ("red on q8_0", 3, 3)
     assert found.to_dict()["variants"][1]["perplexity"] == found.perplexities["red"].value
+
+
+def test_one_window_has_no_interval_and_is_json_all_the_same(base: Path) -> None:
+    found = evaluate_text(TEXT, base, settings=replace(SETTINGS, chunks=1)).to_dict()
+    (told,) = json.loads(json.dumps(found, allow_nan=False))["variants"]
+    assert told["measured"] == {"value": pytest.approx(told["perplexity"]), "low": None, "high": None, "rows": 1}
 
 
 def test_what_cannot_be_compared_or_measured_is_told(base: Path, tmp_path: Path) -> None:
