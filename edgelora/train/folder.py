@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -215,6 +216,11 @@ class RunFolder:
             shutil.rmtree(leftover)
 
     def log_metrics(self, values: Mapping[str, Any]) -> None:
+        """Add a line; what is no number is null, as JSON has no NaN."""
+        values = {
+            name: value if not isinstance(value, float) or math.isfinite(value) else None
+            for name, value in values.items()
+        }
         with writing(self.path), open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 

@@ -8,6 +8,7 @@ import pytest
 
 from edgelora.errors import SettingsError
 from edgelora.train.folder import RunFolder
+from edgelora.train.report import read_metrics
 
 
 def test_a_checkpoint_may_hold_folders(tmp_path: Path) -> None:
@@ -26,3 +27,10 @@ def test_a_file_is_no_folder_to_go_on_in(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="a file, expected a folder"), RunFolder(path).locked():
         pass
     assert path.read_text() == "mine"
+
+
+def test_metrics_are_json_whatever_a_loss_becomes(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.log_metrics({"step": 1, "eval_loss": float("nan"), "grad_norm": float("inf"), "loss": 2.5})
+    assert run.metrics_path.read_text() == '{"step": 1, "eval_loss": null, "grad_norm": null, "loss": 2.5}\n'
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [2.5]
