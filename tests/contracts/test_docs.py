@@ -12,15 +12,17 @@ import pytest
 from edgelora.cli import cli
 from tests.contracts.generated_docs import README, ROOT, rendered
 
-COMMANDS = "train|convert|bundle|chat|batch|doctor"
+COMMANDS = "train|convert|bundle|eval|fit|chat|batch|doctor"
 COMMAND_LINE = re.compile(rf"^(?:\$ | {{4,}}|\s*)(edgelora (?:{COMMANDS})\b[^|&#\n]*)", re.MULTILINE)
+CONTINUED = re.compile(r"\\\n[> ]*")  # a backslash at a line's end, and the prompt of the next
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "examples").rglob("*.md")]
 
 
 def examples() -> list[str]:
     texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
     texts += [command.help or "" for command in (cli, *cli.commands.values())]
-    found = {match[1].strip() for text in texts for match in COMMAND_LINE.finditer(text)}
+    whole = [CONTINUED.sub(" ", text) for text in texts]
+    found = {match[1].strip() for text in whole for match in COMMAND_LINE.finditer(text)}
     return sorted(line for line in found if "[OPTIONS]" not in line and "--help" not in line)
 
 
