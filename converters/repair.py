@@ -33,8 +33,9 @@ from converters.gguf_adapter import open_gguf_adapter
 from converters.imatrix import ImportanceMatrix
 from converters.low_rank import approximate
 from converters.pairs import Pair, blended
-from converters.quant_types import tensor_order
+from converters.quant_types import TYPES, tensor_order
 from converters.reader import GGUFHeader
+from converters.writer import TensorSpec
 
 REPAIR = "edgelora.repair"
 """JSON: `base`, the hash of the repaired weights; `ranks`, by GGUF name, how many of a tensor's last ones repair it."""
@@ -77,13 +78,26 @@ class Repair:
 def repairable(header: GGUFHeader) -> list[str]:
     """Quantized matrices of the layers, in the file's usual order; stacks of experts and what lies outside the layers
     stay as they are."""
-    found = [
-        name
-        for name, tensor in header.tensors.items()
-        if name.startswith("blk.") and name.endswith(".weight") and len(tensor.shape) == 2
-        if tensor.type_name not in PLAIN
-    ]
+    found = [name for name, each in header.tensors.items() if _is_repairable(name, each.shape, each.type_name)]
     return sorted(found, key=tensor_order)
+
+
+def _is_repairable(name: str, shape: tuple[int, ...], type_name: str) -> bool:
+    is_matrix = name.startswith("blk.") and name.endswith(".weight") and len(shape) == 2
+    return is_matrix and type_name not in PLAIN
+
+
+def planned_bytes(specs: Iterable[TensorSpec], rank: int, dtype: str) -> int:
+    """What a repair adds to an adapter, beside names and padding; 0 for a base of which nothing is quantized.
+
+    Less where fewer ranks hold the whole error.
+
+    Args:
+        specs: the base's tensors.
+        dtype: of the adapter's.
+    """
+    shapes = [each.shape for each in specs if _is_repairable(each.name, each.shape, each.block_type.name)]
+    return TYPES[dtype.upper()].row_bytes(sum(min(rank, *shape) * sum(shape) for shape in shapes))
 
 
 def weights_hash(header: GGUFHeader, names: Iterable[str]) -> str:

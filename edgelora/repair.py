@@ -21,6 +21,7 @@ from edgelora.store import Store
 if TYPE_CHECKING:
     from converters.adapter import AdapterReport
     from converters.imatrix import ImportanceMatrix
+    from converters.repair import Repair
     from edgelora.calibration_text import CalibrationText
 
 Progress = Callable[[int, int, str], None]
@@ -71,19 +72,12 @@ class RepairPlan:
         Raises:
             ConversionError, EdgeloraError: the ranks cannot be found or measured; the adapter stays as it is.
         """
-        from converters.adapter import AdapterOptions
-        from converters.base_file import read_base_header
-        from converters.repair import find_repair, prepare_repaired
-        from edgelora.entry import quantization_of
+        from converters.repair import find_repair
 
         repair = find_repair(self.base, self.reference, self.rank, self.imatrix, progress)
-        quant = quantization_of(read_base_header(self.base))
-        repairing = contract.with_changes(repair={**repair.metadata(), "quant": quant})
         partial = report.path.with_name(f".{report.path.name}.repaired")
         try:
-            options = AdapterOptions(dtype=report.dtype)
-            with prepare_repaired(report.path, self.base, repair, options) as prepared:
-                made = prepared.write(partial, repairing.to_metadata(), force=True)
+            made, quant = write_repaired(report.path, self.base, repair, contract, partial, report.dtype)
             before, after = self._measured(report.path), self._measured(partial)
             if helps := _helps(before, after):
                 os.replace(partial, report.path)
@@ -111,6 +105,32 @@ class RepairPlan:
         report = verify(AdapterRef("repaired", adapter), self.base)
         divergence = next((check.number for check in report.checks if check.name == "adapter_kl"), None)
         return Measured(divergence, value, report.failed)
+
+
+def write_repaired(
+    adapter: Path, base: Path, repair: Repair, contract: Contract, out: Path, dtype: str
+) -> tuple[AdapterReport, str]:
+    """Write a GGUF adapter with the ranks beside its own, and a contract that binds it to the base's weights.
+
+    Args:
+        contract: the adapter's.
+        dtype: see `AdapterOptions`.
+
+    Returns:
+        What was written, and the base's quantization ("q2_k").
+
+    Raises:
+        ConversionError: the adapter repairs a base already, or the ranks cannot be stored.
+    """
+    from converters.adapter import AdapterOptions
+    from converters.base_file import read_base_header
+    from converters.repair import prepare_repaired
+    from edgelora.entry import quantization_of
+
+    quant = quantization_of(read_base_header(base))
+    repairing = contract.with_changes(repair={**repair.metadata(), "quant": quant})
+    with prepare_repaired(adapter, base, repair, AdapterOptions(dtype=dtype)) as prepared:
+        return prepared.write(out, repairing.to_metadata(), force=True), quant
 
 
 def check_settings(settings: AdapterSettings) -> None:

@@ -18,7 +18,7 @@ from edgelora.cli.screen import cell, print_columns, shown_size
 from edgelora.cli.visible import visible
 
 if TYPE_CHECKING:
-    from edgelora.evaluation.quant_bench import Candidate
+    from edgelora.evaluation.quant_candidate import Candidate
     from edgelora.evaluation.quant_sweep import Sweep
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -51,6 +51,18 @@ class QuantNames(click.ParamType[tuple[str, ...]]):
         return tuple(QuantName().convert(name.strip(), param, ctx) for name in str(value).split(","))
 
 
+class Ranks(click.ParamType[tuple[int, ...]]):
+    """Ranks with commas between."""
+
+    name = "N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        rank = click.IntRange(min=1)
+        return tuple(rank(each.strip(), param, ctx) for each in str(value).split(","))
+
+
 @click.command("fit")
 @click.argument("data", type=FILE)
 @click.option("--base", type=FILE, required=True, help="A model folder, or a GGUF in full precision.")
@@ -59,6 +71,7 @@ class QuantNames(click.ParamType[tuple[str, ...]]):
 @click.option("--quants", type=QuantNames(), help="To try.  [default: q8_0,q6_k,q5_k_m,q4_k_m,q3_k_m,q2_k]")
 @click.option("--imatrix", type=FILE, metavar="FILE", help="Importance matrix: each is tried without and with it.")
 @click.option("--calibrate", type=FILE, metavar="TEXT", help="Measure one on this text, or on .jsonl or .csv rows.")
+@click.option("--repair-ranks", type=Ranks(), help="Try each also repaired by so many ranks in the adapter: 8,32.")
 @click.option("-o", "--out", type=FILE, metavar="GGUF", help="Write the one that is picked; without, nothing is kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--metric", default="perplexity", show_default=True, metavar="NAME",
@@ -82,6 +95,7 @@ def command(
     quants: tuple[str, ...] | None,
     imatrix: Path | None,
     calibrate: Path | None,
+    repair_ranks: tuple[int, ...] | None,
     out: Path | None,
     as_json: bool,
     metric: str,
@@ -90,15 +104,16 @@ def command(
     """Find the quantization that answers best within some memory.
 
     Each is made, scored on DATA with the adapter, timed on this machine, and deleted; those that do not fit are not
-    made. The best value wins.
+    made. The best value wins; where a repaired adapter won, -o writes that one beside its base.
 
     \b
     Examples:
       edgelora fit held-out.jsonl --base my-model/ --adapter support/ --ram 6GB
       edgelora fit held-out.jsonl --base my-model/ --adapter support.gguf --ram 4GB --calibrate rows.jsonl -o best.gguf
+      edgelora fit held-out.jsonl --base my-model/ --adapter support/ --quants q3_k_m,q2_k --repair-ranks 8,32
       edgelora fit test.csv --prompt '{text}' --reference '{category}' --base my-model/ --metric accuracy --limit 200
     """
-    from edgelora.evaluation.quant_bench import SweepSettings
+    from edgelora.evaluation.quant_candidate import SweepSettings
     from edgelora.evaluation.quant_sweep import sweep
     from edgelora.evaluation.rows import RowSettings
 
@@ -111,6 +126,7 @@ def command(
         metric=metric,
         imatrix=imatrix,
         calibrate=calibrate,
+        repair_ranks=repair_ranks or (),
         rows=RowSettings(
             options["prompt"], options["reference"], options["system"], options["limit"], options["sample"], seed
         ),
@@ -143,8 +159,9 @@ def _print(found: Sweep) -> None:
         f"  {rows}, a context of {found.n_ctx:,} tokens, tokens/s of one conversation, in {found.seconds:.1f} s",
         err=True,
     )
-    if found.path:
-        click.echo(visible(str(found.path)))
+    for path in (found.path, found.adapter_path):
+        if path:
+            click.echo(visible(str(path)))
 
 
 def _line(each: Candidate, found: Sweep) -> list[str]:

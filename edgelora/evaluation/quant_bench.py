@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgelora.adapter_ref import AdapterRef
 from edgelora.engine.fit import DEFAULT_N_CTX, serving_bytes
-from edgelora.engine.scoring import Speed
 from edgelora.errors import ModelFileError
 from edgelora.evaluation.answers import Answers, Needs
-from edgelora.evaluation.bootstrap import RESAMPLES, Interval, RowSums, interval, resampled
-from edgelora.evaluation.comparison import Comparison
+from edgelora.evaluation.bootstrap import interval, resampled
 from edgelora.evaluation.metrics import Metric
-from edgelora.evaluation.rows import EvalRow, RowSettings
-from edgelora.evaluation.settings import EngineSettings
+from edgelora.evaluation.quant_candidate import Candidate, SweepSettings
+from edgelora.evaluation.quant_repair import plan_repairs
+from edgelora.evaluation.rows import EvalRow
 from edgelora.evaluation.variants import BARE, Variant
 from edgelora.evaluation.work_file import WorkFile
 from edgelora.store import Store
@@ -27,79 +27,13 @@ if TYPE_CHECKING:
     from converters.job import Job
     from converters.options import QuantizeOptions
     from converters.reader import GGUFHeader
+    from converters.writer import TensorSpec
 
 QUANTS = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
 WITH_IMATRIX = ("iq4_xs", "iq3_m", "iq2_m")
 """Tried beside `QUANTS` where there is an importance matrix."""
-PERPLEXITY = "perplexity"
 UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0")
 """Types that an importance matrix changes nothing of."""
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """What `edgelora fit` can be told.
-
-    Attributes:
-        ram_bytes: memory that serving one conversation may take.
-        quants: to try; empty for `QUANTS`.
-        metric: decides; as on the command line of `edgelora eval`.
-        imatrix: an importance matrix's file; each quantization is tried without and with it.
-        calibrate: a text to measure one on instead.
-        out: where the one that is picked is written.
-    """
-
-    ram_bytes: int
-    quants: tuple[str, ...] = ()
-    metric: str = PERPLEXITY
-    imatrix: Path | None = None
-    calibrate: Path | None = None
-    rows: RowSettings = field(default_factory=RowSettings)
-    engine: EngineSettings = field(default_factory=EngineSettings)
-    seed: int = 0
-    resamples: int = RESAMPLES
-    out: Path | None = None
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One quantization.
-
-    Attributes:
-        name: of the table: "q4_k_m", "q4_k_m imatrix".
-        file_bytes: of the GGUF file.
-        memory_bytes: of one conversation (`engine.fit.serving_bytes`).
-        sums, interval, speed: what was measured; None for what does not fit.
-        compared: with the one that is picked; None for that one itself.
-    """
-
-    quant: str
-    has_imatrix: bool
-    file_bytes: int
-    memory_bytes: int
-    fits: bool
-    sums: RowSums | None = None
-    interval: Interval | None = None
-    speed: Speed | None = None
-    compared: Comparison | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.quant} imatrix" if self.has_imatrix else self.quant
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "quant": self.quant,
-            "imatrix": self.has_imatrix,
-            "file_bytes": self.file_bytes,
-            "memory_bytes": self.memory_bytes,
-            "fits": self.fits,
-            "value": self.interval.to_dict() if self.interval else None,
-            "prefill_tokens_per_second": self.speed.prefill if self.speed else None,
-            "decode_tokens_per_second": self.speed.decode if self.speed else None,
-            "compared_with_picked": self.compared.to_dict() if self.compared else None,
-        }
 
 
 class Bench:
@@ -109,25 +43,40 @@ class Bench:
         self._base, self._settings, self._folder = base, settings, folder
         self._adapter = _ready(adapter, base, force=settings.engine.force)
         self._imatrix = self._read_imatrix()
+        ranks, force = settings.repair_ranks, settings.engine.force
+        self._repairs = plan_repairs(ranks, base, self._adapter, self._imatrix, force=force)
         header = self._header()
         trained = header.metadata.get(f"{header.architecture}.context_length", DEFAULT_N_CTX)
         self.n_ctx = settings.engine.n_ctx or min(int(trained), DEFAULT_N_CTX)
         self._shape = header
 
     def plan(self) -> list[Candidate]:
-        """Every quantization with its sizes, the largest first.
+        """Every quantization with its sizes, repaired and not, the largest first.
 
         Raises:
             ConversionError: a quantization that this base cannot have, or that needs an importance matrix.
         """
-        adapter = self._adapter.path.stat().st_size if self._adapter else 0
-        kv_type = self._settings.engine.kv_type or "f16"
         found = []
         for quant, has_imatrix in self._asked():
-            file_bytes = self._planned_bytes(quant, has_imatrix)
-            memory = serving_bytes(self._shape, file_bytes, adapter, self.n_ctx, kv_type)
-            found.append(Candidate(quant, has_imatrix, file_bytes, memory, memory <= self._settings.ram_bytes))
+            size, specs = self._planned(quant, has_imatrix)
+            plain = self._sized(Candidate(quant, has_imatrix, size, 0, fits=False), 0)
+            found.append(plain)
+            sizes = self._repairs.sizes(specs) if self._repairs else ()
+            found += (self._sized(replace(plain, repair_rank=rank), size) for rank, size in sizes)
         return sorted(found, key=lambda each: (-each.file_bytes, each.has_imatrix))
+
+    def _sized(self, candidate: Candidate, repair_bytes: int) -> Candidate:
+        """With a repair of such a size."""
+        weights = candidate.file_bytes - candidate.repair_bytes
+        adapter = (self._adapter.path.stat().st_size if self._adapter else 0) + repair_bytes
+        memory = serving_bytes(self._shape, weights, adapter, self.n_ctx, self._settings.engine.kv_type or "f16")
+        return replace(
+            candidate,
+            file_bytes=weights + repair_bytes,
+            repair_bytes=repair_bytes,
+            memory_bytes=memory,
+            fits=memory <= self._settings.ram_bytes,
+        )
 
     def _asked(self) -> Iterator[tuple[str, bool]]:
         from converters.quant_types import find_recipe
@@ -142,38 +91,67 @@ class Bench:
             if has_imatrix and recipe.default not in UNWEIGHTED:
                 yield name, True
 
-    def measure(self, candidate: Candidate, rows: Sequence[EvalRow], metric: Metric) -> Candidate:
-        """Make it, score it, time it, delete it."""
-        path = self._folder / f"{candidate.name.replace(' ', '-')}.gguf"
+    def measure(self, candidates: Sequence[Candidate], rows: Sequence[EvalRow], metric: Metric) -> Iterator[Candidate]:
+        """Make their file, repair, score and time one after another, delete the file.
+
+        A repair that turns out larger than was planned, and too large, is not measured.
+
+        Args:
+            candidates: of one file.
+        """
+        quant, has_imatrix = candidates[0].file
+        path = self._folder / "base.gguf"
         try:
-            self._convert(candidate.quant, candidate.has_imatrix, path)
-            engine_settings = replace(self._settings.engine, n_ctx=self.n_ctx)
-            variant = Variant(candidate.name, path, self._adapter.name if self._adapter else BARE)
-            needs = Needs(metric.looks_at == "reply", metric.looks_at == "likelihood")
-            adapters = [self._adapter] if self._adapter else []
-            with WorkFile(None) as work, engine_settings.open(path, adapters) as engine:
-                answers = Answers(rows, [variant], needs, engine_settings, work, lambda done, total, what: None)
-                answers.gather(path, engine)
-                speed = engine.measure_speed(variant.adapter)
+            self._convert(quant, has_imatrix, path)
+            for candidate in candidates:
+                candidate, adapter = self._with_adapter(candidate, path)
+                yield self._measured(candidate, path, adapter, rows, metric) if candidate.fits else candidate
         finally:
             path.unlink(missing_ok=True)
+
+    def _with_adapter(self, candidate: Candidate, base: Path) -> tuple[Candidate, AdapterRef | None]:
+        """The adapter to measure it with, and how large it is."""
+        if not (candidate.repair_rank and self._repairs and self._adapter):
+            return candidate, self._adapter
+        repaired = self._repairs.write(base, candidate.repair_rank, self._repaired(candidate))
+        return self._sized(candidate, repaired.path.stat().st_size - self._adapter.path.stat().st_size), repaired
+
+    def _repaired(self, candidate: Candidate) -> Path:
+        """Where an adapter that repairs a quantization lies, until one is picked."""
+        return self._folder / f"{candidate.name.replace(' ', '-')}.gguf"
+
+    def _measured(
+        self, candidate: Candidate, path: Path, adapter: AdapterRef | None, rows: Sequence[EvalRow], metric: Metric
+    ) -> Candidate:
+        engine_settings = replace(self._settings.engine, n_ctx=self.n_ctx)
+        variant = Variant(candidate.name, path, adapter.name if adapter else BARE)
+        needs = Needs(metric.looks_at == "reply", metric.looks_at == "likelihood")
+        with WorkFile(None) as work, engine_settings.open(path, [adapter] if adapter else []) as engine:
+            answers = Answers(rows, [variant], needs, engine_settings, work, lambda done, total, what: None)
+            answers.gather(path, engine)
+            speed = engine.measure_speed(variant.adapter)
         sums = metric.sums(answers.of[variant.name], rows)
         (values,) = resampled([sums], seed=self._settings.seed, resamples=self._settings.resamples)
         return replace(candidate, sums=sums, interval=interval(sums, values), speed=speed)
 
-    def write(self, picked: Candidate) -> Path:
-        """The file that was asked for."""
-        out = self._settings.out
-        assert out
-        self._convert(picked.quant, picked.has_imatrix, out, force=self._settings.force)
-        Store().register(out)
-        return out
+    def write(self, picked: Candidate, out: Path) -> tuple[Path, Path | None]:
+        """The file that was asked for, and beside it the adapter that was measured, where that repairs it."""
+        self._convert(*picked.file, out, force=self._settings.force)
+        store = Store()
+        store.register(out)
+        if not (picked.repair_rank and self._adapter):
+            return out, None
+        repaired = repaired_out(out, self._adapter)
+        os.replace(self._repaired(picked), repaired)
+        store.register_adapter(repaired)
+        return out, repaired
 
-    def _planned_bytes(self, quant: str, has_imatrix: bool) -> int:
-        """How large a quantization would be."""
+    def _planned(self, quant: str, has_imatrix: bool) -> tuple[int, list[TensorSpec]]:
+        """How large a quantization would be, and its tensors."""
         options = self._options(quant, self._imatrix if has_imatrix else None)
         with self._job(options) as job:
-            return sum(part.size_bytes for part in job.parts(self._folder / "planned.gguf", options))
+            parts = job.parts(self._folder / "planned.gguf", options)
+            return sum(part.size_bytes for part in parts), [source.spec for source in job.sources]
 
     @contextmanager
     def _job(self, options: QuantizeOptions) -> Iterator[Job]:
@@ -231,7 +209,14 @@ class Bench:
         path = self._folder / "header.gguf"
         with self._job(self._options("f32", None)) as job, create(path, header_bytes(job.metadata, ())):
             pass
-        return read_header(path)
+        header = read_header(path)
+        path.unlink()
+        return header
+
+
+def repaired_out(out: Path, adapter: AdapterRef) -> Path:
+    """`best.gguf` -> `best-support.gguf`."""
+    return out.with_name(f"{out.stem}-{adapter.name}.gguf")
 
 
 def _ready(adapter: AdapterRef | None, base: Path, *, force: bool) -> AdapterRef | None:

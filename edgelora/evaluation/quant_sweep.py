@@ -1,7 +1,7 @@
 """`edgelora fit`: a base at each quantization, scored on rows as it would be served, and the best that fits picked.
 
 One quantization at a time is on the disk: it is made beside the place of the result, scored, timed and deleted. Those
-that do not fit into the memory are planned and not made.
+that do not fit into the memory are planned and not made. Each may also be tried with the adapter repairing it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from edgelora.adapter_ref import AdapterRef
 from edgelora.errors import EdgeloraError
 from edgelora.evaluation.comparison import SAME, compare
 from edgelora.evaluation.metrics import Metric, make_metrics
-from edgelora.evaluation.quant_bench import Bench, Candidate, SweepSettings
-from edgelora.evaluation.rows import read_eval_rows
+from edgelora.evaluation.quant_bench import Bench, repaired_out
+from edgelora.evaluation.quant_candidate import Candidate, SweepSettings
+from edgelora.evaluation.rows import EvalRow, read_eval_rows
 from edgelora.evaluation.variants import BARE
 
 
@@ -31,6 +32,7 @@ class Sweep:
         picked: the best that fits.
         why: one or two sentences.
         path: of the file that was written, None where none was asked for.
+        adapter_path: of the adapter that repairs it, None where none does.
     """
 
     base: str
@@ -44,6 +46,7 @@ class Sweep:
     why: str
     seconds: float
     path: Path | None = None
+    adapter_path: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -57,6 +60,7 @@ class Sweep:
             "picked": self.picked.name,
             "why": self.why,
             "path": str(self.path) if self.path else None,
+            "adapter_path": str(self.adapter_path) if self.adapter_path else None,
         }
 
 
@@ -78,18 +82,15 @@ def sweep(
         adapter: a GGUF adapter or PEFT folder; None scores the base alone.
 
     Raises:
-        SettingsError: an unknown metric.
+        SettingsError: an unknown metric, or nothing to repair with.
         EdgeloraError: nothing fits; it says what the smallest would need.
         DataFileError: rows that cannot be read, or answered.
         ConversionError, ModelFileError: a base or adapter that cannot be used.
     """
-    from converters.writer import check_output
-
     started = time.perf_counter()
     rows = read_eval_rows(data, settings.rows)
     (metric,) = make_metrics([settings.metric], rows)
-    if settings.out:
-        check_output(settings.out, 0, force=settings.force)
+    _check_outputs(settings, adapter)
     with tempfile.TemporaryDirectory(
         prefix="edgelora-fit-", dir=settings.out.parent if settings.out else None
     ) as folder:
@@ -98,19 +99,44 @@ def sweep(
         fitting = [candidate for candidate in candidates if candidate.fits]
         if not fitting:
             raise _nothing_fits(candidates, settings.ram_bytes, bench.n_ctx)
-        measured = {}
-        for number, candidate in enumerate(fitting):
-            on_progress(number, len(fitting), candidate.name)
-            measured[candidate.name] = bench.measure(candidate, rows, metric)
-        on_progress(len(fitting), len(fitting), "")
+        measured = _measured(bench, fitting, rows, metric, on_progress)
         made = [measured.get(candidate.name, candidate) for candidate in candidates]
-        picked = _best([*measured.values()], metric)
+        picked = _best([each for each in made if each.fits], metric)
         made = [_compared(each, picked, metric, settings) for each in made]
-        path = bench.write(picked) if settings.out else None
+        paths = bench.write(picked, settings.out) if settings.out else (None, None)
     why = explain(made, picked, metric, settings.ram_bytes)
     name = adapter.name if adapter else BARE
     seconds = time.perf_counter() - started
-    return Sweep(str(base), name, len(rows), settings.ram_bytes, bench.n_ctx, metric, made, picked, why, seconds, path)
+    return Sweep(
+        str(base), name, len(rows), settings.ram_bytes, bench.n_ctx, metric, made, picked, why, seconds, *paths
+    )
+
+
+def _check_outputs(settings: SweepSettings, adapter: AdapterRef | None) -> None:
+    """Refuse early what would fail late."""
+    from converters.writer import check_output
+
+    if settings.out:
+        check_output(settings.out, 0, force=settings.force)
+    if settings.out and settings.repair_ranks and adapter:
+        check_output(repaired_out(settings.out, adapter), 0, force=settings.force, inputs=[adapter.path])
+
+
+def _measured(
+    bench: Bench, fitting: Sequence[Candidate], rows: Sequence[EvalRow], metric: Metric, on_progress: Progress
+) -> dict[str, Candidate]:
+    """By name; those of one file follow one another."""
+    files: dict[tuple[str, bool], list[Candidate]] = {}
+    for each in fitting:
+        files.setdefault(each.file, []).append(each)
+    names = [each.name for group in files.values() for each in group]
+    found: dict[str, Candidate] = {}
+    on_progress(0, len(names), names[0])
+    for group in files.values():
+        for each in bench.measure(group, rows, metric):
+            found[each.name] = each
+            on_progress(len(found), len(names), "".join(names[len(found) : len(found) + 1]))
+    return found
 
 
 def _score(candidate: Candidate, metric: Metric) -> float:

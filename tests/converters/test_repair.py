@@ -10,11 +10,14 @@ import numpy.typing as npt
 import pytest
 
 from converters.adapted_base import open_base
+from converters.adapter_file import specs_of
 from converters.base import convert_base
 from converters.errors import BaseMismatchError, UnsupportedError
 from converters.imatrix import Importance, ImportanceMatrix
+from converters.quant_types import TYPES
 from converters.reader import read_header
-from converters.repair import Repair, find_repair, repairable, weights_hash
+from converters.repair import Repair, find_repair, planned_bytes, repairable, weights_hash
+from converters.writer import TensorSpec
 from tests.conftest import TINY_BASE
 from tests.converters.folders import make_model
 
@@ -115,6 +118,21 @@ def test_the_weights_are_known_again_wherever_they_lie(quantized: Path, tmp_path
         file.write(b"\0" * 16)
     for different in (copy, other):
         assert weights_hash(read_header(different), names) != weights_hash(read_header(quantized), names)
+
+
+def test_its_size_is_known_before_it_is_found(quantized: Path, tmp_path: Path) -> None:
+    def planned(path: Path, rank: int, dtype: str = "f16") -> int:
+        tensors = read_header(path).tensors.values()
+        specs = [TensorSpec(each.name, each.shape, TYPES[each.type_name]) for each in tensors]
+        return planned_bytes(specs, rank, dtype)
+
+    pairs = find_repair(quantized, TINY_BASE, 3).pairs
+    for dtype in ("f32", "f16"):
+        stored = sum(spec.size_bytes for pair in pairs for spec, _ in specs_of(pair, dtype))
+        assert planned(quantized, 3, dtype) == stored
+    widest = max(min(shape) for shape in shapes(quantized).values())
+    assert planned(quantized, widest - 1) < planned(quantized, widest) == planned(quantized, 10 * widest)
+    assert planned(convert_base(TINY_BASE, tmp_path / "f16.gguf", quant="f16").path, 3) == 0
 
 
 def test_what_cannot_be_repaired_is_refused(quantized: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import tempfile
 from dataclasses import replace
@@ -14,9 +16,13 @@ from click.testing import CliRunner, Result
 
 from converters.base import convert_base
 from converters.reader import read_header
+from edgelora.adapter_conversion import adapter_from_folder
 from edgelora.adapter_ref import AdapterRef
+from edgelora.adapter_settings import AdapterSettings
 from edgelora.cli import cli
 from edgelora.cli.fit import MemorySize
+from edgelora.contract import Contract
+from edgelora.conversion import ConvertOptions, convert
 from edgelora.engine.fit import serving_bytes
 from edgelora.engine.model import Model
 from edgelora.engine.scoring import Speed
@@ -24,11 +30,16 @@ from edgelora.evaluation.bootstrap import Interval, RowSums
 from edgelora.evaluation.comparison import compare
 from edgelora.evaluation.evaluate import EvalSettings, evaluate
 from edgelora.evaluation.metrics import Metric
-from edgelora.evaluation.quant_bench import Bench, Candidate, SweepSettings
+from edgelora.evaluation.quant_bench import Bench
+from edgelora.evaluation.quant_candidate import Candidate, SweepSettings
+from edgelora.evaluation.quant_repair import Repairs
 from edgelora.evaluation.quant_sweep import explain, sweep
 from edgelora.evaluation.rows import RowSettings
 from edgelora.evaluation.settings import EngineSettings
+from edgelora.resolution import contract_of
+from edgelora.store import Store
 from tests.conftest import ROOT, TINY_BASE
+from tests.peft_folders import write_lora
 
 ROWS = ROOT / "examples" / "data" / "support-eval.jsonl"
 ENGINE = EngineSettings(threads=1, n_ctx=256, parallel=1)
@@ -103,6 +114,123 @@ def test_importance_is_tried_beside(base: Path, tmp_path: Path) -> None:
     found = sweep(ROWS, base, None, replace(settings, quants=("q2_k",)))
     values = {each.name: each.interval.value for each in found.candidates if each.interval}
     assert values["q2_k"] != values["q2_k imatrix"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of weak effect: what quantization does to the base beneath it decides."""
+    return write_lora(tmp_path_factory.mktemp("adapter") / "support", TINY_BASE, seed=1, strength=0.01)
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations of the kind that the base was trained on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples" / "tiny-base")
+        conversations = importlib.import_module("world").conversations(12345)
+    path = tmp_path_factory.mktemp("talk") / "talk.jsonl"
+    lines = [json.dumps({"messages": messages}) for messages in itertools.islice(conversations, 40)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+FULL = 256  # all ranks: the base as it was before it was quantized
+REPAIRED = replace(SETTINGS, quants=("f16", "q2_k"), repair_ranks=(4, FULL, FULL), rows=RowSettings(limit=12))
+
+
+def tensors(path: Path) -> dict[str, bytes]:
+    data = path.read_bytes()
+    found = read_header(path).tensors.values()
+    return {each.name: data[each.offset : each.offset + each.size_bytes] for each in found}
+
+
+def test_repairs_are_tried_beside(folder: Path, talk: Path, temporary: Path, tmp_path: Path) -> None:
+    out, adapter = tmp_path / "best.gguf", AdapterRef("support", folder)
+    made: list[str] = []
+    settings = replace(REPAIRED, quants=("q2_k",), out=out)
+    found = sweep(talk, TINY_BASE, adapter, settings, lambda done, total, what: made.append(what))
+    assert made == ["q2_k + repair 256", "q2_k + repair 4", "q2_k", ""]
+    most, few, plain = found.candidates
+    values = [each.interval.value for each in found.candidates if each.interval]
+    assert values == sorted(values)
+    assert values[0] < 0.98 * values[-1]
+    assert (found.picked.name, found.path) == ("q2_k + repair 256", out)
+    assert found.adapter_path == tmp_path / "best-support.gguf"
+    assert sorted(path.name for path in tmp_path.iterdir() if path != temporary) == ["best-support.gguf", "best.gguf"]
+    alone = evaluate(
+        talk,
+        out,
+        [AdapterRef("support", found.adapter_path)],
+        settings=EvalSettings(rows=REPAIRED.rows, engine=ENGINE, metrics=("perplexity",), resamples=200),
+    )
+    assert most.interval == alone.measured["perplexity"]["support"].interval
+    unrepaired = convert(folder, tmp_path / "plain.gguf", ConvertOptions(base=TINY_BASE)).path
+    added = found.adapter_path.stat().st_size - unrepaired.stat().st_size
+    assert most.repair_bytes == most.file_bytes - plain.file_bytes == most.memory_bytes - plain.memory_bytes == added
+    assert 0 < few.repair_bytes < added
+
+
+@pytest.mark.slow
+def test_repairs_are_what_convert_makes(folder: Path, talk: Path, tmp_path: Path) -> None:
+    out = tmp_path / "best.gguf"
+    settings = replace(REPAIRED, quants=("q2_k",), repair_ranks=(FULL,), out=out)
+    found = sweep(talk, TINY_BASE, AdapterRef("support", folder), settings)
+    asked = AdapterSettings(repair_rank=FULL, repair_text=talk)
+    own = convert(folder, tmp_path / "own.gguf", ConvertOptions(base=out, adapter=asked)).path
+    assert found.adapter_path
+    assert tensors(found.adapter_path) == tensors(own)
+    written, asked_for = (contract_of(path) for path in (found.adapter_path, own))
+    assert written
+    assert asked_for
+    assert written.repair == asked_for.repair
+
+
+def test_a_repair_counts_as_memory(folder: Path, talk: Path, tmp_path: Path) -> None:
+    adapter = AdapterRef("support", folder)
+    bench = Bench(TINY_BASE, adapter, REPAIRED, tmp_path)
+    planned = {each.name: each for each in bench.plan()}
+    assert sorted(planned) == ["f16", "q2_k", "q2_k + repair 256", "q2_k + repair 4"]  # nothing took from f16
+    # Names and metadata are not planned: what fitted to the byte does not when it is made, and is left out.
+    tight = replace(REPAIRED, quants=("q2_k",), ram_bytes=planned["q2_k + repair 4"].memory_bytes)
+    found = sweep(talk, TINY_BASE, adapter, tight)
+    assert [(each.name, each.fits, each.interval is None) for each in found.candidates] == [
+        ("q2_k + repair 256", False, True),
+        ("q2_k + repair 4", False, True),
+        ("q2_k", True, False),
+    ]
+    assert (found.picked.name, found.adapter_path) == ("q2_k", None)
+
+
+def test_a_repair_without_its_parts_is_refused_by_name(base: Path, folder: Path, tmp_path: Path) -> None:
+    quantized = convert_base(TINY_BASE, tmp_path / "q2.gguf", quant="q2_k").path
+    repaired = tmp_path / "repaired.gguf"
+    Repairs((4,), TINY_BASE, AdapterRef("it", adapter_from_folder(folder, TINY_BASE, Store())), Contract(), "f16",
+            None).write(quantized, 4, repaired)  # fmt: skip
+    common = [ROWS, "--limit", 2, "--threads", 1, "--ctx-size", 256, "--repair-ranks"]
+    for argv, said in (
+        (["4", "--base", TINY_BASE], "--repair-ranks: there is no adapter whose ranks"),
+        (["4", "--base", base], f"{base} is a GGUF file"),
+        (["4", "--base", base], "there is no adapter"),  # both at once
+        (["4", "--base", TINY_BASE, "--adapter", f"{folder}@0.5"], "the scale of adapter support, 0.5, would be"),
+        (["4", "--base", TINY_BASE, "--adapter", repaired], "repairs a base already"),
+        (["4,0", "--base", TINY_BASE], "0 is not in the range"),
+        (["4,x", "--base", TINY_BASE], "'x' is not a valid integer"),
+    ):
+        failed = run(*common, *argv)
+        assert (failed.exit_code, said in " ".join(failed.output.split())) == (2, True), failed.output
+
+
+def test_the_repaired_adapter_is_told(folder: Path, talk: Path, tmp_path: Path) -> None:
+    out = tmp_path / "best.gguf"
+    argv = [talk, "--base", TINY_BASE, "--adapter", folder, "--limit", 12, "--threads", 1, "--ctx-size", 256,
+            "--quants", "q2_k", "--repair-ranks", FULL, "-o", out]  # fmt: skip
+    beside = tmp_path / "best-support.gguf"
+    beside.touch()
+    refused = run(*argv)
+    assert (refused.exit_code, "best-support.gguf" in refused.output, out.exists()) == (3, True, False), refused.output
+    result = run(*argv, "--force")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-2:] == [str(out), str(beside)]
 
 
 def test_kv_is_what_llama_cpp_would_take(base: Path) -> None:
