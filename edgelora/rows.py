@@ -16,6 +16,7 @@ import csv
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -203,6 +204,14 @@ def _csv_rows(file: IO[bytes]) -> Iterator[Row]:
     # Bytes that are not UTF-8 pass as surrogates, so that they spoil their own row and no other.
     lines = (raw.decode("utf-8-sig" if i == 0 else "utf-8", "surrogateescape") for i, raw in enumerate(file))
     reader = csv.DictReader(lines, strict=True)
+    try:
+        names = Counter(filter(None, reader.fieldnames or ()))
+    except csv.Error as error:
+        yield Row(reader.line_num, {}, f"not CSV ({error})")
+        return
+    if twice := [f"`{name}`" for name, count in names.items() if count > 1]:
+        yield Row(1, {}, f"the header has {', '.join(twice)} more than once: which column is meant cannot be told")
+        return
     while True:
         try:
             data = next(reader)

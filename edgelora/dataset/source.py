@@ -59,7 +59,8 @@ class DataSource:
         """
         name, weight = (text, 1.0) if _exists(text) else _split_weight(text)
         parts = None if _exists(name) else _WITH_SPLIT.fullmatch(name)
-        if parts and (_HUB_ID.fullmatch(parts[1]) or Path(parts[1]).expanduser().is_dir()):
+        folder = Path(parts[1]).expanduser() if parts else None
+        if parts and folder and (folder.is_dir() or (_HUB_ID.fullmatch(parts[1]) and not folder.is_file())):
             return cls(parts[1], weight, parts[2])
         if not name:
             raise SettingsError(f"data {text!r}: no path", hint="Write PATH[@WEIGHT], for example general.jsonl@0.5.")

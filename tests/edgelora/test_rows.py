@@ -39,6 +39,18 @@ def test_csv(tmp_path: Path) -> None:
     assert "another length than the header" in short.problem
 
 
+def test_a_column_that_is_there_twice_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("prompt,completion,prompt,,\na,b,c,,\n")
+    (bad,) = read_rows(path)
+    assert (bad.line, bad.problem.partition(":")[0]) == (1, "the header has `prompt` more than once")
+    path.write_text('"prompt"x,completion\na,b\nc,d\n')
+    (bad,) = read_rows(path)
+    assert bad.problem.startswith("not CSV")
+    path.write_text("prompt,completion,,\na,b,,\n")  # as spreadsheets leave them
+    assert [row.data for row in read_rows(path)] == [{"prompt": "a", "completion": "b"}]
+
+
 def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stdin:
         buffer = io.BytesIO(b'{"prompt": "x"}\n')

@@ -192,6 +192,9 @@ def test_a_file_that_is_there_is_taken_as_it_is_named(tmp_path: Path, monkeypatc
     assert not DataSource.parse("other/train.jsonl").is_dataset
     assert DataSource.parse("other/train").is_dataset
     assert DataSource.parse("data").is_dataset
+    (tmp_path / "data/rows.jsonl").write_text("")
+    with pytest.raises(DataFileError, match=r"data/rows.jsonl:test: "):  # a file has no splits to name
+        read_conversations("data/rows.jsonl:test")
 
 
 def test_a_weight_draws_without_replacement_and_repeats_beyond_one() -> None:
