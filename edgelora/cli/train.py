@@ -150,6 +150,8 @@ def _planned(export: str, base: str, output: Path, recipe: Recipe, resume: bool)
 
     if recipe.torch_only:
         raise click.UsageError("--export makes GGUF files, and --torch-only is for adapters that fit none")
+    if not recipe.certificate_probes and recipe.row.exports_to in ("adapter", "approximate"):
+        raise click.UsageError("--export verifies by the certificate, and --certificate-probes 0 records none")
     return plan_export(export, find_base(base, recipe.base_config).path, output, Store(), replace=resume)
 
 

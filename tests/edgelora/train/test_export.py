@@ -123,4 +123,7 @@ def test_nothing_is_trained_where_the_export_cannot_be(base: Path, data: Path, r
     result = run(data, "--base", base, "-o", "lamps", "--export", "q4")
     assert result.exit_code == 2, result.output
     assert "unknown quantizations: q4" in result.stderr
+    result = run(data, "--base", base, "-o", "lamps", "--export", "q8_0", "--certificate-probes", 0)
+    assert result.exit_code == 2, result.output
+    assert "--certificate-probes 0 records none" in result.stderr
     assert not (tmp_path / "lamps").exists()
