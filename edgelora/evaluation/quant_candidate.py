@@ -23,7 +23,8 @@ class SweepSettings:
         ram_bytes: memory that serving one conversation may take.
         quants: to try; empty for `QUANTS`.
         metric: decides; as on the command line of `edgelora eval`.
-        imatrix: an importance matrix's file; each quantization is tried without and with it.
+        imatrix: an importance matrix's file; each quantization is tried without and with it, and it weights the error
+            that every repair is to hold.
         calibrate: a text to measure one on instead.
         repair_ranks: each quantization is also tried with the adapter repairing it at so many ranks.
         out: where the one that is picked is written; the adapter that repairs it lies beside (`repaired_out`).
