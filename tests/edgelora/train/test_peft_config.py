@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +22,7 @@ from edgelora.train import Recipe, train
 from edgelora.train.folder import RunFolder
 from edgelora.train.run_facts import RunFacts
 
-from .conftest import Watcher, make_base
+from .conftest import Watcher, make_base, write_rows
 from .test_method_runs import SHORT
 
 pytestmark = [
@@ -180,3 +182,32 @@ def test_a_model_that_cannot_be_reckoned_with_is_trained_all_the_same(
     monkeypatch.setattr("edgelora.train.run_reporting.memory_plan", unheard_of)
     train(data, str(base), tmp_path / "out", Recipe(**{**SHORT, "rank": 4, "max_steps": 1}))
     assert RunFacts.load(tmp_path / "out").plan == {}
+
+
+def test_rows_beyond_the_models_window_are_told_and_refused_where_it_has_no_positions(
+    base: Path, tmp_path: Path
+) -> None:
+    """GPT-2 would end with an IndexError, and a rotary model learns at positions that it never saw."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    data = write_rows(tmp_path / "long.jsonl", [{"prompt": "Hi", "completion": "word " * 200}])
+    settings = Recipe(**{**SHORT, "rank": 4, "max_steps": 1, "max_length": 1024})
+    report = train(data, str(base), tmp_path / "rotary", settings)
+    assert any(re.search(r"a row has \d+ tokens, .* 256 at most: --max-length 256 cuts", note) for note in report.notes)
+    learned = shutil.copytree(base, tmp_path / "learned")
+    tiny = {
+        "vocab_size": 320,
+        "n_positions": 64,
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 3,
+    }
+    GPT2LMHeadModel(GPT2Config(**tiny)).save_pretrained(learned)
+    with pytest.raises(
+        SettingsError, match=r"training data: a row has \d+ tokens, and learned .* 64 at most"
+    ) as caught:
+        train(data, str(learned), tmp_path / "out", settings)
+    assert "--max-length 64" in caught.value.hint
+    assert not (tmp_path / "out").exists()
