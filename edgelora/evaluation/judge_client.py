@@ -151,7 +151,9 @@ class JudgeClient:
             headers["Authorization"] = f"Bearer {os.environ[self.key_variable].strip()}"
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.build_opener(_NoRedirects).open(request, timeout=self.timeout) as response:
+            # Whoever waits stops first, and says so.
+            opener, timeout = urllib.request.build_opener(_NoRedirects), self.timeout + STOP_SECONDS
+            with opener.open(request, timeout=timeout) as response:
                 answer = _Answer(response.status, response.read(MAX_ANSWER_BYTES + 1))
         except urllib.error.HTTPError as error:
             with error:
