@@ -109,6 +109,10 @@ def check_settings(recipe: Recipe, *, has_eval: bool) -> None:
             "the best checkpoint is the one with the lowest loss on evaluation data, and there is none",
             hint="Give --eval-data, or leave out --keep-best and --early-stopping-patience.",
         )
+    if recipe.eval_steps is not None and not has_eval:
+        raise SettingsError(
+            "eval_steps is given, and there is no evaluation data", hint="Give --eval-data, or leave out --eval-steps."
+        )
     if recipe.peft_config is not None and not recipe.torch_only:
         from edgelora.train.peft_file import refusal_of
 

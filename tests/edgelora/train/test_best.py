@@ -109,5 +109,7 @@ def test_there_is_no_best_without_evaluation_data(base: Path, data: Path, tmp_pa
         with pytest.raises(SettingsError, match="lowest loss on evaluation data, and there is none") as caught:
             train(data, str(base), tmp_path / "out", recipe)
         assert "--eval-data" in caught.value.hint
+    with pytest.raises(SettingsError, match="eval_steps is given, and there is no evaluation data"):
+        train(data, str(base), tmp_path / "out", replace(RECIPE, keep_best=False))
     rare = train(data, str(base), tmp_path / "rare", replace(RECIPE, max_steps=2, eval_steps=9), eval_data=data)
     assert rare.best_step == 2  # a run ends with an evaluation
