@@ -78,8 +78,9 @@ def render_report(folder: Path) -> str:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl; one that a crash cut off is left out."""
+    path = folder / "metrics.jsonl"
     try:
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""  # a device may never end
     except OSError:
         return []
     found = []

@@ -456,7 +456,7 @@ class TestBadInput:
         (tmp_path / "model.gguf").write_bytes(b"GGUF")
         (tmp_path / "empty").mkdir()
         cases = {
-            str(tmp_path / "model.gguf"): "model.gguf: ends inside its header",
+            str(tmp_path / "model.gguf"): "model.gguf: 4 bytes is too short for a GGUF file",
             str(tmp_path / "gone"): "no such folder",
             str(tmp_path / "empty"): r"no config.json, no \*.safetensors, no tokenizer",
             str(finished.folder): "an adapter, not a base",
