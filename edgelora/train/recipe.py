@@ -234,11 +234,15 @@ class Recipe:
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What a resumed run would change of `other`, a recipe's `to_dict`, in ways that change the result."""
-        return [
+        found = [
             f"{f.name} was {other.get(f.name)!r}, now {getattr(self, f.name)!r}"
             for f in fields(self)
             if not f.metadata["free_on_resume"] and other.get(f.name) != getattr(self, f.name)
         ]
+        before, now = (each.get("eval_steps") or each.get("save_steps") for each in (other, self.to_dict()))
+        if self.ends_with_best and before != now:  # which checkpoint is the best depends on when it is looked for
+            found.append(f"there was an evaluation every {before} steps, now every {now}")
+        return found
 
 
 def default_text(name: str) -> str:

@@ -90,3 +90,12 @@ def test_lora_takes_the_recipes_numbers() -> None:
     config = METHODS["lora"].peft_config(Recipe(rank=4, alpha=8, dropout=0.25))
     assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (4, 8, 0.25, "all-linear")
     assert isinstance(config.lora_alpha, int)
+
+
+def test_when_evaluations_are_may_not_change_where_the_best_is_kept() -> None:
+    for settings in ({"keep_best": True}, {"early_stopping_patience": 2}):
+        begun = Recipe(**settings, eval_steps=10)  # type: ignore[arg-type]
+        assert begun.differences(Recipe(**settings, eval_steps=10, save_steps=7).to_dict()) == []  # type: ignore[arg-type]
+        (told,) = begun.differences(Recipe(**settings).to_dict())  # type: ignore[arg-type]
+        assert told == "there was an evaluation every 100 steps, now every 10"
+    assert Recipe(eval_steps=10).differences(Recipe().to_dict()) == []
