@@ -144,7 +144,7 @@ def command(
       edgelora convert my-model-bf16.gguf --quant q4_k_m --tensor-type ffn_down=q6_k
       edgelora convert support/ -o support.gguf
       edgelora convert support/ --base my-model-q4_k_m.gguf
-      edgelora convert support/ --base my-model-q2_k.gguf --repair-rank 16 --repair-text held-out.jsonl
+      edgelora convert support/ --base base-q2_k.gguf --repair-rank 16 --repair-text rows.jsonl
       edgelora convert my-model/ --merge dora/ --quant q4_k_m
       edgelora convert --blend support.gguf@0.7 --blend billing.gguf@0.3 -o both.gguf
     """

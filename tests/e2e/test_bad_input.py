@@ -118,7 +118,7 @@ def test_output_exists(tmp_path: Path) -> None:
     assert out.read_text() == "precious"
 
 
-@pytest.mark.parametrize("text", ["", "not json\n", '{"text": "x"}\n'])
+@pytest.mark.parametrize("text", ["", "not json\n", '{"title": "x"}\n'])
 def test_bad_training_data(tmp_path: Path, text: str) -> None:
     data = tmp_path / "d.jsonl"
     data.write_text(text)
