@@ -178,7 +178,7 @@ def golden_tokens(base: Path, template: str, messages: tuple[Message, ...]) -> t
     """The ids of `messages` under `template`, by the tokenizer in an HF folder; empty without a `tokenizer.json`."""
     import json
 
-    from converters.control_tokens import open_written
+    from tokenizers import Tokenizer
 
     path = base / "tokenizer.json"
     if not path.is_file():
@@ -192,7 +192,7 @@ def golden_tokens(base: Path, template: str, messages: tuple[Message, ...]) -> t
         bos_token=_token_text(names.get("bos_token")),
         eos_token=_token_text(names.get("eos_token")),
     )
-    tokenizer = open_written(path.read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tuple(tokenizer.encode(text, add_special_tokens=False).ids)

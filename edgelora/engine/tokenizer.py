@@ -177,10 +177,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, vocab: Any, tokenizer_json: str, ends: Collection[int] = ()) -> None:
         super().__init__(vocab, ends)
-        from converters.control_tokens import open_written
+        from tokenizers import Tokenizer as HFTokenizer
 
         try:
-            self._tokenizer = open_written(tokenizer_json)
+            self._tokenizer = HFTokenizer.from_str(tokenizer_json)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
         except Exception as error:  # the package raises bare Exception

@@ -113,7 +113,7 @@ class BaseFolder:
         return repository_of(path) or path.name
 
     def load_tokenizer(self) -> Any:
-        """`tokenizer.json` itself where there is one, opened as serving opens it.
+        """`tokenizer.json` itself where there is one, as serving reads that file too.
 
         AutoTokenizer builds some families' tokenizers anew from the vocabulary (transformers 5: LlamaTokenizer), and
         leaves out what the file says beyond that, such as how characters outside the vocabulary are shown.
@@ -126,7 +126,7 @@ class BaseFolder:
             return load_sentencepiece(self.path)
         reader = PreTrainedTokenizerFast if (self.path / "tokenizer.json").is_file() else AutoTokenizer
         try:
-            return _with_controls_found(reader.from_pretrained(self.path, local_files_only=True))
+            return reader.from_pretrained(self.path, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise ModelFileError(f"{self.path}: the tokenizer cannot be loaded: {error}") from error
 
@@ -159,18 +159,6 @@ class BaseFolder:
             )
         _keep_quantized(model)
         return model
-
-
-def _with_controls_found(tokenizer: Any) -> Any:
-    """`tokenizer`, or where it overlooks special tokens that stand behind other text, one that finds them."""
-    from converters.control_tokens import open_written, overlooks_controls
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # slow ones have none
-    if backend is None or not overlooks_controls(backend):
-        return tokenizer
-    made = type(tokenizer)(tokenizer_object=open_written(backend.to_str()), **tokenizer.special_tokens_map)
-    made.chat_template = tokenizer.chat_template
-    return made
 
 
 def _keep_quantized(model: Any) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from converters.base_file import read_base_header
-from converters.control_tokens import open_written
 from converters.errors import ConversionError
 from converters.pretokenizer_hashes import PROBE
 from converters.tokenizer_differences import SAMPLES
@@ -28,11 +27,12 @@ def load_tokenizer(path: Path) -> Any:
     Raises:
         ModelFileError: none can be made of its vocabulary, or it gives other ids than llama.cpp.
     """
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     metadata = read_base_header(path).metadata
     try:
-        made = open_written(vocabulary_json(metadata))
+        made = Tokenizer.from_str(vocabulary_json(metadata))
     except ConversionError as error:
         raise ModelFileError(f"{path}: {error.message}", hint=OWN_TOKENIZER) from error
     except Exception as error:  # the package raises bare Exception

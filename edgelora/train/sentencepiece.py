@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters.control_tokens import open_written
 from converters.errors import FormatError, UnsupportedError
 from converters.tokenizer import load_vocabulary
 
@@ -29,6 +28,7 @@ def load_sentencepiece(folder: Path) -> Any:
     Raises:
         ConversionError: files that cannot be read, or a model that cannot be converted (not BPE, for example).
     """
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = load_vocabulary(folder, _vocabulary_size(folder / "config.json"))
@@ -39,7 +39,7 @@ def load_sentencepiece(folder: Path) -> Any:
             hint="Save a tokenizer.json beside it: AutoTokenizer.from_pretrained(folder).save_pretrained(folder).",
         )
     names = named_tokens(vocabulary.metadata, vocabulary.tokens)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=open_written(carried), **names)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(carried), **names)
     tokenizer.chat_template = vocabulary.metadata.get("tokenizer.chat_template")
     return tokenizer
 

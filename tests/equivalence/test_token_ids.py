@@ -188,23 +188,12 @@ def test_bundled_base(real_model: Callable[[str], Path], tmp_path: Path) -> None
 def test_where_llama_cpp_cannot_the_file_carries_the_tokenizer(
     real_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Its special tokens are looked for in normalized text, where they are found at the beginning of a text only;
-    transformers' LlamaTokenizer finds them everywhere, and so does serving."""
-    from transformers import AutoTokenizer
-
     folder = real_model("tinystories-656k")
-    value = json.loads((folder / "tokenizer.json").read_text())
-    for token in value["added_tokens"]:
-        token["normalized"] = False
-    tokenizer = Tokenizer.from_str(json.dumps(value))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     vocabulary = load_vocabulary(folder, json.loads((folder / "config.json").read_text())["vocab_size"])
     assert not is_native(vocabulary)
-    texts, ends = [*NASTY, *with_special(vocabulary)], {1, 2}
-    found = engine_ids(vocabulary, tmp_path / "v.gguf", texts)
-    assert found == hf_ids(tokenizer, texts)
-    theirs = AutoTokenizer.from_pretrained(folder)(texts, add_special_tokens=False)["input_ids"]
-    assert [ends.intersection(ids) for ids in found] == [ends.intersection(ids) for ids in theirs]
-    assert any(ends.intersection(ids) for ids in found)
+    texts = [*NASTY, *with_special(vocabulary)]
+    assert engine_ids(vocabulary, tmp_path / "v.gguf", texts) == hf_ids(tokenizer, texts)
     text = example_of(vocabulary)
     assert native_ids(vocabulary, tmp_path / "v.gguf", [text]) != hf_ids(tokenizer, [text]), (
         "then it need not be carried"

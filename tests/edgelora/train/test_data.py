@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,28 +159,6 @@ def test_the_tokenizer_is_the_file_that_serving_reads() -> None:
     rebuilt = AutoTokenizer.from_pretrained(STORIES)(text, add_special_tokens=False)["input_ids"]
     assert ours == expected
     assert rebuilt != expected
-
-
-@pytest.mark.skipif(not STORIES.is_dir(), reason="needs ../shared/data/models/tinystories-656k")
-def test_a_reply_ends_with_its_token_where_the_file_would_have_it_cut_into_words(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
-    from converters.base import convert_base
-    from edgelora.engine.model import Model
-
-    tokenizer = find_base(str(STORIES)).load_tokenizer()
-    (row,) = rows_of(chat("Hi", "Yes."), tokenizer, BUILTIN["plain"]).rows
-    assert tokenizer.eos_token_id == 2
-    assert row.input_ids[-1] == row.labels[-1] == 2
-    text = f"Yes.{tokenizer.eos_token} Hi{tokenizer.eos_token}"
-    assert 2 not in Tokenizer.from_file(str(STORIES / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    convert_base(STORIES, tmp_path / "stories.gguf", quant="f16")
-    model = Model(tmp_path / "stories.gguf", vocab_only=True)
-    try:
-        assert model.tokenizer.encode(text, special=True) == tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert 2 not in model.tokenizer.encode(text, special=False)
-    finally:
-        model.close()
 
 
 def test_slow_tokenizers_are_refused() -> None:
