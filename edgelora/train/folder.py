@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from edgelora.errors import DataFileError, EdgeloraError, SettingsError
 from edgelora.train.recipe import Recipe
+from edgelora.whole_file import write_whole
 
 VERSION = 1
 CHECKPOINT = "checkpoint-"
@@ -201,14 +202,14 @@ class RunFolder:
             if self.initial.exists():
                 shutil.rmtree(self.initial)
             self.metrics_path.unlink(missing_ok=True)
-            _write_whole(self.record_path, json.dumps(asdict(record), indent=2) + "\n")
+            write_whole(self.record_path, json.dumps(asdict(record), indent=2) + "\n")
 
     def go_on(self, step: int) -> None:
         """Forget what was logged after the checkpoint that the run goes on from: those steps are done again."""
         with writing(self.path):
             self.discard_partial()
             lines = self.metrics_path.read_text(encoding="utf-8").splitlines() if self.metrics_path.is_file() else []
-            _write_whole(self.metrics_path, "".join(f"{line}\n" for line in lines if _logged_by(line, step)))
+            write_whole(self.metrics_path, "".join(f"{line}\n" for line in lines if _logged_by(line, step)))
 
     def discard_partial(self) -> None:
         """Remove what an earlier run left half written."""
@@ -301,15 +302,6 @@ def _logged_by(line: str, step: int) -> bool:
         return int(json.loads(line)["step"]) <= step
     except (ValueError, KeyError, TypeError):
         return False  # a line cut off by a crash
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _complete_files(folder: Path) -> None:
