@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.resources import files
 from pathlib import Path
 
 from edgelora.batch_figures import BatchSummary, Distribution, Figures, round_edges
 from edgelora.errors import DataFileError
 from edgelora.quantities import duration
+from edgelora.report_page import render_page
 from edgelora.whole_file import whole_file
 
 WIDTH, HEIGHT, FLOOR, TOP = (
@@ -90,11 +90,9 @@ def write_report(path: Path, summary: BatchSummary, *, title: str) -> None:
 
 def render_report(summary: BatchSummary, *, title: str, when: datetime) -> str:
     """The page as text."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(files("edgelora").joinpath("batch_report.html").read_text(encoding="utf-8"))
-    return template.render(
+    return render_page(
+        "edgelora",
+        "batch_report.html",
         title=title,
         when=f"{when:%Y-%m-%d %H:%M %Z}",
         tiles=_tiles(summary),

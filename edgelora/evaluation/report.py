@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.resources import files
 from pathlib import Path
 
 from edgelora.evaluation.comparison import BETTER, SAME, WORSE, Comparison, Measured
@@ -17,6 +16,7 @@ from edgelora.evaluation.labels import NO_LABEL
 from edgelora.evaluation.metrics import Metric
 from edgelora.evaluation.table import counts, n_cut, shown_comparison, shown_value
 from edgelora.evaluation.variants import Variant
+from edgelora.report_page import render_page
 
 MAX_ROWS = 25
 """Rows of each kind (worse, better, reworded) that a comparison shows; rows.jsonl has all."""
@@ -108,11 +108,10 @@ class Changes:
 
 def render_report(found: Evaluation, when: datetime | None = None) -> str:
     """The page as text."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    source = files("edgelora.evaluation").joinpath("report.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return render_page(
+        "edgelora.evaluation",
+        "report.html",
+        trim_blocks=True,
         title=Path(found.data).name,
         data=found.data,
         when=f"{when or datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",

@@ -9,12 +9,12 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from edgelora.errors import DataFileError
 from edgelora.quantities import duration, size
+from edgelora.report_page import render_page
 from edgelora.train.folder import RunFolder, RunRecord
 from edgelora.train.line_chart import LineChart, line_chart
 from edgelora.train.run_facts import RunFacts
@@ -54,13 +54,11 @@ def write_report(folder: Path) -> Path:
 
 def render_report(folder: Path) -> str:
     """The page as text."""
-    import jinja2
-
     record, facts, lines = RunFolder(folder).load_record(), RunFacts.load(folder), read_metrics(folder)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(files("edgelora.train").joinpath(FILE).read_text(encoding="utf-8"))
     method = record.recipe.get("method") or "lora"
-    return template.render(
+    return render_page(
+        "edgelora.train",
+        FILE,
         title=f"{folder.resolve().name}: {method} on {Path(record.base).name}",
         subtitle=_subtitle(record),
         tiles=list(_tiles(facts, lines)),
